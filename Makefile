@@ -1,0 +1,46 @@
+# Every target sets up .venv by itself: Python 3.11 or newer, make and pip are enough.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.adaptive-spec-installed
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo demo-sglang test lint bench docs clean
+
+help:
+	@echo "make demo [ARGS=\"--duration 90 --compare\"]  see it work on a real engine"
+	@echo "make test | lint | bench | docs             check, measure, write docs/configuration.md anew"
+	@echo "make demo-sglang                            comes with the SGLang plugin"
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is %d.%d; say make PYTHON=..." % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[engine,dev]'
+	@touch $@
+
+demo: $(STAMP)
+	@$(BIN)/adaptive-spec demo $(ARGS)
+
+demo-sglang:
+	@echo "make demo-sglang: comes with the SGLang plugin; make demo shows the same on the embedded engine" >&2
+	@exit 2
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks.run $(ARGS)
+
+docs: $(STAMP)
+	$(BIN)/python -m adaptive_spec.config > docs/configuration.md
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist

@@ -1,0 +1,111 @@
+"""Files that two processes map: created whole, private to the user, opened without surprises.
+
+A file is filled under a temporary name in the same folder and renamed, so that nobody ever maps half a header. Its pages
+are allocated and touched at creation: a full /dev/shm is then an OSError here and not a SIGBUS at the first write, and no
+page fault falls into a decode step. What no process can defend itself against is another one truncating a mapped file;
+nothing of ours ever does.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import platform
+import stat
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+WEAKLY_ORDERED = platform.machine().lower() not in ("x86_64", "amd64", "i386", "i686")
+"""Whether this machine may reorder stores (ARM does): then a sequence lock needs a fence between sequence and content."""
+
+_fence_lock = threading.Lock()
+
+
+class Identity(NamedTuple):
+    """Which file a name leads to: a mapped file's inode is not given away while it is mapped."""
+
+    device: int
+    inode: int
+
+
+def fence() -> None:
+    """Order the memory accesses before and after: a lock's release followed by its acquisition is a full barrier."""
+    with _fence_lock:
+        pass
+    with _fence_lock:
+        pass
+
+
+def make_runtime_dir(folder: Path) -> None:
+    """Create the folder of ring and page, 0700, with its parents. An existing one is left as it is. Raises OSError."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+
+def create_mapped(path: Path, size: int, fill: Callable[[mmap.mmap], None], *, lock: bool = False) -> tuple[mmap.mmap, Identity]:
+    """Create (or replace) a 0600 file of `size` zero bytes at `path`, fill it, then let it be seen under its name.
+
+    lock: hold an exclusive lock on it while it is mapped. Raises OSError, and leaves nothing behind when it does.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}.tmp")
+    fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        os.fchmod(fd, 0o600)
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(fd, 0, size)
+        else:
+            os.ftruncate(fd, size)
+        if lock:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        mapping = mmap.mmap(fd, size, flags=mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0))
+        fill(mapping)
+        os.replace(temporary, path)
+        return mapping, _identity(os.fstat(fd))
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    finally:
+        os.close(fd)  # the mapping keeps its own duplicate, and with it the lock
+
+
+def open_mapped(path: Path, *, writable: bool = False, lock: bool = False) -> tuple[mmap.mmap, Identity]:
+    """Map an existing file whole.
+
+    Raises FileNotFoundError, BlockingIOError (another process holds the lock), another OSError, or ValueError (not a
+    regular file, empty). O_NONBLOCK: a pipe laid at the path is refused, it must not hang the server.
+    """
+    fd = os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("not a regular file")
+        if lock:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        mapping = mmap.mmap(fd, status.st_size, access=mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ)
+        return mapping, _identity(status)
+    finally:
+        os.close(fd)
+
+
+def identity_at(path: Path | str) -> Identity | None:
+    """Return the identity of the file at a path, None when there is none. Raises no OSError."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return None
+    return _identity(status)
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a damaged file to `NAME.damaged-N` beside it (first free N) and return that name. Raises OSError."""
+    number = 1
+    while (target := path.with_name(f"{path.name}.damaged-{number}")).exists():
+        number += 1
+    os.rename(path, target)
+    return target
+
+
+def _identity(status: os.stat_result) -> Identity:
+    return Identity(status.st_dev, status.st_ino)

@@ -1,0 +1,234 @@
+"""EngineTap: the only object an engine touches. Three calls a decode step:
+
+    k = tap.begin_step(batch_size, kv_tokens, now_ns)      # draft k tokens per request
+    verify_len = tap.verify_lengths(confidences)           # engines with ragged verification
+    tap.end_step(...)                                      # what it was and how long it took
+
+Regimes: a fresh policy that acts is executed; a fresh one that does not act (shadow, paused) leaves the launch K; with no
+page, no policy on it, or no sign of life from the sidecar for max_age_s, the launch K too, marked as fallback, and the
+policy again once the sidecar is back. Nothing here raises or waits: whatever fails is counted and the launch K is used.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adaptive_spec import mapped_file
+from adaptive_spec.engine_info import EngineInfo
+from adaptive_spec.policy import Granularity, Planner
+from adaptive_spec.policy_page import PolicyPageReader
+from adaptive_spec.records import MAX_BATCH_LIMIT, MAX_K_LIMIT, SlotLayout, StepFlag
+from adaptive_spec.ring import MIN_SLOTS, RingWriter
+
+RING_NAME = "records.ring"
+PAGE_NAME = "policy.page"
+RING_BYTES_LIMIT = 32 << 20
+"""The ring has fewer slots rather than more bytes: a container's /dev/shm is often 64 MB."""
+LOOK_STEPS = 64
+"""Steps between looks for a policy page, or for another one in its place."""
+
+_TRIAL, _FALLBACK = int(StepFlag.TRIAL), int(StepFlag.FALLBACK)
+
+log = logging.getLogger(__name__)
+
+
+class TapCounters(NamedTuple):
+    """Counts since the tap was opened.
+
+    records_written, write_failures: records. page_failures: pages or policies that were refused. hook_failures: calls of
+    the tap that failed inside and fell back. adoptions: policies taken over. fallback_steps: steps on the launch K because
+    no fresh policy was there.
+    """
+
+    records_written: int
+    write_failures: int
+    page_failures: int
+    hook_failures: int
+    adoptions: int
+    fallback_steps: int
+
+
+class BegunStep(NamedTuple):
+    """What `begin_step` decided. An engine that begins a step before it has ended the one before gives it to `end_step`."""
+
+    step: int
+    k: int
+    batch_size: int
+    kv_tokens: int
+    policy_version: int
+    flags: int
+
+
+class EngineTap:
+    """An engine's link to its sidecar; see the module. Not thread-safe: one decode loop, one tap.
+
+    info: what the engine said about itself. planner: executes the policies; to look at, not to call. begun: what the last
+    `begin_step` decided.
+    """
+
+    def __init__(self, runtime_dir: Path | str, info: EngineInfo, ring: RingWriter | None, max_age_s: float = 30.0) -> None:
+        """Build a tap on an open ring (None: records are counted as failed); engines use `open`."""
+        self.info = info
+        # Largest candidate <= wanted, the smallest one where there is none; indexed by any K the planner can return.
+        candidates = info.candidates or (info.launch_k,)
+        wanted = range(max(*candidates, info.launch_k, 0) + 1)
+        self._allowed = [max((c for c in candidates if c <= k), default=min(candidates)) for k in wanted]
+        self._launch_k = self._allowed[max(info.launch_k, 0)]
+        self.planner = Planner(self._launch_k, max(candidates))
+        self._ragged = info.granularity is Granularity.REQUEST
+        self._ring = ring
+        self._page_path = str(Path(runtime_dir) / PAGE_NAME)
+        self._page: PolicyPageReader | None = None
+        self._max_age_s = max_age_s
+        self._step = 0
+        self._look_at = 0
+        self._fallback = True
+        self._page_failures = self._hook_failures = self._ringless = self._adoptions = self._fallback_steps = 0
+        self.begun = BegunStep(0, self._launch_k, 0, 0, 0, _FALLBACK)
+
+    @classmethod
+    def open(cls, runtime_dir: Path | str, info: EngineInfo, max_age_s: float = 30.0, slots: int = 1024) -> EngineTap:
+        """Create `{runtime_dir}/records.ring` (the folder too, 0700) and look for `{runtime_dir}/policy.page` from now on.
+
+        max_age_s: seconds without a sign of life from the sidecar after which the launch K is used. slots: records the ring
+        holds, fewer where they would take more than 32 MiB. Does not raise for a ring that cannot be made: that is logged,
+        and the engine runs on its launch K or on the policies it still can read.
+        """
+        ring = None
+        try:
+            mapped_file.make_runtime_dir(Path(runtime_dir))
+            layout = SlotLayout.of(min(info.max_batch, MAX_BATCH_LIMIT), min(max(info.max_k, 1), MAX_K_LIMIT))
+            fitting = max(RING_BYTES_LIMIT // layout.slot_bytes, MIN_SLOTS)
+            ring = RingWriter.create(Path(runtime_dir) / RING_NAME, info, min(slots, fitting))
+        except Exception as error:
+            log.warning("no record ring in %s, this engine cannot be observed: %s", runtime_dir, error)
+        return cls(runtime_dir, info, ring, max_age_s)
+
+    @property
+    def counters(self) -> TapCounters:
+        """What happened so far."""
+        ring, page = self._ring, self._page
+        return TapCounters(
+            ring.written if ring is not None else 0,
+            (ring.failed if ring is not None else 0) + self._ringless,
+            self._page_failures + (page.failures if page is not None else 0),
+            self._hook_failures,
+            self._adoptions,
+            self._fallback_steps,
+        )
+
+    @property
+    def held_batch_size(self) -> int:
+        """Batch size the engine should hold for a trial if it can, 0 for none."""
+        try:
+            return 0 if self._fallback else self.planner.held_batch_size
+        except Exception:
+            self._hook_failures += 1
+            return 0
+
+    def begin_step(self, batch_size: int, kv_tokens: int, now_ns: int) -> int:
+        """Return K of the coming step, one of the engine's candidates.
+
+        batch_size: requests in it. kv_tokens: their context tokens in the KV cache. now_ns: CLOCK_MONOTONIC
+        (time.monotonic_ns).
+        """
+        self._step += 1
+        k, version, flags = self._launch_k, 0, _FALLBACK
+        self._fallback = True
+        try:
+            if self._step >= self._look_at:
+                self._look()
+            planner = self.planner
+            policy = self._page.poll(now_ns) if self._page is not None else None
+            if policy is not None:
+                if policy is not planner.policy:
+                    planner.adopt(policy)
+                    self._adoptions += 1
+                k = self._allowed[planner.draft_length(batch_size, kv_tokens)]
+                version, flags = planner.version, _TRIAL if planner.in_trial else 0
+                self._fallback = False
+        except Exception:
+            self._hook_failures += 1
+        if self._fallback:
+            self._fallback_steps += 1
+        self.begun = BegunStep(self._step, k, batch_size, kv_tokens, version, flags)
+        return k
+
+    def verify_lengths(self, confidences: NDArray[np.float32]) -> NDArray[np.uint8]:
+        """Return verify_len uint8 [b], draft tokens to verify per request, for the step just begun.
+
+        confidences: float32 [b, k], the draft's probability of every drafted token, in (0, 1].
+        """
+        try:
+            if self._ragged and not self._fallback:
+                return self.planner.verify_lengths(confidences)
+        except Exception:
+            self._hook_failures += 1
+        try:
+            rows, k = confidences.shape
+            return np.full(rows, k, dtype=np.uint8)
+        except Exception:
+            self._hook_failures += 1
+        try:
+            return np.full(min(self.begun.batch_size, self.info.max_batch), self.begun.k, dtype=np.uint8)
+        except Exception:
+            return np.zeros(0, dtype=np.uint8)
+
+    def end_step(
+        self, now_ns: int, num_tokens: int, padded_tokens: int, draft_s: float, verify_s: float, draft_extend_s: float,
+        step_s: float, confidences: NDArray[np.float32], verify_len: NDArray[np.uint8], accept_len: NDArray[np.uint8],
+        request_ids: NDArray[np.uint32], flags: int = 0, begun: BegunStep | None = None,
+    ) -> None:  # fmt: skip
+        """Write the record of a step: fields, units and array types of `StepRecord`; K is the columns of confidences.
+
+        flags: the engine's own (DISTURBED, CENSORED); TRIAL and FALLBACK are added here. begun: the step this belongs to,
+        by default the last one begun.
+        """
+        try:
+            ring = self._ring
+            if ring is None:
+                self._ringless += 1
+                return
+            if begun is None:
+                begun = self.begun
+            ring.write_fields(
+                begun.step, now_ns, begun.kv_tokens, begun.policy_version, num_tokens, padded_tokens, begun.batch_size,
+                confidences.shape[1], flags | begun.flags, draft_s, verify_s, draft_extend_s, step_s,
+                confidences, verify_len, accept_len, request_ids,
+            )  # fmt: skip
+        except Exception:
+            self._hook_failures += 1
+
+    def close(self) -> None:
+        """Let go of ring and page; later steps run on the launch K and are not recorded."""
+        ring, page, self._ring, self._page = self._ring, self._page, None, None
+        self._look_at = 1 << 62
+        try:
+            if page is not None:
+                self._page_failures += page.failures
+                page.close()
+            if ring is not None:
+                ring.close()
+        except Exception:
+            self._hook_failures += 1
+
+    def _look(self) -> None:
+        """See whether a page has appeared, or another one has taken its place."""
+        self._look_at = self._step + LOOK_STEPS
+        old = self._page
+        identity = mapped_file.identity_at(self._page_path)
+        if identity is None or (old is not None and identity == old.identity):
+            return
+        try:
+            self._page = PolicyPageReader.open(self._page_path, self._max_age_s, self.planner.policy)
+        except (OSError, ValueError):
+            self._page_failures += 1
+            return
+        if old is not None:
+            self._page_failures += old.failures
+            old.close()

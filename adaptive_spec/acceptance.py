@@ -1,0 +1,382 @@
+"""Acceptance model: which draft tokens will be accepted, learnt from every verified one and from no other.
+
+The label of draft position j is `j <= accept_len`, for the positions that were verified (others carry no label: counting
+them as rejected would be censoring bias). Every sample is first predicted, then learnt (prequential, Dawid 1984), so the
+scores say how the calibration does on traffic it has not seen. Of the candidate maps (`calibration.py`) the one with the
+best forgetting log loss serves; a challenger must be better by `SWITCH_MARGIN` so that ties do not flap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adaptive_spec.calibration import GRID, GRID_SCORE, RiverLogistic, ScoreHistogram, all_maps
+from adaptive_spec.policy import GridPosition, SurvivalMap, grid_position
+from adaptive_spec.records import StepRecord
+
+Floats = NDArray[np.float64]
+
+BINS = 15
+SWITCH_MARGIN = 0.002
+RIVER_SAMPLES = 128
+"""Labels per learnt chunk that River sees."""
+RECENT_ROWS = 512
+RECENT_STEPS, NEWEST_ROWS = 100, 64
+"""What the coming requests will look like: the drafts of so many steps, or the newest so many where there were fewer."""
+FAINT_LABELS = 20.0
+"""Labels a position remembers however long it has not been drafted."""
+KINDS = ("chain", "logistic", "binned", "linear")
+
+
+@dataclass(frozen=True)
+class StepScore:
+    """How one step compared with what was expected of it. tokens: labelled draft tokens (0: nothing was verified).
+
+    expected, accepted: draft tokens. variance: of accepted under the calibration. log_loss: mean nats per labelled token.
+    """
+
+    tokens: int
+    expected: float
+    accepted: int
+    variance: float
+    log_loss: float
+
+
+class _Labels(NamedTuple):
+    """Draft tokens of a chunk of steps, [rows, positions] each: which were verified and accepted, and their scores."""
+
+    verified: NDArray[np.bool_]
+    accepted: NDArray[np.bool_]
+    score: Floats
+    score_at: GridPosition
+    confidence_at: GridPosition
+
+    @classmethod
+    def of(cls, confidences: NDArray[np.float32], verify_len: NDArray[np.int64], accept_len: NDArray[np.int64]) -> _Labels:
+        positions = np.arange(confidences.shape[1])
+        score: Floats = np.cumprod(confidences, axis=1, dtype=np.float64)
+        return cls(
+            positions < verify_len[:, None],
+            positions < accept_len[:, None],
+            score,
+            grid_position(score),
+            grid_position(confidences),
+        )
+
+
+class Reliability:
+    """Forgetting reliability table: weight, sum of predictions, sum of labels per bin; ECE, Brier score, log loss."""
+
+    def __init__(self) -> None:
+        self.by_prediction: Floats = np.zeros((3, BINS))
+        self.by_score: Floats = np.zeros((3, BINS))
+        self.totals: Floats = np.zeros(3)
+        """Weight, sum of squared errors, sum of log losses."""
+
+    def forget(self, factor: float) -> None:
+        self.by_prediction *= factor
+        self.by_score *= factor
+        self.totals *= factor
+
+    def add(self, predicted: Floats, score: Floats, label: NDArray[np.bool_], loss: Floats) -> None:
+        """predicted, cumulative score, label, log loss: [n]."""
+        for table, value in ((self.by_prediction, predicted), (self.by_score, score)):
+            index = np.minimum((value * BINS).astype(np.int64), BINS - 1)
+            table[0] += np.bincount(index, minlength=BINS)
+            table[1] += np.bincount(index, weights=predicted, minlength=BINS)
+            table[2] += np.bincount(index[label], minlength=BINS)
+        self.totals += (len(label), float(((predicted - label) ** 2).sum()), float(loss.sum()))
+
+    @property
+    def ece(self) -> float | None:
+        """Expected calibration error (Naeini et al., 2015): mean |predicted - observed| over equal-width bins, by weight."""
+        n, predicted, observed = self.by_prediction
+        return float(np.abs(predicted - observed).sum() / n.sum()) if n.sum() > 0 else None
+
+    @property
+    def brier(self) -> float | None:
+        return float(self.totals[1] / self.totals[0]) if self.totals[0] > 0 else None
+
+    @property
+    def log_loss(self) -> float | None:
+        return float(self.totals[2] / self.totals[0]) if self.totals[0] > 0 else None
+
+    def curve(self) -> tuple[tuple[float, float, float, int], ...]:
+        """(bin centre of the cumulative score, mean prediction, observed acceptance, weight) of every bin with data."""
+        n, predicted, observed = self.by_score
+        return tuple(
+            ((i + 0.5) / BINS, float(predicted[i] / n[i]), float(observed[i] / n[i]), int(n[i]))
+            for i in range(BINS)
+            if n[i] >= 1.0
+        )
+
+
+class AcceptanceModel:
+    """Online calibration for draft positions 1..max_k.
+
+    memory_steps: decode steps it remembers, > 1 (inf: forgets nothing).
+    """
+
+    def __init__(self, max_k: int, memory_steps: float) -> None:
+        self.max_k = max_k
+        self.decay = 1.0 - 1.0 / memory_steps
+        self.cumulative = ScoreHistogram(max_k)
+        self.at_risk = ScoreHistogram(max_k)
+        self.river = RiverLogistic(max_k)
+        self.maps = dict(all_maps(self.cumulative, self.at_risk, self.river))
+        self.losses = {kind: np.zeros(2) for kind in KINDS}
+        """Forgetting (weight, sum of log losses) per map: the prequential contest."""
+        self.kind = KINDS[0]
+        self.reliability = Reliability()
+        self.samples = 0
+        self.recent: NDArray[np.float32] = np.full((RECENT_ROWS, max_k), np.nan, dtype=np.float32)
+        """The last rows of confidences, NaN where nothing was drafted."""
+        self.recent_step: Floats = np.full(RECENT_ROWS, -np.inf)
+        self.steps = 0
+        self._recent_at = 0
+        self.unlabelled_steps: Floats = np.zeros(max_k)
+        """Decode steps since each position last had a label."""
+        self._waiting: list[StepRecord] = []
+        self._river_turn = 0
+
+    @property
+    def survival(self) -> SurvivalMap:
+        """The serving map."""
+        return self.maps[self.kind]
+
+    def observe(self, record: StepRecord) -> None:
+        """Queue one step; `learn` takes the queue in one vectorised pass."""
+        self.steps += 1
+        self.unlabelled_steps += 1.0
+        if record.k:
+            self._waiting.append(record)
+            self.unlabelled_steps[: int(record.verify_len.max())] = 0.0
+
+    @property
+    def waiting_tokens(self) -> int:
+        return sum(len(r.verify_len) * r.k for r in self._waiting)
+
+    def learn(self) -> list[StepScore]:
+        """Predict, score, then learn every queued step; returns one StepScore per step, in order."""
+        records, self._waiting = self._waiting, []
+        if not records:
+            return []
+        width = min(max(r.k for r in records), self.max_k)
+        rows = sum(len(r.verify_len) for r in records)
+        confidences = np.full((rows, width), 0.5, dtype=np.float32)
+        drafted = np.zeros(rows, dtype=np.int64)
+        starts, at = [], 0
+        for record in records:
+            n, k = len(record.verify_len), min(record.k, width)
+            confidences[at : at + n, :k] = record.confidences[:, :k]
+            drafted[at : at + n] = k
+            starts.append(at)
+            at += n
+        verify_len = np.concatenate([r.verify_len for r in records]).astype(np.int64)
+        accept_len = np.concatenate([r.accept_len for r in records]).astype(np.int64)
+        self._remember(confidences, drafted)
+        labels = _Labels.of(confidences, verify_len, accept_len)
+        scores = self._contest(labels, starts)
+        self._forget(self.decay ** len(records))
+        self._add(labels)
+        return scores
+
+    def refit(self) -> None:
+        """Fit every map anew and let the best prequential log loss serve."""
+        self.maps = dict(all_maps(self.cumulative, self.at_risk, self.river))
+        mean = {kind: total / weight for kind, (weight, total) in self.losses.items() if weight > 0}
+        if mean:
+            best = min(mean, key=mean.__getitem__)
+            if mean[best] < mean.get(self.kind, np.inf) - SWITCH_MARGIN:
+                self.kind = best
+
+    def loosen(self, factor: float) -> None:
+        """After drift: let the past weigh only `factor`, 0..1, so that the present is learnt quickly."""
+        self._forget(factor)
+        for loss in self.losses.values():
+            loss *= factor
+        self.reliability.forget(factor)
+
+    def conditional_rates(self) -> tuple[Floats, Floats]:
+        """P(position j accepted | all before were), [max_k], and its standard error.
+
+        Each leans on the one before it by the weight of ten labels, the first on one half. The error grows with the square
+        root of the steps a position has gone without a label: by 0.5 in 400 steps for the first, whose rate may be
+        anything once the draft has changed; by at most 0.2 for the others, which resemble the one before them.
+        """
+        n, y = self.at_risk.verified.sum(1), self.at_risk.accepted.sum(1)
+        rates = np.empty(self.max_k)
+        before = 0.5
+        for j in range(self.max_k):
+            before = rates[j] = (y[j] + 10.0 * before) / (n[j] + 10.0)
+        known = np.sqrt(np.maximum(rates * (1.0 - rates), 0.02) / (n + 4.0))
+        most = np.where(np.arange(self.max_k) == 0, 0.5, 0.2)
+        return rates, np.hypot(known, most * np.sqrt(np.minimum(self.unlabelled_steps / 400.0, 1.0)))
+
+    def recent_survival(self) -> Floats:
+        """Calibrated survival of recent requests' drafts [rows <= 512, max_k]; positions never drafted continue the chain."""
+        newest_first = (self._recent_at - 1 - np.arange(RECENT_ROWS)) % RECENT_ROWS
+        filled = newest_first[~np.isnan(self.recent[newest_first, 0])]
+        young = int((self.recent_step[filled] > self.steps - RECENT_STEPS).sum())
+        rows = self.recent[filled[: max(young, NEWEST_ROWS)]]
+        missing = np.isnan(rows)
+        survival = self.survival.survival(np.where(missing, 0.5, rows).astype(np.float64))
+        rates, _ = self.conditional_rates()
+        for j in range(1, self.max_k):
+            continued = survival[:, j - 1] * rates[j]
+            survival[:, j] = np.where(missing[:, j], continued, np.minimum(survival[:, j], survival[:, j - 1]))
+        return survival
+
+    def _contest(self, labels: _Labels, starts: Sequence[int]) -> list[StepScore]:
+        """Score every map on labels none of them has seen; starts: first row of each step."""
+        forget = self.decay ** len(starts)
+        flat_label = labels.accepted[labels.verified]
+        for kind, survival in self.maps.items():
+            predicted = survival.survival_at(labels.confidence_at if survival.conditional else labels.score_at)
+            hit = np.where(labels.accepted, predicted, 1.0 - predicted)
+            loss = -np.log(np.maximum(hit, 1e-6))
+            loss *= labels.verified
+            total = self.losses[kind]
+            total *= forget
+            total += (len(flat_label), float(loss.sum()))
+            if kind == self.kind:
+                serving, serving_loss = predicted, loss
+        self.reliability.forget(forget)
+        self.reliability.add(serving[labels.verified], labels.score[labels.verified], flat_label, serving_loss[labels.verified])
+        expected = serving * labels.verified
+        # Survival of one request's positions is nested: Var(sum) = sum_j (2 j - 1) S_j - (sum_j S_j)^2.
+        mean = expected.sum(1)
+        odd = 2.0 * np.arange(1, expected.shape[1] + 1) - 1.0
+        variance = np.maximum(expected @ odd - mean**2, 0.0)
+        columns = np.stack((labels.verified.sum(1), mean, labels.accepted.sum(1), variance, serving_loss.sum(1)))
+        sums = np.add.reduceat(columns, list(starts), axis=1)
+        return [StepScore(int(t), float(e), int(a), float(v), float(s / t) if t else 0.0) for t, e, a, v, s in sums.T]
+
+    def _add(self, labels: _Labels) -> None:
+        positions = np.broadcast_to(np.arange(labels.verified.shape[1]), labels.verified.shape)
+        score_index = labels.score_at.nearest
+        self.cumulative.add(positions[labels.verified], score_index[labels.verified], labels.accepted[labels.verified])
+        at_risk = labels.verified.copy()
+        at_risk[:, 1:] &= labels.accepted[:, :-1]
+        self.at_risk.add(positions[at_risk], labels.confidence_at.nearest[at_risk], labels.accepted[at_risk])
+        chosen = np.flatnonzero(labels.verified)
+        self.samples += len(chosen)
+        if len(chosen) > RIVER_SAMPLES:
+            # A fixed stride from a moving start: deterministic, and it visits every position.
+            self._river_turn += 1
+            stride = len(chosen) // RIVER_SAMPLES
+            chosen = chosen[self._river_turn % stride :: stride][:RIVER_SAMPLES]
+        x = GRID[score_index.ravel()[chosen]]
+        self.river.learn(positions.ravel()[chosen], x, labels.accepted.ravel()[chosen])
+
+    def _remember(self, confidences: NDArray[np.float32], drafted: NDArray[np.int64]) -> None:
+        rows = confidences[-RECENT_ROWS:]
+        kept = np.full((len(rows), self.max_k), np.nan, dtype=np.float32)
+        kept[:, : rows.shape[1]] = np.where(np.arange(rows.shape[1]) < drafted[-RECENT_ROWS:, None], rows, np.nan)
+        at = (self._recent_at + np.arange(len(rows))) % RECENT_ROWS
+        self.recent[at] = kept
+        self.recent_step[at] = self.steps
+        self._recent_at = int(at[-1] + 1) % RECENT_ROWS
+
+    def _forget(self, factor: float) -> None:
+        self.cumulative.forget(factor, FAINT_LABELS)
+        self.at_risk.forget(factor, FAINT_LABELS)
+
+    def state(self) -> dict[str, NDArray[np.float64]]:
+        """Arrays of `calibration.npz`."""
+        return {
+            "cumulative": self.cumulative.state(),
+            "at_risk": self.at_risk.state(),
+            "river": self.river.coefficients(),
+            "losses": np.stack([self.losses[kind] for kind in KINDS]),
+            "serving": np.array([float(KINDS.index(self.kind))]),
+            "reliability": np.stack((self.reliability.by_prediction, self.reliability.by_score)),
+            "totals": self.reliability.totals.copy(),
+            "recent": np.roll(self.recent, -self._recent_at, axis=0).astype(np.float64),  # the newest last
+            "samples": np.array([float(self.samples)]),
+            "survival": self.survival.table.astype(np.float64),
+        }
+
+    def restore(self, state: Mapping[str, NDArray[np.float64]]) -> None:
+        """Take over `state()`; raise ValueError (and change nothing that serves) when it does not fit this model."""
+        fresh = AcceptanceModel(self.max_k, 2.0)
+        fresh.cumulative.restore(state["cumulative"])
+        fresh.at_risk.restore(state["at_risk"])
+        fresh.river.restore(np.asarray(state["river"]))
+        shapes = {"losses": (len(KINDS), 2), "reliability": (2, 3, BINS), "totals": (3,), "recent": (RECENT_ROWS, self.max_k)}
+        for name, shape in {**shapes, "serving": (1,), "samples": (1,)}.items():
+            if np.asarray(state[name]).shape != shape:
+                raise ValueError(f"{name} has shape {np.asarray(state[name]).shape}, wanted {shape}")
+        recent = np.asarray(state["recent"], dtype=np.float32)
+        serving = int(state["serving"][0])
+        if not 0 <= serving < len(KINDS) or (np.isfinite(recent) & ((recent <= 0) | (recent > 1))).any():
+            raise ValueError("calibration state holds values no calibration can have")
+        self.cumulative, self.at_risk, self.river, self.recent = fresh.cumulative, fresh.at_risk, fresh.river, recent
+        self.losses = {kind: np.array(row, dtype=np.float64) for kind, row in zip(KINDS, state["losses"], strict=True)}
+        self.kind, self.samples = KINDS[serving], int(state["samples"][0])
+        self.reliability.by_prediction, self.reliability.by_score = (np.array(table) for table in state["reliability"])
+        self.reliability.totals = np.array(state["totals"])
+        self.recent_step, self.steps, self._recent_at = np.where(np.isnan(recent[:, 0]), -np.inf, 0.0), 0, 0
+        self._waiting.clear()
+        self.refit()
+
+
+@dataclass(frozen=True)
+class CalibrationFit:
+    """An offline calibration of (cumulative score, accepted) pairs. Scores are prequential: predicted before learnt.
+
+    With one position a chain is a logistic curve, so it is called that.
+    """
+
+    kind: str
+    ece: float
+    brier: float
+    log_loss: float
+    samples: int
+    curve: tuple[tuple[float, float, float, int], ...]
+    map: SurvivalMap
+
+    def predict(self, scores: Floats) -> Floats:
+        """Cumulative scores [n] in (0, 1] -> P(accept) [n]."""
+        return self.map.survival(np.asarray(scores, dtype=np.float64)[:, None])[:, 0]
+
+    def state(self) -> dict[str, NDArray[np.float64]]:
+        """Arrays of `calibration.npz`."""
+        return {
+            "score": GRID_SCORE,
+            "probability": self.map.table[0].astype(np.float64),
+            "curve": np.array(self.curve, dtype=np.float64).reshape(-1, 4),
+            "quality": np.array([self.ece, self.brier, self.log_loss, float(self.samples)]),
+        }
+
+
+def fit_pairs(cumulative_score: Floats, accepted: NDArray[np.bool_]) -> CalibrationFit:
+    """Calibrate recorded pairs: cumulative_score [n >= 1] in (0, 1], accepted [n]; forgets nothing.
+
+    The pairs are shuffled (fixed seed) and predicted before learnt in 20 chunks; the map served is then fitted to all.
+    """
+    model = AcceptanceModel(1, np.inf)
+    order = np.random.default_rng(0).permutation(len(accepted))
+    for chunk in np.array_split(order, min(20, len(order))):
+        row = cumulative_score[chunk].astype(np.float32)[:, None]
+        ones = np.ones(len(chunk), dtype=np.uint8)
+        ids = np.zeros(len(chunk), dtype=np.uint32)
+        model.observe(StepRecord(0, 0, 0, 0, 2 * len(chunk), 2 * len(chunk), len(chunk), 1, 0, 0.0, 1.0, 0.0, 1.0,
+                                 row, ones, accepted[chunk].astype(np.uint8), ids))  # fmt: skip
+        model.learn()
+        model.refit()
+    quality = model.reliability
+    return CalibrationFit(
+        kind="logistic" if model.kind == "chain" else model.kind,
+        ece=quality.ece or 0.0,
+        brier=quality.brier or 0.0,
+        log_loss=quality.log_loss or 0.0,
+        samples=model.samples,
+        curve=quality.curve(),
+        map=model.survival,
+    )

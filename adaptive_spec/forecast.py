@@ -1,0 +1,209 @@
+"""Forecast: expected goodput of every plan, from the models as they stand.
+
+    goodput[b, c, K] = E[tokens out] / (fixed_s[K, b] + verify_s[tokens] + context_s_per_token * kv)
+
+Batch granularity: tokens = padded(b) (K + 1), E[tokens out] = b (1 + sum of survival over K positions). Request granularity:
+the engine will choose the verified tokens by score, so the expectation is taken over groups of b recent requests, each
+planned by the very search the engine runs. The relative uncertainty of each entry comes with it: it decides what must be
+measured (a probe) before it may be believed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adaptive_spec.acceptance import AcceptanceModel
+from adaptive_spec.latency import LatencyModel, PlanCostModel
+from adaptive_spec.padding import Padding
+from adaptive_spec.policy import Granularity, SurvivalMap
+
+Floats = NDArray[np.float64]
+
+CONTEXT_EDGES = np.array([1024.0, 4096.0, 16384.0], dtype=np.float32)
+CONTEXT_CENTRES = (512.0, 2048.0, 8192.0, 32768.0)
+MATERIAL_CONTEXT = 0.02
+"""Context buckets are told apart when context makes up this share of a step."""
+GROUP_ROWS = 256
+"""Recent requests an expectation is taken over, in groups of the batch size, at least `MIN_GROUPS` of them."""
+MIN_GROUPS = 2
+FREQUENT = 10
+"""Batch sizes forecast exactly at request granularity, besides the powers of two."""
+UNMEASURED_FIXED = 0.08
+"""Relative standard error of the fixed cost of a plan that was never measured."""
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """goodput, uncertainty: [max_batch + 1, contexts, max_k + 1], tokens/s and relative standard errors (row 0 unused).
+
+    tokens_per_request: [max_batch + 1, contexts, max_k + 1], expected output of a step per request. fixed_s:
+    [max_k + 1, max_batch + 1]. verify_s, verify_error_s: by num_tokens. context_edges: [contexts - 1]. expected_tokens:
+    request granularity only, by batch size: tokens out by verified draft tokens 0..b max_k, the best slots first.
+    """
+
+    goodput: Floats
+    uncertainty: Floats
+    tokens_per_request: Floats
+    fixed_s: Floats
+    verify_s: Floats
+    verify_error_s: Floats
+    context_s_per_token: float
+    context_edges: NDArray[np.float32]
+    survival: SurvivalMap
+    expected_tokens: Mapping[int, Floats]
+
+    def context_of(self, batch_size: int, kv_tokens: int) -> int:
+        return int(np.searchsorted(self.context_edges, kv_tokens / max(batch_size, 1), side="right"))
+
+    def row(self, batch_size: int) -> int:
+        return min(batch_size, len(self.goodput) - 1)
+
+
+@dataclass(frozen=True)
+class Models:
+    """The models a forecast is made of."""
+
+    verify: LatencyModel
+    stages: Sequence[PlanCostModel]
+    acceptance: AcceptanceModel
+    padding: Padding
+    granularity: Granularity
+    candidates: tuple[int, ...]
+    max_batch: int
+    kv_per_request: float
+    batches: NDArray[np.float64]
+    """Tally of batch sizes seen lately, [max_batch + 1]."""
+
+
+def forecast(models: Models, seed: int) -> Forecast | None:
+    """Return the forecast, None before anything was measured. seed: chooses the groups of recent requests."""
+    fit = models.verify.fit
+    if fit is None:
+        return None
+    max_k, max_batch = models.candidates[-1], models.max_batch
+    request = models.granularity is Granularity.REQUEST
+    pad = models.padding.table(max_batch * (max_k + 1) if request else max_batch)
+    largest = int(pad[-1]) if request else int(pad[-1]) * (max_k + 1)
+    by_padded, error_by_padded = fit.predict(np.maximum(np.arange(largest + 1), 1))
+    verify_s, verify_error_s = (by_padded[pad], error_by_padded[pad]) if request else (by_padded, error_by_padded)
+    fixed_s = np.zeros((max_k + 1, max_batch + 1))
+    fixed_error = np.zeros_like(fixed_s)
+    for stage in models.stages:
+        seconds, weight = stage.predict(max_k, max_batch)
+        fixed_s += seconds
+        fixed_error += (seconds * UNMEASURED_FIXED) ** 2 / (1.0 + weight)
+    slope = fit.context_s_per_token
+    typical = float(np.median(verify_s[1:])) if len(verify_s) > 1 else 0.0
+    told_apart = slope * models.kv_per_request > MATERIAL_CONTEXT * typical > 0.0
+    edges = CONTEXT_EDGES if told_apart else CONTEXT_EDGES[:0]
+    centres = list(CONTEXT_CENTRES) if told_apart else [models.kv_per_request]
+    if told_apart:
+        centres[int(np.searchsorted(edges, models.kv_per_request, side="right"))] = models.kv_per_request
+    shape = (max_batch + 1, len(centres), max_k + 1)
+    goodput, uncertainty, tokens = np.zeros(shape), np.ones(shape), np.ones(shape)
+    expected_tokens: dict[int, Floats] = {}
+    for c, centre in enumerate(centres):
+        context_s = slope * centre * np.arange(max_batch + 1.0)
+        costs, outputs = (
+            (fixed_s, fixed_error, verify_s, verify_error_s, context_s, pad),
+            (goodput[:, c], uncertainty[:, c], tokens[:, c]),
+        )
+        if request:
+            expected_tokens = _per_request(models, seed, costs, outputs)
+        else:
+            _per_batch(models, costs, outputs)
+    excluded = [k for k in range(max_k + 1) if k not in models.candidates]
+    goodput[:, :, excluded] = 0.0
+    return Forecast(
+        goodput, uncertainty, tokens, fixed_s, verify_s, verify_error_s, slope, edges, models.acceptance.survival, expected_tokens
+    )  # fmt: skip
+
+
+Costs = tuple[Floats, Floats, Floats, Floats, Floats, NDArray[np.int64]]
+Outputs = tuple[Floats, Floats, Floats]
+
+
+def _per_batch(models: Models, costs: Costs, outputs: Outputs) -> None:
+    fixed_s, fixed_error, verify_s, verify_error_s, context_s, pad = costs
+    goodput, uncertainty, tokens = outputs
+    survival, survival_error = _survival(models.acceptance)
+    expected = np.concatenate(([1.0], 1.0 + np.cumsum(survival)))
+    expected_error = np.concatenate(([0.0], np.cumsum(survival_error))) / expected
+    b = np.arange(1, len(pad))
+    k = np.arange(len(expected))
+    at = pad[1:, None] * (k + 1)
+    seconds = fixed_s.T[1:] + verify_s[at] + context_s[1:, None]
+    tokens[1:] = expected
+    goodput[1:] = b[:, None] * expected / seconds
+    cost_error = np.sqrt(fixed_error.T[1:] + verify_error_s[at] ** 2) / seconds
+    uncertainty[1:] = np.hypot(cost_error, expected_error)
+
+
+def _survival(acceptance: AcceptanceModel) -> tuple[Floats, Floats]:
+    """Survival of positions 1..max_k and its standard error (delta method on a product of independent rates)."""
+    rates, errors = acceptance.conditional_rates()
+    recent = acceptance.recent_survival()
+    # The scores of recent drafts say sooner than counts of accepted ones that the traffic has changed.
+    survival: Floats = (recent if len(recent) else np.cumprod(rates)[None, :]).mean(axis=0)
+    # The error is that of the counts: recent scores may be sure of what was not drafted for long.
+    error = np.cumprod(rates) * np.sqrt(np.cumsum((errors / np.maximum(rates, 0.05)) ** 2))
+    return survival, error.astype(np.float64)
+
+
+def _per_request(models: Models, seed: int, costs: Costs, outputs: Outputs) -> dict[int, Floats]:
+    fixed_s, fixed_error, verify_s, verify_error_s, context_s, _ = costs
+    goodput, uncertainty, tokens = outputs
+    rows = models.acceptance.recent_survival()
+    survival, survival_error = _survival(models.acceptance)
+    max_k = len(fixed_s) - 1
+    if not len(rows):
+        rows = survival[None, :]
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(rows))
+    grid = batch_grid(models.batches)
+    by_slots: dict[int, Floats] = {}
+    for b in grid:
+        groups = max(GROUP_ROWS // b, MIN_GROUPS)
+        picked = rows[order[np.arange(groups * b) % len(rows)]].reshape(groups, b * max_k)
+        best_first = np.argsort(-picked, axis=1)
+        drafts, position = np.take_along_axis(picked, best_first, axis=1), best_first % max_k
+        for k in models.candidates:
+            # Every group has b slots of each position, so the kept ones form rows of equal length, still in order.
+            kept = drafts[position < k].reshape(groups, b * k)
+            expected = np.empty((groups, b * k + 1))
+            expected[:, 0] = b
+            np.cumsum(kept, axis=1, out=expected[:, 1:])
+            expected[:, 1:] += b
+            if k == max_k:
+                by_slots[b] = expected.mean(axis=0)
+            seconds = fixed_s[k, b] + context_s[b] + verify_s[b : b * (k + 1) + 1]
+            value = expected / seconds
+            best = value.argmax(axis=1)
+            chosen = np.arange(groups), best
+            goodput[b, k] = value[chosen].sum() / groups
+            tokens[b, k] = expected[chosen].sum() / (groups * b)
+            middle = int(np.sort(best)[groups // 2])
+            cost_error = math.hypot(math.sqrt(fixed_error[k, b]), verify_error_s[b + middle]) / seconds[middle]
+            uncertainty[b, k] = math.hypot(cost_error, float(survival_error[:k].sum()) / float(tokens[b, k]))
+    fill = np.array(grid)[np.maximum(np.searchsorted(grid, np.arange(models.max_batch + 1), side="right") - 1, 0)]
+    for array in outputs:
+        array[:] = array[fill]
+    return by_slots
+
+
+def batch_grid(batches: NDArray[np.float64]) -> list[int]:
+    """Batch sizes to forecast exactly: the most frequent ones, and 1, 2, 4, 8, ... to beyond the largest.
+
+    batches: tally of batch sizes [max_batch + 1]. What lies between takes the forecast of the next smaller one.
+    """
+    largest = len(batches) - 1
+    seen = int(np.flatnonzero(batches > 0.0).max(initial=0))
+    coarse = {2**e for e in range(13)}
+    frequent = np.argsort(-batches, kind="stable")[:FREQUENT]
+    useful = {b for b in coarse if b <= min(largest, 2 * max(seen, 4))}
+    return sorted({1} | useful | {int(b) for b in frequent if batches[b] > 0.0 and b > 0})

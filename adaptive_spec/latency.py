@@ -1,0 +1,271 @@
+"""Latency models: verify time against tokens (a staircase), and what a step costs beside it.
+
+    verify_s(tokens, kv) = staircase(tokens) + context_s_per_token * kv
+    staircase(tokens)    = intercept_s + slope_s_per_token * tokens   within the segment of `tokens`
+
+`LatencyModel` keeps one robust forgetting `Cell` per token count and partitions their means exactly into segments. The
+prediction for a token count is its segment's line, corrected by what was measured at that very count in proportion to how
+well it was measured. Regimes: measured counts trust themselves; counts between measured ones lie on the line; beyond the
+last measured count the line continues and the standard error grows, so that the policy explores before it believes.
+
+`PlanCostModel` does the same for times that depend on the plan (K, batch size): cells, and a small regression between them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adaptive_spec.cells import STALE_STEPS, Cell, CellTable, Shift
+from adaptive_spec.segments import Floats, find_boundaries, fit_segments
+from adaptive_spec.snapshot import Boundary, Segment
+
+MISFIT = 0.02
+"""Relative deviation of real tiles from straight lines (1-3 % in published curves): no cell counts as surer than this."""
+STALE_ERROR = 0.3
+"""Relative standard error of a cell as old as `cells.STALE_STEPS`; it grows with the square root of age."""
+UNKNOWN_PER_DOUBLING = 0.15
+"""Relative standard error added per doubling of the token count away from what was measured."""
+
+
+@dataclass(frozen=True)
+class LatencyFit:
+    """A fitted staircase.
+
+    tokens, mean_s, weight, samples, age_steps: [counts] measured token counts, their mean seconds without context, effective
+    and raw samples, decode steps since the last one. mape: mean absolute relative deviation of mean_s from
+    the lines. sigma: relative noise of one sample. unrest: relative disagreement of neighbouring counts beyond noise and misfit.
+    """
+
+    segments: tuple[Segment, ...]
+    boundaries: tuple[Boundary, ...]
+    tokens: NDArray[np.int64]
+    mean_s: Floats
+    weight: Floats
+    samples: NDArray[np.int64]
+    age_steps: Floats
+    mape: float
+    sigma: float
+    unrest: float
+    context_s_per_token: float
+
+    def line_s(self, tokens: NDArray[np.int64]) -> Floats:
+        """Seconds on the segments' lines, for any token counts >= 0.
+
+        A count between two segments belongs to the right one: the dearer side when a boundary lies somewhere between.
+        """
+        lasts = np.array([s.last for s in self.segments])
+        index = np.minimum(np.searchsorted(lasts, tokens), len(lasts) - 1)
+        intercept = np.array([s.intercept_s for s in self.segments])[index]
+        slope = np.array([s.slope_s_per_token for s in self.segments])[index]
+        value: Floats = intercept + slope * tokens
+        last = self.segments[-1]
+        at_end = last.intercept_s + last.slope_s_per_token * last.last
+        beyond = np.asarray(tokens) > last.last
+        if beyond.any():
+            value = np.where(beyond, at_end + self._outer_slope() * (tokens - last.last), value)
+        # A line through two noisy points may point anywhere: never below half of the nearest measured mean.
+        nearest = np.clip(np.searchsorted(self.tokens, tokens), 0, len(self.tokens) - 1)
+        return np.maximum(value, 0.5 * self.mean_s[nearest])
+
+    def predict(self, tokens: NDArray[np.int64]) -> tuple[Floats, Floats]:
+        """Token counts [n] >= 1 -> (seconds without context [n], standard errors in seconds [n])."""
+        value = self.line_s(tokens)
+        at = np.clip(np.searchsorted(self.tokens, tokens), 0, len(self.tokens) - 1)
+        measured = self.tokens[at] == tokens
+        noise = self.sigma**2 / np.maximum(self.weight[at], 1e-9) + self.unrest**2
+        trust = MISFIT**2 / (MISFIT**2 + noise)
+        value = np.where(measured, value + trust * (self.mean_s[at] - value), value)
+        distance = np.minimum(
+            np.abs(np.log2(np.maximum(tokens, 1) / self.tokens[at])),
+            np.abs(np.log2(np.maximum(tokens, 1) / self.tokens[np.maximum(at - 1, 0)])),
+        )
+        far = MISFIT**2 + (UNKNOWN_PER_DOUBLING * distance) ** 2
+        stale = STALE_ERROR**2 * np.minimum(self.age_steps[at] / STALE_STEPS, 1.0)
+        relative = np.sqrt(np.where(measured, trust * noise, far + noise) + stale + 1e-8)
+        return value, relative * value
+
+    def state(self) -> dict[str, NDArray[np.float64]]:
+        """Arrays of `latency_model.npz`: the fit, in seconds."""
+        return {
+            "segments": np.array(
+                [[s.first, s.last, s.intercept_s, s.slope_s_per_token] for s in self.segments], dtype=np.float64
+            ),
+            "boundaries": np.array([[b.tokens, b.jump_ratio] for b in self.boundaries], dtype=np.float64).reshape(-1, 2),
+            "points": np.stack((self.tokens.astype(np.float64), self.mean_s, self.weight, self.samples.astype(np.float64))),
+            "quality": np.array([self.mape, self.sigma, self.context_s_per_token]),
+        }
+
+    def _outer_slope(self) -> float:
+        """Slope beyond the last measured count: the trend over the outer half of the curve, never falling."""
+        first = int(np.searchsorted(self.tokens, self.tokens[-1] / 2))
+        x, y = self.tokens[first:].astype(np.float64), self.mean_s[first:]
+        if len(x) < 2:
+            return float(self.mean_s[-1] / self.tokens[-1]) * 0.5
+        return max(float(np.polyfit(x, y, 1)[0]), 0.0)
+
+
+def fit_cells(rows: Floats, sigma: float, context_s_per_token: float, jump_threshold: float) -> LatencyFit:
+    """Fit the staircase to cells: rows [n >= 1, 6] as `CellTable.rows()`; a pure function of weighted data."""
+    tokens = rows[:, 0].astype(np.int64)
+    mean = np.maximum(rows[:, 3] - context_s_per_token * rows[:, 2], 0.05 * rows[:, 3])
+    noise = sigma**2 / rows[:, 1]
+    unrest = _unrest(tokens, mean, noise)
+    relative_variance = noise + unrest**2 + MISFIT**2
+    x = tokens.astype(np.float64)
+    # Three parameters a segment (a break, an intercept, a slope) at ln(n) each: Schwarz's criterion in units of variance.
+    penalty = 3.0 * math.log(max(len(x), 3))
+    segments = fit_segments(x, mean, 1.0 / (relative_variance * mean**2), penalty)
+    unjudged = LatencyFit(
+        segments, (), tokens, mean, rows[:, 1], rows[:, 4].astype(np.int64), rows[:, 5], 0.0, sigma, unrest, context_s_per_token
+    )  # fmt: skip
+    mape = float(np.mean(np.abs(unjudged.line_s(tokens) / mean - 1.0)))
+    at_first, _ = unjudged.predict(np.array([s.first for s in segments]))
+    at_last, _ = unjudged.predict(np.array([s.last for s in segments]))
+    boundaries = find_boundaries(segments, at_first, at_last, jump_threshold)
+    return LatencyFit(
+        segments, boundaries, tokens, mean, rows[:, 1], unjudged.samples, rows[:, 5], mape, sigma, unrest, context_s_per_token
+    )  # fmt: skip
+
+
+def _unrest(tokens: NDArray[np.int64], mean: Floats, noise: Floats) -> float:
+    """Relative standard deviation between adjacent token counts that neither noise [n] nor real tiles explain.
+
+    Counts measured in different moods of a shared machine disagree even when each was measured often. The median over
+    adjacent pairs is blind to the boundaries among them. Fewer than 8 pairs tell nothing.
+    """
+    adjacent = np.diff(tokens) == 1
+    if adjacent.sum() < 8:
+        return 0.0
+    spread = float(np.median(np.abs(np.diff(np.log(mean))[adjacent]))) / (0.6745 * math.sqrt(2.0))
+    return math.sqrt(max(spread**2 - MISFIT**2 - float(np.median(noise)), 0.0))
+
+
+class LatencyModel:
+    """Verify latency, learnt online.
+
+    memory_samples: samples a token count remembers. jump_threshold: relative jump that makes a tile boundary.
+    """
+
+    def __init__(self, memory_samples: float, jump_threshold: float) -> None:
+        self.table = CellTable(memory_samples)
+        self.jump_threshold = jump_threshold
+        self.fit: LatencyFit | None = None
+        self.context_s_per_token = 0.0
+
+    def observe(self, tokens: int, kv_tokens: int, seconds: float, step: int) -> Shift | None:
+        """Learn one verify of `tokens` >= 1 tokens over `kv_tokens` of context; seconds > 0."""
+        return self.table.observe(tokens, float(kv_tokens), seconds, step, self.context_s_per_token)
+
+    def refit(self) -> LatencyFit | None:
+        """Fit segments and boundaries to all that is remembered; None before the first sample."""
+        rows = self.table.rows()
+        if not len(rows):
+            return None
+        typical = max(float(np.average(rows[:, 2], weights=rows[:, 1])), 1.0)
+        level = float(np.average(rows[:, 3], weights=rows[:, 1]))
+        self.context_s_per_token = level * self.table.slope.relative(self.table.sigma, typical)
+        self.fit = fit_cells(rows, self.table.sigma, self.context_s_per_token, self.jump_threshold)
+        return self.fit
+
+    def state(self) -> dict[str, NDArray[np.float64]]:
+        return self.table.state()
+
+    def restore(self, state: Mapping[str, NDArray[np.float64]]) -> None:
+        """Raise ValueError for what cannot be a state."""
+        self.table.restore(state)
+        self.refit()
+
+
+class PlanCostModel:
+    """Seconds of one stage as a function of the plan (K, batch size b), for draft, draft-extend and overhead.
+
+        seconds(K, b) = [1(K>0), K, b 1(K>0), K b, 1, b] . coefficients, all >= 0
+
+    Plans measured often speak for themselves; the regression speaks for the others.
+    """
+
+    FEATURES = 6
+
+    def __init__(self, memory_samples: float, max_batch: int) -> None:
+        self.table = CellTable(memory_samples)
+        self.stride = max_batch + 1
+        self.coefficients: Floats = np.zeros(self.FEATURES)
+        self._rows: Floats = self.table.rows()
+
+    def observe(self, k: int, batch_size: int, seconds: float, step: int) -> Shift | None:
+        """Learn one stage time; seconds >= 0 (an absent stage is 0)."""
+        return self.table.observe(k * self.stride + min(batch_size, self.stride - 1), 0.0, max(seconds, 1e-7), step)
+
+    def refit(self) -> None:
+        self._rows = rows = self.table.rows()
+        if not len(rows):
+            return
+        k, b = np.divmod(rows[:, 0], self.stride)
+        weight = np.sqrt(np.minimum(rows[:, 1], 8.0)) / np.maximum(rows[:, 3], 1e-6)
+        design = self._features(k, b)
+        scale = np.maximum(np.abs(design).max(axis=0), 1e-12)
+        # A light ridge settles what the plans seen so far cannot tell apart, in favour of the cost per draft token.
+        prior = np.diag([0.3, 0.03, 0.3, 0.1, 0.1, 0.1])
+        system = np.vstack((design / scale * weight[:, None], prior))
+        target = np.concatenate((rows[:, 3] * weight, np.zeros(self.FEATURES)))
+        self.coefficients = non_negative_least_squares(system, target) / scale
+
+    def predict(self, max_k: int, max_batch: int) -> tuple[Floats, Floats]:
+        """Return seconds [max_k + 1, max_batch + 1] and the weight behind each (0: never measured), as of the last refit."""
+        k, b = np.meshgrid(np.arange(max_k + 1.0), np.arange(max_batch + 1.0), indexing="ij")
+        value: Floats = self._features(k.ravel(), b.ravel()) @ self.coefficients
+        value = value.reshape(max_k + 1, max_batch + 1)
+        weight = np.zeros_like(value)
+        rows = self._rows
+        row, column = np.divmod(rows[:, 0].astype(np.int64), self.stride)
+        inside = (row <= max_k) & (column <= max_batch)
+        at, cells = (row[inside], column[inside]), rows[inside]
+        value[at] += cells[:, 1] / (cells[:, 1] + 2.0) * (cells[:, 3] - value[at])
+        weight[at] = cells[:, 1]
+        return value, weight
+
+    @staticmethod
+    def _features(k: Floats, b: Floats) -> Floats:
+        on = (k > 0).astype(np.float64)
+        return np.stack((on, k, b * on, k * b, np.ones_like(k), b), axis=-1)
+
+
+def non_negative_least_squares(system: Floats, target: Floats) -> Floats:
+    """Minimise |system @ x - target| over x >= 0 for a handful of unknowns, by dropping negative ones (active set)."""
+    active = np.ones(system.shape[1], dtype=bool)
+    solution = np.zeros(system.shape[1])
+    while active.any():
+        part = np.linalg.lstsq(system[:, active], target, rcond=None)[0]
+        if (part >= 0.0).all():
+            solution[active] = part
+            break
+        indices = np.flatnonzero(active)
+        active[indices[part < 0.0]] = False
+    return solution
+
+
+def fit_samples(num_tokens: NDArray[np.int64], latency_s: Floats, jump_threshold: float) -> LatencyFit:
+    """Fit recorded samples offline, forgetting nothing: num_tokens [n] >= 1, latency_s [n] > 0, n >= 1.
+
+    Of a token count with three samples or more, the median and a robust spread stand for the count, so that first replays
+    and spikes do not move it; noise is the median spread over counts (2 % where nothing is repeated).
+    """
+    tokens, inverse = np.unique(num_tokens, return_inverse=True)
+    rows = np.zeros((len(tokens), 6))
+    spreads = []
+    for i, token in enumerate(tokens):
+        values = np.sort(latency_s[inverse == i])
+        middle = float(np.median(values))
+        spread = 1.4826 * float(np.median(np.abs(values - middle))) / middle
+        if len(values) >= 3:
+            spreads.append(spread)
+        kept = np.clip(values, middle * (1 - 3 * max(spread, 0.01)), middle * (1 + 3 * max(spread, 0.01)))
+        cell = Cell.from_weighted(np.zeros(len(kept)), kept, np.ones(len(kept)))
+        rows[i] = (token, cell.weight, 0.0, cell.mean_y, len(values), 0.0)
+    sigma = float(np.clip(np.median(spreads), 0.002, 0.25)) if spreads else 0.02
+    return fit_cells(rows, sigma, 0.0, jump_threshold)

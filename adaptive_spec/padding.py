@@ -1,0 +1,60 @@
+"""Padding: how an engine rounds up what it verifies (graph buckets), as seen in its records."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adaptive_spec.policy import Granularity
+from adaptive_spec.records import StepRecord
+
+
+class Padding:
+    """Learns the buckets: of batch sizes at batch granularity (padded = bucket (K + 1)), of token counts at request granularity.
+
+    A size that was seen maps to what it was padded to; another to the smallest known bucket that holds it, if the engine
+    was ever seen padding; beyond every known bucket to itself.
+    """
+
+    def __init__(self, granularity: Granularity) -> None:
+        self._per_request = granularity is Granularity.REQUEST
+        self.seen: dict[int, int] = {}
+        self.pads = False
+
+    def observe(self, record: StepRecord) -> None:
+        if self._per_request:
+            size, bucket = record.num_tokens, record.padded_tokens
+        else:
+            size, bucket = record.batch_size, record.padded_tokens // (record.k + 1)
+        self.seen[size] = max(bucket, size)
+        self.pads |= bucket > size
+
+    def table(self, largest: int) -> NDArray[np.int64]:
+        """Bucket of every size 0..largest."""
+        sizes = np.arange(largest + 1)
+        if not self.pads:
+            return sizes
+        buckets = np.unique(list(self.seen.values()))
+        at = np.searchsorted(buckets, sizes)
+        table = np.where(at < len(buckets), buckets[np.minimum(at, len(buckets) - 1)], sizes)
+        for size, bucket in self.seen.items():
+            if size <= largest:
+                table[size] = bucket
+        return table
+
+    def state(self) -> NDArray[np.float64]:
+        return np.array(sorted(self.seen.items()), dtype=np.float64).reshape(-1, 2)
+
+    def restore(self, state: NDArray[np.float64]) -> None:
+        """Raise ValueError unless rows are (size, bucket >= size >= 0)."""
+        rows = np.asarray(state, dtype=np.float64)
+        if (
+            rows.ndim != 2
+            or rows.shape[1] != 2
+            or not np.isfinite(rows).all()
+            or (rows[:, 1] < rows[:, 0]).any()
+            or (rows < 0).any()
+        ):
+            raise ValueError("padding rows must be (size, bucket) with bucket >= size >= 0")
+        self.seen = {int(size): int(bucket) for size, bucket in rows}
+        self.pads = bool((rows[:, 1] > rows[:, 0]).any())

@@ -1,0 +1,170 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from adaptive_spec.acceptance import KINDS, AcceptanceModel, fit_pairs
+from adaptive_spec.calibration import GRID_SCORE, ScoreHistogram, binned_map, chain_map, fit_logistic, linear_map
+from tests.simulated_drafts import drafts, full_record, record_of
+
+
+def trained(steps: int, seed: int = 0, rows: int = 32, k: int = 5, memory: float = 400, **kind: float) -> AcceptanceModel:
+    rng = np.random.default_rng(seed)
+    model = AcceptanceModel(k, memory)
+    for i in range(steps):
+        model.observe(full_record(rng, rows, k, **kind))
+        if i % 10 == 9:
+            model.learn()
+            model.refit()
+    return model
+
+
+@pytest.mark.parametrize(("slope", "bias"), [(1.0, 0.0), (0.6, -0.5), (1.6, 0.8)])
+def test_a_miscalibrated_draft_is_calibrated(slope: float, bias: float) -> None:
+    model = trained(400, slope=slope, bias=bias)
+    confidences, hits = drafts(np.random.default_rng(99), 20_000, 5, slope=slope, bias=bias)
+    survival = model.survival.survival(confidences)
+    for j in range(5):
+        assert survival[:, j].mean() == pytest.approx((hits > j).mean(), abs=0.02)
+        sure = survival[:, j] > 0.7
+        if sure.sum() > 300:
+            assert (hits > j)[sure].mean() == pytest.approx(survival[sure, j].mean(), abs=0.03)
+    assert model.reliability.ece is not None
+    assert model.reliability.ece < 0.03
+
+
+def test_the_best_prequential_log_loss_serves() -> None:
+    model = trained(400, slope=0.6, bias=-0.5)
+    mean = {kind: total / weight for kind, (weight, total) in model.losses.items()}
+    assert set(mean) == set(KINDS)
+    assert mean[model.kind] == pytest.approx(min(mean.values()), abs=0.003)
+    assert mean["chain"] < mean["linear"], "confidences here tell all, so the chain must beat a straight line"
+
+
+def test_positions_that_were_not_verified_carry_no_label() -> None:
+    rng = np.random.default_rng(1)
+    model = AcceptanceModel(5, 400)
+    for _ in range(300):
+        confidences, hits = drafts(rng, 32, 5)
+        # Verify by score, as a ragged engine does: the long chains are the promising ones.
+        verify_len = np.clip((confidences.min(axis=1) * 6).astype(np.uint8), 0, 5)
+        model.observe(record_of(confidences, verify_len, hits))
+    model.learn()
+    model.refit()
+    confidences, hits = drafts(rng, 20_000, 5)
+    predicted = model.survival.survival(confidences)[:, 0].mean()
+    assert predicted == pytest.approx((hits > 0).mean(), abs=0.02), "labels of unverified tokens would pull this far down"
+    assert model.samples == model.cumulative.verified.sum() or model.samples > 0
+
+
+def test_scores_are_taken_before_learning() -> None:
+    model = AcceptanceModel(3, 400)
+    rng = np.random.default_rng(2)
+    model.observe(full_record(rng, 64, 3, accept=0.2, slope=1.0, bias=-3.0))
+    (score,) = model.learn()
+    assert score.expected > score.accepted + 5 * np.sqrt(score.variance), "the untrained model believed the lying draft"
+    assert score.tokens == 64 * 3
+
+
+def test_k_zero_steps_teach_nothing_and_break_nothing() -> None:
+    model = AcceptanceModel(3, 400)
+    rng = np.random.default_rng(3)
+    record = record_of(np.zeros((4, 0), np.float32), np.zeros(4, np.uint8), np.zeros(4, np.uint8))
+    model.observe(record)
+    assert model.learn() == []
+    model.observe(full_record(rng, 4, 2))
+    assert len(model.learn()) == 1
+
+
+def test_positions_no_longer_drafted_keep_their_rate_but_not_its_certainty() -> None:
+    model = trained(300, k=5, accept=0.8)
+    rates, errors = model.conditional_rates()
+    rng = np.random.default_rng(4)
+    for _ in range(1500):
+        confidences, hits = drafts(rng, 32, 1)
+        model.observe(record_of(confidences, np.ones(32, np.uint8), hits))
+    model.learn()
+    later_rates, later_errors = model.conditional_rates()
+    assert later_rates[3] == pytest.approx(rates[3], abs=0.1)
+    assert later_errors[3] > 5 * errors[3]
+    assert later_errors[0] < 0.03
+
+
+def test_learning_in_one_pass_or_in_many_is_the_same_histogram() -> None:
+    rng = np.random.default_rng(5)
+    records = [full_record(rng, 8, 4) for _ in range(40)]
+    one, many = AcceptanceModel(4, np.inf), AcceptanceModel(4, np.inf)
+    for record in records:
+        one.observe(record)
+        many.observe(record)
+        many.learn()
+    one.learn()
+    np.testing.assert_allclose(one.cumulative.verified, many.cumulative.verified)
+    np.testing.assert_allclose(one.at_risk.accepted, many.at_risk.accepted)
+    assert one.at_risk.verified.sum() < one.cumulative.verified.sum()
+
+
+def test_drift_is_followed_within_its_memory_and_faster_when_loosened() -> None:
+    errors = []
+    for loosen in (False, True):
+        model = trained(400, accept=0.85)
+        if loosen:
+            model.loosen(0.1)
+        rng = np.random.default_rng(6)
+        for _ in range(60):
+            model.observe(full_record(rng, 32, 5, accept=0.5))
+        model.learn()
+        model.refit()
+        _confidences, hits = drafts(rng, 20_000, 5, accept=0.5)
+        rates, _ = model.conditional_rates()
+        errors.append(abs(rates[0] - (hits > 0).mean()))
+    assert errors[1] < 0.5 * errors[0]
+
+
+def test_state_round_trip_and_refusal_of_damage() -> None:
+    model = trained(100)
+    twin = AcceptanceModel(5, 400)
+    twin.restore(model.state())
+    assert twin.kind == model.kind
+    np.testing.assert_allclose(twin.survival.table, model.survival.table, atol=1e-6)
+    np.testing.assert_allclose(twin.recent_survival(), model.recent_survival(), atol=1e-5)
+    with pytest.raises(ValueError, match="shape"):
+        AcceptanceModel(4, 400).restore(model.state())
+    broken = dict(model.state())
+    broken["cumulative"] = -broken["cumulative"]
+    with pytest.raises(ValueError, match=">= 0"):
+        twin.restore(broken)
+
+
+@pytest.mark.parametrize("power", [1.0, 2.0])
+def test_fit_pairs_recovers_a_curve_and_reports_honest_scores(power: float) -> None:
+    rng = np.random.default_rng(7)
+    score = rng.uniform(0.01, 1.0, 8000)
+    fit = fit_pairs(score, rng.random(8000) < score**power)
+    at = np.array([0.2, 0.5, 0.8, 0.95])
+    np.testing.assert_allclose(fit.predict(at), at**power, atol=0.06)
+    truth = score**power
+    floor = float(-(truth * np.log(truth) + (1 - truth) * np.log(np.maximum(1 - truth, 1e-12))).mean())
+    assert floor - 0.01 < fit.log_loss < floor + 0.03
+    assert fit.samples == 8000
+
+
+def test_fit_pairs_of_a_single_pair() -> None:
+    fit = fit_pairs(np.array([0.5]), np.array([True]))
+    assert 0.0 < fit.predict(np.array([0.5]))[0] < 1.0
+
+
+def test_every_map_is_a_probability_and_rises_with_the_score() -> None:
+    rng = np.random.default_rng(8)
+    histogram = ScoreHistogram(3)
+    index = rng.integers(0, 81, 3000)
+    histogram.add(rng.integers(0, 3, 3000), index, rng.random(3000) < GRID_SCORE[index])
+    for candidate in (linear_map(histogram), binned_map(histogram), chain_map(histogram)):
+        assert ((candidate.table > 0) & (candidate.table < 1)).all()
+        assert (np.diff(candidate.table, axis=1) >= -1e-6).all()
+
+
+def test_logistic_regression_without_data_is_its_prior() -> None:
+    prior = np.array([[0.3, 0.9]])
+    empty = np.zeros((1, 81))
+    np.testing.assert_allclose(fit_logistic(empty, empty, prior, 8.0), prior)

@@ -1,0 +1,176 @@
+"""Guard rails: which changes of K are worth making, what may be spent on looking, and when a swap is taken back."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adaptive_spec.forecast import Forecast
+from adaptive_spec.policy import Granularity, Trial
+
+Floats = NDArray[np.float64]
+Table = NDArray[np.uint8]
+
+BELIEVED = 0.06
+"""Relative uncertainty above which a plan is measured before it is believed."""
+
+
+def allowed(forecast: Forecast, k_min: int, k_max: int) -> Floats:
+    """Goodput with the K outside [k_min, k_max] struck out; if none is left inside, the nearest one stays."""
+    goodput = forecast.goodput.copy()
+    k = np.arange(goodput.shape[-1])
+    runnable = goodput[1].max(axis=0) > 0.0
+    inside = runnable & (k >= k_min) & (k <= k_max)
+    if not inside.any():
+        inside = np.zeros_like(runnable)
+        inside[min(np.flatnonzero(runnable), key=lambda x: abs(int(x) - k_max))] = True
+    goodput[:, :, ~inside] = 0.0
+    return goodput
+
+
+def better_table(
+    goodput: Floats, uncertainty: Floats, current: Table, min_gain: float, banned: NDArray[np.bool_] | None = None
+) -> Table:
+    """Move an entry of the K table where another K gains at least `min_gain` beyond its own uncertainty.
+
+    goodput, uncertainty: [batches, contexts, K + 1]. banned: bool [batches, contexts, K + 1], never moved to.
+    """
+    score = goodput if banned is None else np.where(banned, 0.0, goodput)
+    best = score.argmax(axis=-1)
+    b, c = np.indices(best.shape)
+    now = goodput[b, c, current]
+    # Half a standard error of the comparison: a full one would keep every K that was not measured from ever being tried.
+    doubt = 0.5 * np.hypot(uncertainty[b, c, best], uncertainty[b, c, current])
+    worth = score[b, c, best] > now * (1.0 + min_gain + doubt)
+    return np.where(worth | (now <= 0.0), best, current).astype(np.uint8)
+
+
+def table_for(current: Table, contexts: int) -> Table:
+    """The same table with another number of context buckets."""
+    return current if current.shape[1] == contexts else np.repeat(current[:, :1], contexts, axis=1)
+
+
+@dataclass
+class ProbeBudget:
+    """Time that may be lost to measuring plans that are not the best: a share of decode time, and a grant after drift.
+
+    share: 0..1. Unspent budget is kept for `MEMORY_STEPS`, no longer: a quiet week must not pay for a wild hour.
+    """
+
+    share: float
+    credit_s: float = 0.0
+    step_s: float = 0.0
+
+    MEMORY_STEPS = 1000
+
+    def earn(self, step_s: float) -> None:
+        """Count one step's seconds."""
+        self.step_s += 0.02 * (step_s - self.step_s) if self.step_s > 0.0 else step_s
+        self._add(self.share * step_s)
+
+    def grant(self, steps: int) -> None:
+        """Allow some more after a drift: so many steps' worth, if probing is allowed at all."""
+        if self.share > 0.0:
+            self._add(steps * self.step_s)
+
+    def _add(self, seconds: float) -> None:
+        self.credit_s = min(self.credit_s + seconds, self.share * self.MEMORY_STEPS * self.step_s)
+
+    def spend(self, lost_s: float) -> None:
+        """Count what a trial step's tokens fell short of the best plan's, in seconds; less than 0 for a lucky one."""
+        self._add(-lost_s)
+
+
+def probe_plans(
+    forecast: Forecast, goodput: Floats, batch_size: int, context: int, k_now: int, granularity: Granularity, min_gain: float
+) -> list[tuple[float, Trial]]:
+    """Plans worth measuring at one batch size, most worthwhile first: (expected relative loss of a step, trial).
+
+    A plan is promising when, taken 1.5 standard errors better than believed, it beats the present one by `min_gain`.
+    """
+    row = forecast.row(batch_size)
+    now = goodput[row, context, k_now]
+    if now <= 0.0:
+        return []
+    found: list[tuple[float, float, Trial]] = []
+    doubt = forecast.uncertainty[row, context]
+    runnable = np.flatnonzero(goodput[row, context] > 0.0).tolist()
+    next_k = next((k for k in runnable if k > k_now), k_now)
+    for k in runnable:
+        value = goodput[row, context, k] / now
+        if k_now == 0 and k > next_k and value <= 1.0:
+            continue  # speculation is off: the smallest K tells, most cheaply, whether the draft has recovered
+        if k != k_now and doubt[k] > BELIEVED / 3 and value * (1.0 + 1.5 * doubt[k]) > 1.0 + min_gain:
+            found.append((value * (1.0 + 1.5 * doubt[k]), max(0.0, 1.0 - value), Trial(batch_size, k, 0, 3)))
+    if granularity is Granularity.REQUEST:
+        found += _probe_tokens(forecast, row, batch_size, now, min_gain)
+    # Cheap looks first: what there is to hope for, per what the look itself loses.
+    return [(loss, trial) for _, loss, trial in sorted(found, key=lambda x: -(x[0] - 1.0) / max(x[1], 0.02))]
+
+
+def _probe_tokens(forecast: Forecast, row: int, batch_size: int, now: float, min_gain: float) -> list[tuple[float, float, Trial]]:
+    """The token count whose latency is so uncertain that verifying just it might be best (a "dead spot"), if there is one."""
+    out = forecast.expected_tokens.get(batch_size)
+    if out is None:
+        return []
+    max_k = len(forecast.fixed_s) - 1
+    slots = np.arange(min(len(out), len(forecast.verify_s) - batch_size))
+    # One position deeper than an even spread needs, so that the slots can go to the requests that deserve them.
+    k = np.minimum(-(-slots // batch_size) + 1, max_k)
+    seconds = forecast.fixed_s[k, row] + forecast.verify_s[batch_size + slots]
+    error = forecast.verify_error_s[batch_size + slots]
+    hopeful = out[slots] / np.maximum(seconds - 1.5 * error, 0.25 * seconds)
+    hopeful[error < BELIEVED / 3 * seconds] = 0.0
+    i = int(hopeful.argmax())
+    if hopeful[i] <= now * (1.0 + min_gain):
+        return []
+    loss = max(0.0, 1.0 - float(out[i] / seconds[i]) / now)
+    return [(float(hopeful[i] / now), loss, Trial(batch_size, int(k[i]), batch_size + i, 3))]
+
+
+@dataclass
+class SwapWatch:
+    """Compares what was measured after a swap with what the previous table would have given on the same steps.
+
+    previous, changed: the table to go back to, and the one swapped in. bias: measured over predicted tokens just before the
+    swap, 0..1: where all predictions had become too high, the previous K would not have kept its promise either. Only steps
+    whose entry changed count. What the previous K would have given is asked of the latest
+    forecast, not of the one that was wrong enough to be replaced.
+    """
+
+    previous: Table
+    changed: Table
+    loss: float
+    bias: float
+    steps: int = 0
+    measured_tokens: float = 0.0
+    squared_tokens: float = 0.0
+    seconds: defaultdict[tuple[int, int], float] = field(default_factory=lambda: defaultdict(float))
+
+    MIN_STEPS = 64
+    MAX_STEPS = 256
+
+    def add(self, row: int, context: int, tokens: int, seconds: float) -> bool:
+        """Count one step; True when it is time for a verdict."""
+        if self.previous[row, context] == self.changed[row, context]:
+            return False
+        self.steps += 1
+        self.measured_tokens += tokens
+        self.squared_tokens += tokens * tokens
+        self.seconds[row, context] += seconds
+        return self.steps >= self.MIN_STEPS and self.steps % 16 == 0
+
+    def share(self, goodput: Floats) -> tuple[float, float]:
+        """(measured tokens / tokens the previous table would have given, its standard error)."""
+        expected = self.bias * sum(float(goodput[b, c, self.previous[b, c]]) * s for (b, c), s in self.seconds.items())
+        variance = max(self.squared_tokens - self.measured_tokens**2 / max(self.steps, 1), 0.0)
+        return self.measured_tokens / max(expected, 1e-9), math.sqrt(variance) / max(expected, 1e-9)
+
+    def failed(self, goodput: Floats) -> bool:
+        """Whether the swap lost more than `loss` and two standard errors."""
+        share, error = self.share(goodput)
+        return share < 1.0 - self.loss - 2.0 * error

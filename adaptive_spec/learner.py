@@ -1,0 +1,215 @@
+"""The learner: all models of one engine, fed step by step, and what they say of each step.
+
+It learns and predicts; it decides nothing. Changes it notices come back as `Noticed`, for the controller to act on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adaptive_spec.acceptance import AcceptanceModel, StepScore
+from adaptive_spec.cells import CLIP_SIGMAS
+from adaptive_spec.drift import DriftDetector
+from adaptive_spec.engine_info import EngineInfo
+from adaptive_spec.forecast import Forecast, Models, forecast
+from adaptive_spec.latency import LatencyModel, PlanCostModel
+from adaptive_spec.ledger import Ledger
+from adaptive_spec.padding import Padding
+from adaptive_spec.records import StepFlag, StepRecord
+from adaptive_spec.settings import ControllerSettings
+
+LEARN_AT_TOKENS = 8192
+"""Queued draft tokens at which the acceptance model learns without waiting for the refit."""
+LOOSEN = 0.25
+"""What the past of the calibration still weighs after a drift."""
+MATERIAL_BIAS = 0.02
+"""Mean relative error of predicted latency below which a detector's alarm is no news to anybody."""
+
+
+Stopwatch = Callable[[str], AbstractContextManager[object]]
+"""Makes a context that times what is named; the clock is the caller's."""
+
+
+class Noticed(NamedTuple):
+    """A drift: signal "latency" or "calibration", and what happened in words."""
+
+    signal: str
+    words: str
+
+
+class Learner:
+    """Models, counters and drift detectors of one engine.
+
+    forecast: goodput of every plan as of the last `fit`, None before the first. batches: forgetting tally of batch sizes
+    [max_batch + 1]. batch_size, context: of the last step.
+    """
+
+    def __init__(self, settings: ControllerSettings, info: EngineInfo) -> None:
+        self.info = info
+        memory = settings.latency.memory_samples
+        self.verify = LatencyModel(memory, settings.latency.jump_threshold)
+        self.stages = {name: PlanCostModel(memory, info.max_batch) for name in ("draft", "draft_extend", "overhead")}
+        self.acceptance = AcceptanceModel(info.max_k, settings.acceptance.memory_steps)
+        self.padding = Padding(info.granularity)
+        self.ledger = Ledger(info.max_k)
+        self.forecast: Forecast | None = None
+        self.batch_size = 0
+        self.context = 0
+        self.kv_per_request = 512.0
+        self.batches = np.zeros(info.max_batch + 1)
+        self._latency_drift = DriftDetector()
+        self._calibration_drift = DriftDetector()
+        self._traffic_drift = DriftDetector(group=16, delta=1e-4, threshold=40.0)
+        self._latency_bias = 0.0
+        self._loss_level = [0.0, 0.0, 0.0]  # forgetting weight, mean, variance of the steps' log loss
+
+    def observe(self, record: StepRecord) -> list[Noticed]:
+        """Learn one step."""
+        self.ledger.count(record)
+        self.padding.observe(record)
+        self.batch_size = record.batch_size
+        self.kv_per_request += 0.02 * (record.kv_tokens / record.batch_size - self.kv_per_request)
+        self.batches *= 0.998
+        self.batches[min(record.batch_size, self.info.max_batch)] += 1.0
+        noticed = [] if record.flags & StepFlag.DISTURBED else self._learn_times(record)
+        if not record.flags & StepFlag.CENSORED:
+            self.acceptance.observe(record)
+        if self.acceptance.waiting_tokens >= LEARN_AT_TOKENS:
+            noticed += self.learn_acceptance()
+        return noticed
+
+    def learn_acceptance(self) -> list[Noticed]:
+        """Learn the queued labels now."""
+        noticed = []
+        for score in self.acceptance.learn():
+            if score.tokens == 0:
+                continue
+            self.ledger.expected_accepted += score.expected
+            bias = (score.accepted - score.expected) / math.sqrt(score.variance + 0.25)
+            alarms = [self._calibration_drift.update(bias), self._traffic_drift.update(self._standard_loss(score))]
+            if any(alarms) and self.forecast is not None:
+                words = (
+                    "acceptance differs from the calibration" if alarms[0] else "the draft's scores fit the traffic differently"
+                )
+                self.acceptance.loosen(LOOSEN)
+                noticed.append(Noticed("calibration", words))
+        return noticed
+
+    def fit(self, stopwatch: Stopwatch = nullcontext) -> list[Noticed]:
+        """Fit every model to what was learnt and forecast anew. stopwatch: opened around each part, with its name."""
+        with stopwatch("acceptance"):
+            noticed = self.learn_acceptance()
+            self.acceptance.refit()
+        with stopwatch("latency"):
+            self.verify.refit()
+            for stage in self.stages.values():
+                stage.refit()
+        with stopwatch("policy"):
+            self.forecast = forecast(self.models(), seed=0)
+        return noticed
+
+    def models(self) -> Models:
+        """The models a forecast is made of, as they stand."""
+        info = self.info
+        return Models(
+            verify=self.verify,
+            stages=tuple(self.stages.values()),
+            acceptance=self.acceptance,
+            padding=self.padding,
+            granularity=info.granularity,
+            candidates=info.candidates,
+            max_batch=info.max_batch,
+            kv_per_request=self.kv_per_request,
+            batches=self.batches,
+        )
+
+    def judge(self, record: StepRecord) -> float:
+        """Compare a step with what was predicted for its own plan, and note what the launch K would have given.
+
+        Returns the seconds a trial lost against the best plan (negative for a lucky one), 0 for ordinary steps.
+        """
+        forecast_ = self.forecast
+        if forecast_ is None or record.flags & StepFlag.DISTURBED:
+            return 0.0
+        self.context = forecast_.context_of(record.batch_size, record.kv_tokens)
+        row, k = forecast_.row(record.batch_size), record.k
+        plans = forecast_.goodput[row, self.context]
+        if record.flags & StepFlag.TRIAL:
+            best = float(plans.max())
+            return record.step_s - record.output_tokens / best if best > 0.0 else 0.0
+        self.ledger.window.append((record.output_tokens, record.step_s, float(plans[k]), float(plans[self.info.launch_k])))
+        if record.num_tokens < len(forecast_.verify_s):
+            self.ledger.predicted_s += float(
+                forecast_.fixed_s[k, row]
+                + forecast_.verify_s[record.num_tokens]
+                + forecast_.context_s_per_token * record.kv_tokens
+            )
+            self.ledger.measured_s += record.step_s
+        return 0.0
+
+    @property
+    def largest_batch(self) -> int:
+        """Largest batch size seen lately, 0 before the first step."""
+        seen = np.flatnonzero(self.batches > 0.0)
+        return int(seen[-1]) if len(seen) else 0
+
+    def _learn_times(self, record: StepRecord) -> list[Noticed]:
+        step = self.ledger.steps
+        fit = self.verify.fit
+        shift = self.verify.observe(record.padded_tokens, record.kv_tokens, record.verify_s, step)
+        overhead_s = record.step_s - record.draft_s - record.verify_s - record.draft_extend_s
+        times = {"draft": record.draft_s, "draft_extend": record.draft_extend_s, "overhead": overhead_s}
+        for name, seconds in times.items():
+            self.stages[name].observe(record.k, record.batch_size, seconds, step)
+        if fit is not None and self.forecast is not None and record.num_tokens < len(self.forecast.verify_s):
+            expected = float(self.forecast.verify_s[record.num_tokens]) + self.verify.context_s_per_token * record.kv_tokens
+            residual = math.log(record.verify_s / expected)
+            limit = CLIP_SIGMAS * self.verify.table.sigma
+            self._latency_bias += 0.05 * (min(max(residual, -limit), limit) - self._latency_bias)
+            alarm = self._latency_drift.update(residual / self.verify.table.sigma) and (
+                abs(self._latency_bias) >= max(MATERIAL_BIAS, 0.5 * self.verify.table.sigma)
+            )
+            if shift is not None:
+                self._latency_drift.restart()
+            if shift is not None or alarm:
+                ratio = shift.ratio if shift is not None else math.exp(self._latency_bias)
+                return [Noticed("latency", f"verify latency moved by {ratio - 1.0:+.0%}")]
+        return []
+
+    def _standard_loss(self, score: StepScore) -> float:
+        """Log loss of a step in standard deviations from its slow mean."""
+        weight, mean, variance = self._loss_level
+        loss = score.log_loss
+        standard = (loss - mean) / math.sqrt(variance) if weight > 100 and variance > 0.0 else 0.0
+        rate = max(1.0 / (weight + 1.0), 0.001)
+        self._loss_level = [weight + 1.0, mean + rate * (loss - mean), variance + rate * ((loss - mean) ** 2 - variance)]
+        return standard
+
+    def latency_state(self) -> dict[str, NDArray[Any]]:
+        """Arrays of `latency_model.npz`: the fit to read, the cells to go on from."""
+        state: dict[str, NDArray[Any]] = {f"cells.{k}": v for k, v in self.verify.state().items()}
+        for name, stage in self.stages.items():
+            state |= {f"{name}.{k}": v for k, v in stage.table.state().items()}
+        state["padding"] = self.padding.state()
+        return state | (self.verify.fit.state() if self.verify.fit is not None else {})
+
+    def calibration_state(self) -> dict[str, NDArray[Any]]:
+        """Arrays of `calibration.npz`."""
+        return dict(self.acceptance.state())
+
+    def take(self, latency: Mapping[str, NDArray[Any]], calibration: Mapping[str, NDArray[Any]]) -> None:
+        """Take over the arrays of a profile; ValueError when they do not fit this engine (then use a fresh learner)."""
+        try:
+            self.padding.restore(latency["padding"])
+            self.verify.restore({"rows": latency["cells.rows"], "noise": latency["cells.noise"]})
+            for name, stage in self.stages.items():
+                stage.table.restore({"rows": latency[f"{name}.rows"], "noise": latency[f"{name}.noise"]})
+            self.acceptance.restore(calibration)
+        except KeyError as error:
+            raise ValueError(f"profile lacks {error.args[0]}") from error

@@ -1,0 +1,146 @@
+"""Ledger: everything that is counted, for metrics and the status page. Counters survive a warm restart."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import Counter, deque
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from adaptive_spec.records import StepRecord
+from adaptive_spec.snapshot import Event, HistogramData
+
+STEP_EDGES_S = (*tuple(round(m * 10.0**e, 10) for e in range(-5, 1) for m in (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)), 10.0)
+STAGES = ("draft", "verify", "draft_extend", "step")
+WINDOW_STEPS = 256
+"""Steps the current goodput and the gains are taken over."""
+MAX_EVENTS = 100
+
+
+class Histogram:
+    """Counts of seconds per bucket."""
+
+    def __init__(self, edges_s: tuple[float, ...] = STEP_EDGES_S) -> None:
+        self.edges_s = edges_s
+        self.counts = [0] * (len(edges_s) + 1)
+        self.sum_s = 0.0
+
+    def add(self, seconds: float) -> None:
+        self.counts[bisect_left(self.edges_s, seconds)] += 1
+        self.sum_s += seconds
+
+    def data(self) -> HistogramData:
+        return HistogramData(self.edges_s, tuple(self.counts), self.sum_s)
+
+
+class Ledger:
+    """Counts what steps did. Position-indexed counters begin at draft position 1."""
+
+    def __init__(self, max_k: int) -> None:
+        self.draft = np.zeros(max_k, dtype=np.int64)
+        self.verified = np.zeros(max_k, dtype=np.int64)
+        self.accepted = np.zeros(max_k, dtype=np.int64)
+        self.expected_accepted = 0.0
+        self.output_tokens = 0
+        self.steps = 0
+        self.observations = 0
+        self.predicted_s = 0.0
+        self.measured_s = 0.0
+        self.decode_s = 0.0
+        self.probe_lost_s = 0.0
+        self.sweep_s = 0.0
+        self.drift: Counter[str] = Counter(latency=0, calibration=0)
+        self.swaps: Counter[str] = Counter()
+        self.dropped: Counter[str] = Counter()
+        self.stages = {stage: Histogram() for stage in STAGES}
+        self.refits: dict[str, Histogram] = {}
+        self.events: deque[Event] = deque(maxlen=MAX_EVENTS)
+        self.window: deque[tuple[int, float, float, float]] = deque(maxlen=WINDOW_STEPS)
+        """(output tokens, step seconds, goodput the policy promised, goodput the launch K would have had) of ordinary steps."""
+
+    def count(self, record: StepRecord) -> None:
+        """Count one step's tokens and times."""
+        self.observations += 1
+        self.steps += 1
+        self.output_tokens += record.output_tokens
+        self.decode_s += record.step_s
+        k = min(record.k, len(self.draft))
+        if k:
+            self.draft[:k] += record.batch_size
+            self.verified += _reaching(record.verify_len, len(self.verified))
+            self.accepted += _reaching(record.accept_len, len(self.accepted))
+            self.stages["draft"].add(record.draft_s)
+        if record.draft_extend_s > 0.0:
+            self.stages["draft_extend"].add(record.draft_extend_s)
+        self.stages["verify"].add(record.verify_s)
+        self.stages["step"].add(record.step_s)
+
+    def event(self, now_s: float, kind: str, text: str) -> None:
+        self.events.append(Event(now_s, kind, text))
+
+    def goodput(self) -> float | None:
+        """Measured goodput over the window, tokens/s; None before there is one."""
+        seconds = sum(s for _, s, _, _ in self.window)
+        return sum(n for n, *_ in self.window) / seconds if seconds > 0.0 else None
+
+    def bias(self, steps: int) -> float:
+        """Measured over promised tokens in the last `steps` ordinary steps, 0..1 (1 where nothing was promised)."""
+        rows = list(self.window)[-steps:]
+        promised = sum(s * p for _, s, p, _ in rows)
+        return min(sum(n for n, *_ in rows) / promised, 1.0) if promised > 0.0 else 1.0
+
+    def gains(self) -> tuple[float | None, float | None]:
+        """(predicted, measured) gain over the launch K in the window, 0 = none; None where nothing could be predicted."""
+        rows = [(n, s, p, q) for n, s, p, q in self.window if p > 0.0 and q > 0.0]
+        if len(rows) < 8:
+            return None, None
+        launch = sum(s * q for _, s, _, q in rows)
+        return sum(s * p for _, s, p, _ in rows) / launch - 1.0, sum(n for n, *_ in rows) / launch - 1.0
+
+    def state(self) -> dict[str, Any]:
+        """JSON form of the counters."""
+        return {
+            "draft": self.draft.tolist(), "verified": self.verified.tolist(), "accepted": self.accepted.tolist(),
+            "scalars": {name: getattr(self, name) for name in _SCALARS},
+            "drift": dict(self.drift), "swaps": dict(self.swaps), "dropped": dict(self.dropped),
+            "stages": {name: [h.counts, h.sum_s] for name, h in self.stages.items()},
+            "refits": {name: [h.counts, h.sum_s] for name, h in self.refits.items()},
+        }  # fmt: skip
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Raise ValueError when a counter is missing, negative or of the wrong shape."""
+        try:
+            positions = {name: np.array(state[name], dtype=np.int64) for name in ("draft", "verified", "accepted")}
+            scalars = {name: type(getattr(self, name))(state["scalars"][name]) for name in _SCALARS}
+            tallies = {name: Counter({str(k): int(v) for k, v in state[name].items()}) for name in ("drift", "swaps", "dropped")}
+            histograms = {name: {s: _histogram(*h) for s, h in state[name].items()} for name in ("stages", "refits")}
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"counters are damaged: {error}") from error
+        if any(v.shape != self.draft.shape or (v < 0).any() for v in positions.values()) or any(v < 0 for v in scalars.values()):
+            raise ValueError("counters are damaged: a value is negative or a list has the wrong length")
+        for name, value in {**positions, **scalars, **tallies}.items():
+            setattr(self, name, value)
+        self.stages.update(histograms["stages"])
+        self.refits.update(histograms["refits"])
+
+
+_SCALARS = (
+    "expected_accepted", "output_tokens", "steps", "observations", "predicted_s", "measured_s", "decode_s", "probe_lost_s",
+    "sweep_s",
+)  # fmt: skip
+
+
+def _histogram(counts: list[int], sum_s: float) -> Histogram:
+    histogram = Histogram()
+    if len(counts) != len(histogram.counts):
+        raise ValueError("counters are damaged: a histogram has another number of buckets")
+    histogram.counts, histogram.sum_s = [int(c) for c in counts], float(sum_s)
+    return histogram
+
+
+def _reaching(lengths: np.ndarray[Any, np.dtype[np.uint8]], max_k: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """How many requests reached positions 1..max_k."""
+    tally = np.bincount(lengths, minlength=max_k + 1)
+    return np.asarray(tally[::-1].cumsum()[::-1][1 : max_k + 1])

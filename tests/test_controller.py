@@ -1,0 +1,254 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from adaptive_spec.controller import Controller
+from adaptive_spec.policy import Granularity, Mode
+from adaptive_spec.settings import ControllerSettings, PolicySettings
+from tests.simulated_server import SimulatedServer, engine_info, staircase
+
+
+def server(granularity: Granularity = Granularity.BATCH, *, swept: bool = True, **fields: object) -> SimulatedServer:
+    info = engine_info(granularity, holds_batch=True)
+    simulated = SimulatedServer(info, staircase(), **fields)  # type: ignore[arg-type]  # fields of SimulatedServer
+    while swept and simulated.controller.mode is Mode.SWEEP and simulated.steps < 2000:
+        simulated.run(5)
+    return simulated
+
+
+@pytest.mark.parametrize("granularity", list(Granularity))
+@pytest.mark.parametrize("batch_size", [3, 8, 24, 60])
+def test_it_settles_near_the_best_fixed_k_at_every_batch_size(granularity: Granularity, batch_size: int) -> None:
+    s = server(granularity)
+    s.batch_size = batch_size
+    s.run(250)
+    best = s.static_goodput(s.best_static())
+    assert s.run(300) > 0.94 * best
+
+
+def test_requests_of_their_own_length_beat_every_fixed_k_between_tiles() -> None:
+    s = server(Granularity.REQUEST)
+    s.batch_size = 24
+    s.run(250)
+    assert s.run(300) > 1.02 * s.static_goodput(s.best_static())
+
+
+@pytest.mark.parametrize("granularity", list(Granularity))
+def test_it_follows_a_hotter_machine_a_worse_draft_and_another_kernel(granularity: Granularity) -> None:
+    s = server(granularity)
+    s.run(300)
+    s.latency_scale = 1.3
+    s.run(150)
+    assert s.controller.snapshot(s.now_s).drift_events["latency"] >= 1
+    s.accept = 0.35
+    s.run(400)
+    assert s.run(300) > 0.93 * s.static_goodput(s.best_static())
+    s.accept, s.curve = 0.85, staircase(48, 0.008, 0.009)
+    s.run(900)
+    assert s.run(300) > 0.9 * s.static_goodput(s.best_static())
+
+
+def test_a_lying_draft_is_one_calibration_drift() -> None:
+    s = server()
+    s.run(600)
+    before = s.controller.snapshot(s.now_s).drift_events["calibration"]
+    s.bias, s.slope = -2.0, 0.6
+    s.run(400)
+    assert s.controller.snapshot(s.now_s).drift_events["calibration"] - before in (1, 2)
+
+
+def test_a_collapsed_draft_switches_speculation_off_and_is_noticed_when_it_recovers() -> None:
+    # Drafting that costs a tenth of a step each, so that a draft without use must go.
+    s = server(draft_s=0.0015, accept=0.8)
+    s.run(300)
+    s.accept = 0.01
+    s.run(600)
+    off = s.run(500)
+    assert s.controller.k_by_batch_size()[8] == 0
+    assert off > 0.97 * s.static_goodput(0), "looking for a recovery must stay cheap"
+    s.accept = 0.8
+    s.run(1500)
+    assert s.run(200) > 0.93 * s.static_goodput(s.best_static())
+
+
+def test_steady_traffic_is_not_disturbed_by_probing_or_flapping() -> None:
+    s = server()
+    s.run(1000)
+    swaps = sum(s.controller.snapshot(s.now_s).swaps.values())
+    s.run(3000)
+    snapshot = s.controller.snapshot(s.now_s)
+    assert sum(snapshot.swaps.values()) - swaps <= 1
+    assert snapshot.probe_share < 0.012
+
+
+def test_shadow_decides_but_does_not_act() -> None:
+    s = server(swept=False, batch_size=3, settings=ControllerSettings(mode="shadow"))
+    s.run(800)
+    policy = s.controller.latest_policy
+    assert policy is not None
+    assert not policy.acting
+    assert s.controller.mode is Mode.SHADOW
+    assert {r.k for r in [s.step() for _ in range(5)]} == {s.info.launch_k}
+
+
+def test_a_rail_keeps_k_inside() -> None:
+    s = server(batch_size=3, settings=ControllerSettings(policy=PolicySettings(k_min=1, k_max=2)))
+    s.run(300)
+    assert set(s.controller.k_by_batch_size().values()) <= {1, 2}
+
+
+def mode_of(s: SimulatedServer) -> str:
+    return str(s.controller.mode)
+
+
+def version_of(s: SimulatedServer) -> int:
+    policy = s.controller.latest_policy
+    return policy.version if policy is not None else 0
+
+
+def test_commands() -> None:
+    s = server()
+    c = s.controller
+    s._publish(c.command("pin", s.now_s, 5))
+    s.run(200)
+    assert mode_of(s) == "pinned"
+    assert s.step().k == 5
+    s._publish(c.command("unpin", s.now_s))
+    s.run(50)
+    assert mode_of(s) == "active"
+    assert s.step().k == s.best_static()
+    s._publish(c.command("pause", s.now_s))
+    version = version_of(s)
+    s.accept = 0.1
+    s.run(300)
+    assert mode_of(s) == "paused"
+    assert version_of(s) == version
+    s._publish(c.command("shadow", s.now_s))
+    assert s.step().k == s.info.launch_k
+    s._publish(c.command("resume", s.now_s))
+    assert mode_of(s) == "active"
+    s._publish(c.command("resweep", s.now_s))
+    assert mode_of(s) == "sweep"
+    while mode_of(s) == "sweep" and s.steps < 5000:
+        s.run(5)
+    assert mode_of(s) == "active"
+
+
+@pytest.mark.parametrize(
+    ("name", "k", "words"), [("pin", 99, "99 is not one of"), ("pin", None, "None"), ("dance", None, "'dance'")]
+)
+def test_a_wrong_command_is_refused_and_changes_nothing(name: str, k: int | None, words: str) -> None:
+    s = server()
+    mode = s.controller.mode
+    with pytest.raises(ValueError, match=words):
+        s.controller.command(name, 0.0, k)
+    assert s.controller.mode is mode
+
+
+def test_failure_falls_back_and_recovers() -> None:
+    s = server()
+    s._publish(s.controller.fail("the model raised", s.now_s))
+    assert s.step().k == s.info.launch_k
+    s.run(700)
+    assert s.controller.mode is Mode.ACTIVE
+
+
+def test_versions_only_rise() -> None:
+    s = server()
+    s.controller.resume_version(1000)
+    s._publish(s.controller.command("pause", s.now_s))
+    assert s.planner.version == 1001
+    s.controller.resume_version(5)
+    s._publish(s.controller.command("resume", s.now_s))
+    assert s.planner.version > 1001
+
+
+def test_a_restarted_controller_goes_on_where_it_was() -> None:
+    s = server(Granularity.REQUEST)
+    s.run(400)
+    old = s.controller
+    twin = Controller(s.settings, s.info)
+    twin.restore(old.state())
+    assert twin.mode is Mode.ACTIVE
+    assert twin.k_by_batch_size() == old.k_by_batch_size()
+    before, after = old.snapshot(s.now_s), twin.snapshot(s.now_s)
+    assert after.output_tokens == before.output_tokens
+    assert [b.tokens for b in after.boundaries] == [b.tokens for b in before.boundaries]
+    assert after.policy_version == before.policy_version
+    s.controller = twin
+    s.run(200)
+    assert s.run(200) > 0.93 * s.static_goodput(s.best_static())
+
+
+def test_a_mode_newly_configured_wins_over_the_checkpoint() -> None:
+    s = server()
+    s.run(100)
+    shadow = Controller(ControllerSettings(mode="shadow"), s.info)
+    shadow.restore(s.controller.state())
+    assert shadow.mode is Mode.SHADOW
+    s._publish(s.controller.command("pin", s.now_s, 2))
+    same = Controller(s.settings, s.info)
+    same.restore(s.controller.state())
+    assert same.mode is Mode.PINNED
+
+
+def test_a_profile_spares_the_sweep_and_a_foreign_one_is_refused() -> None:
+    s = server()
+    latency, calibration = s.controller.latency_state(), s.controller.calibration_state()
+    fresh = Controller(ControllerSettings(), s.info)
+    fresh.restore_profile(latency, calibration)
+    assert fresh.mode is Mode.ACTIVE
+    assert fresh.tick(0.0) is not None, "decides at once from the profile"
+    smaller = Controller(ControllerSettings(), engine_info(Granularity.BATCH, max_k=3))
+    with pytest.raises(ValueError, match="shape"):
+        smaller.restore_profile(latency, calibration)
+    assert smaller.mode is Mode.SWEEP
+    with pytest.raises(ValueError, match="lacks"):
+        smaller.restore_profile({}, calibration)
+
+
+def test_counters_are_exact() -> None:
+    s = server(swept=False)
+    records = []
+    for _ in range(300):
+        record = s.step()
+        records.append(record)
+        s.controller_sees(record)
+    snapshot = s.controller.snapshot(s.now_s)
+    assert snapshot.output_tokens == sum(r.output_tokens for r in records)
+    assert sum(snapshot.accepted_tokens) == sum(int(r.accept_len.sum()) for r in records)
+    assert sum(snapshot.verified_tokens) == sum(int(r.verify_len.sum()) for r in records)
+    assert sum(snapshot.draft_tokens) == sum(r.batch_size * r.k for r in records)
+    assert snapshot.decode_steps == snapshot.observations == 300
+
+
+def test_padding_buckets_are_learnt() -> None:
+    info = engine_info(Granularity.BATCH)
+    s = SimulatedServer(info, staircase())
+    original = s.step
+
+    def padded_step() -> object:
+        record = original()
+        bucket = 8 * -(-record.batch_size // 8)
+        return dataclasses.replace(record, padded_tokens=bucket * (record.k + 1))
+
+    s.step = padded_step  # type: ignore[method-assign, assignment]  # the same engine with graph buckets of 8
+    for b in (3, 8, 12, 16):
+        s.batch_size = b
+        s.run(60)
+    table = s.controller.learner.padding.table(20)
+    assert table[3] == 8
+    assert table[5] == 8, "never seen, but the smallest bucket that holds it is known"
+    assert table[10] == 16
+    assert table[20] == 20, "beyond every bucket nothing is known"
+
+
+def test_decisions_do_not_depend_on_anything_but_their_arguments() -> None:
+    one, other = server(seed=5), server(seed=5)
+    for s in (one, other):
+        s.run(300)
+    assert one.controller.k_by_batch_size() == other.controller.k_by_batch_size()
+    assert one.now_s == other.now_s
+    assert version_of(one) == version_of(other)

@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from adaptive_spec.guard import ProbeBudget, SwapWatch, better_table, table_for
+
+
+def table(k: int) -> np.ndarray:
+    return np.full((3, 1), k, dtype=np.uint8)
+
+
+def goodput(*values: float) -> np.ndarray:
+    return np.tile(np.array(values), (3, 1, 1))
+
+
+def test_a_better_plan_is_taken_even_across_a_valley() -> None:
+    wanted = better_table(goodput(100, 80, 70, 130), np.zeros((3, 1, 4)), table(0), 0.01)
+    assert (wanted == 3).all()
+
+
+def test_a_gain_below_the_minimum_is_not_worth_a_swap() -> None:
+    assert (better_table(goodput(100, 100.9), np.zeros((3, 1, 2)), table(0), 0.01) == 0).all()
+    assert (better_table(goodput(100, 101.1), np.zeros((3, 1, 2)), table(0), 0.01) == 1).all()
+
+
+def test_an_unmeasured_plan_must_promise_more() -> None:
+    unsure = np.zeros((3, 1, 2))
+    unsure[..., 1] = 0.3
+    assert (better_table(goodput(100, 110), unsure, table(0), 0.01) == 0).all()
+    assert (better_table(goodput(100, 120), unsure, table(0), 0.01) == 1).all()
+
+
+def test_a_banned_plan_is_not_moved_to() -> None:
+    banned = np.zeros((3, 1, 2), dtype=bool)
+    banned[..., 1] = True
+    assert (better_table(goodput(100, 200), np.zeros((3, 1, 2)), table(0), 0.01, banned) == 0).all()
+
+
+def test_budget_is_earned_spent_and_does_not_pile_up() -> None:
+    budget = ProbeBudget(0.01)
+    for _ in range(100_000):
+        budget.earn(0.02)
+    full = 0.01 * ProbeBudget.MEMORY_STEPS * 0.02
+    assert budget.credit_s == pytest.approx(full)
+    budget.spend(0.15)
+    assert budget.credit_s == pytest.approx(full - 0.15)
+    budget.grant(1000)
+    assert budget.credit_s == pytest.approx(full)
+
+
+def test_no_budget_means_no_probe_even_after_drift() -> None:
+    budget = ProbeBudget(0.0)
+    budget.earn(1000.0)
+    budget.grant(10)
+    assert budget.credit_s == 0.0
+
+
+@pytest.mark.parametrize(("measured", "bias", "fails"), [(70, 1.0, True), (99, 1.0, False), (70, 0.7, False)])
+def test_rollback_when_the_previous_policy_would_have_given_more(measured: int, bias: float, fails: bool) -> None:
+    watch = SwapWatch(table(0), table(1), 0.05, bias)
+    due = False
+    for i in range(SwapWatch.MIN_STEPS):
+        due = watch.add(1, 0, measured + (i % 3 - 1), 1.0)
+    assert due
+    assert watch.failed(goodput(100, 120)) is fails
+
+
+def test_steps_the_swap_did_not_change_are_not_judged() -> None:
+    previous, changed = table(0), table(0)
+    changed[2] = 1
+    watch = SwapWatch(previous, changed, 0.05, 1.0)
+    assert not any(watch.add(1, 0, 1, 1.0) for _ in range(500))
+    assert watch.steps == 0
+
+
+def test_table_keeps_its_k_when_context_buckets_appear() -> None:
+    assert table_for(table(4), 3).shape == (3, 3)
+    assert (table_for(table(4), 3) == 4).all()

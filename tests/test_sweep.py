@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from adaptive_spec.engine_info import EngineInfo
+from adaptive_spec.policy import Granularity
+from adaptive_spec.settings import ControllerSettings, SweepSettings
+from adaptive_spec.sweep import Sweep
+from tests.curves import load
+from tests.simulated_server import SimulatedServer, engine_info, staircase
+
+
+def sweep(server: SimulatedServer, limit: int = 4000) -> int:
+    while server.controller.mode == "sweep" and server.steps < limit:
+        server.run(1)
+    return server.steps
+
+
+GUIDE_STEPS = 128 * 5
+"""The offline guide walks every batch size 1..128 at K = 8 for 5-10 minutes; five steps each is a lower bound of its cost."""
+
+
+@pytest.mark.parametrize("name", ["a100_llama3-8b_tp1", "h100_llama2-70b_tp4"])
+def test_the_boundaries_of_real_curves_from_a_quarter_of_the_guides_steps(name: str) -> None:
+    tokens, seconds = load(name)
+    expected = {"a100_llama3-8b_tp1": [128, 256, 384, 576, 768], "h100_llama2-70b_tp4": [128, 256, 384, 512]}[name]
+
+    def curve(count: int) -> float:
+        return float(seconds[min(int(np.searchsorted(tokens, count)), len(tokens) - 1)])
+
+    info = EngineInfo("simulated", name, "gpu", 1, 3, tuple(range(9)), 128, Granularity.REQUEST, True, 1)
+    settings = ControllerSettings(sweep=SweepSettings(max_tokens=1024))
+    server = SimulatedServer(info, curve, noise=0.01, settings=settings)
+    steps = sweep(server)
+    fit = server.controller.learner.verify.fit
+    assert fit is not None
+    found = [b.tokens for b in fit.boundaries]
+    for boundary in expected:
+        assert min(abs(b - boundary) for b in found) <= 1, f"{boundary} not among {found}"
+    assert steps <= GUIDE_STEPS / 4
+
+
+@pytest.mark.parametrize("tile", [4, 16, 48])
+def test_a_staircase_is_found_to_the_token(tile: int) -> None:
+    server = SimulatedServer(engine_info(Granularity.REQUEST, max_batch=16, holds_batch=True), staircase(tile=tile, step_s=0.008))
+    sweep(server)
+    fit = server.controller.learner.verify.fit
+    assert fit is not None
+    true = [t for t in range(tile, 128, tile) if 0.008 / (0.010 + 0.008 * (t // tile - 1)) > 0.2]
+    found = [b.tokens for b in fit.boundaries]
+    assert [t for t in true if t not in found] == []
+
+
+def test_without_control_of_the_batch_only_its_own_plans_are_measured() -> None:
+    server = SimulatedServer(engine_info(Granularity.BATCH), staircase(), batch_size=6)
+    steps = sweep(server)
+    assert steps < 40
+    assert set(server.controller.learner.verify.table.cells) == {6 * (k + 1) for k in range(8)}
+
+
+def test_the_sweep_keeps_to_its_budget_and_ends() -> None:
+    settings = ControllerSettings(sweep=SweepSettings(max_steps=30))
+    server = SimulatedServer(engine_info(Granularity.REQUEST, holds_batch=True), staircase(), settings=settings)
+    sweep(server)
+    assert server.controller.mode == "active"
+    assert server.controller.snapshot(0.0).sweep_steps <= 30
+
+
+def test_trials_are_always_plans_the_engine_can_run() -> None:
+    info = EngineInfo("simulated", "m", "g", 1, 2, (0, 1, 3, 5), 24, Granularity.BATCH, True, 1)
+    planner = Sweep(SweepSettings(), info, 0.15)
+    trials = planner.next_round({}, 0.02, 0, {})
+    assert trials
+    for trial in trials:
+        assert trial.k in info.candidates
+        assert 1 <= trial.batch_size <= 24
+        assert trial.num_tokens == 0

@@ -1,0 +1,108 @@
+"""Archives: named arrays in one npz file, versioned, checksummed, replaced whole or not at all. Never pickled.
+
+An archive holds one extra entry, `header`: UTF-8 JSON with format, version, kind, meta and the SHA-256 of all the rest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import tempfile
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+FORMAT = "adaptive-spec"
+FORMAT_VERSION = 1
+_HEADER = "header"
+_PREFIX = "array/"
+
+
+class ArchiveError(ValueError):
+    """The file is no archive, is damaged, or is of another kind or version; the message says which, on one line."""
+
+
+class Archive(NamedTuple):
+    """What an archive holds. `meta`: small JSON values about it."""
+
+    arrays: dict[str, NDArray[Any]]
+    meta: dict[str, Any]
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file (mode 0600) under a temporary name in its folder and rename it. Raises OSError."""
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def save_archive(path: Path, kind: str, arrays: Mapping[str, NDArray[Any]], meta: Mapping[str, Any] | None = None) -> None:
+    """Write arrays of any plain dtype. Raises OSError, and TypeError for arrays of Python objects."""
+    for name, array in arrays.items():
+        if array.dtype.hasobject:
+            raise TypeError(f"array {name!r} holds Python objects")
+    header = {"format": FORMAT, "version": FORMAT_VERSION, "kind": kind, "meta": dict(meta or {})}
+    header["sha256"] = _digest(header, arrays)
+    stored: dict[str, Any] = {_PREFIX + name: array for name, array in arrays.items()}
+    stored[_HEADER] = np.frombuffer(json.dumps(header).encode(), np.uint8)
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **stored)
+    write_atomically(path, buffer.getvalue())
+
+
+def load_archive(path: Path, kind: str) -> Archive:
+    """Read an archive whole and check it. Raises ArchiveError when it cannot be trusted, FileNotFoundError when missing."""
+    try:
+        # Through zipfile and not np.load, whose object of a damaged file complains again when it is collected.
+        with zipfile.ZipFile(io.BytesIO(path.read_bytes())) as file:
+            names = {name.removesuffix(".npy") for name in file.namelist()}
+            if _HEADER not in names:
+                raise ArchiveError(f"{path.name} was not written by adaptive-spec")
+            header = json.loads(_entry(file, _HEADER).tobytes())
+            arrays = {name.removeprefix(_PREFIX): _entry(file, name) for name in names - {_HEADER}}
+    except (ArchiveError, FileNotFoundError):
+        raise
+    except Exception as error:  # a damaged zip fails in a dozen ways: ValueError, BadZipFile, zlib.error, struct.error, ...
+        raise ArchiveError(f"{path.name} is damaged: {_one_line(error)}") from error
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
+        raise ArchiveError(f"{path.name} was not written by adaptive-spec")
+    if header.get("version") != FORMAT_VERSION:
+        raise ArchiveError(f"{path.name} has format version {header.get('version')}, this program reads {FORMAT_VERSION}")
+    if header.get("kind") != kind:
+        raise ArchiveError(f"{path.name} holds {header.get('kind')!r}, not {kind!r}")
+    told = header.pop("sha256", None)
+    if told != _digest(header, arrays):
+        raise ArchiveError(f"{path.name} is damaged: its checksum does not fit")
+    return Archive(arrays, header["meta"])
+
+
+def _entry(file: zipfile.ZipFile, name: str) -> NDArray[Any]:
+    with file.open(f"{name}.npy") as entry:
+        array: NDArray[Any] = np.lib.format.read_array(entry, allow_pickle=False)
+    return array
+
+
+def _digest(header: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> str:
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
+    for name in sorted(arrays):
+        array = np.ascontiguousarray(arrays[name])
+        digest.update(json.dumps([name, array.dtype.str, array.shape]).encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

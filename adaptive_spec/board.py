@@ -1,0 +1,36 @@
+"""The board: what the sidecar's loop shows to the HTTP threads. One reference, swapped whole, never changed in place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from adaptive_spec.engine_info import EngineInfo
+from adaptive_spec.snapshot import Snapshot
+
+
+@dataclass(frozen=True)
+class View:
+    """The sidecar at one moment.
+
+    time_s: CLOCK_MONOTONIC seconds. snapshot, info: None until an engine was attached. attached: its ring is open and the
+    engine lives. failures: controller calls that raised, by kind of call. profile: where it came from ("sweep", "profile",
+    "checkpoint"). checkpoint_s: time of the last checkpoint, None before the first.
+    """
+
+    time_s: float
+    snapshot: Snapshot | None = None
+    info: EngineInfo | None = None
+    attached: bool = False
+    failures: Mapping[str, int] = field(default_factory=dict)
+    origin: str = "sweep"
+    checkpoint_s: float | None = None
+    position: int = 0
+
+
+class Board:
+    """Written by the loop only, read by anybody. `beat_s` is the loop's last sign of life."""
+
+    def __init__(self, now_s: float) -> None:
+        self.view = View(now_s)
+        self.beat_s = now_s

@@ -1,0 +1,187 @@
+"""The command line. Exit status 0, or 2 with one line on stderr that says what is not allowed; never a traceback for that."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from adaptive_spec import __version__
+from adaptive_spec.errors import BadInput
+
+DEFAULT_RUNTIME_DIR = Path("/dev/shm/adaptive-spec")
+PATH = click.Path(path_type=Path)
+COMMANDS = ("status", "pause", "resume", "shadow", "active", "pin", "unpin", "refit", "resweep")
+
+_runtime_dir = click.option(
+    "--runtime-dir", type=PATH, default=DEFAULT_RUNTIME_DIR, show_default=True, help="Folder the sidecar shares with its engine."
+)
+_url = click.option("--url", help="Address of the sidecar's HTTP server; found in the runtime directory when not given.")
+_token_file = click.option("--token-file", type=PATH, help="File with the control token; in the runtime directory by default.")
+
+
+@click.group(no_args_is_help=False, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="adaptive-spec")
+def cli() -> None:
+    """Keep the draft length K of speculative decoding right on a live LLM server."""
+
+
+@cli.command()
+@click.option("--latency", type=PATH, help="CSV with the header num_tokens,latency_ms.")
+@click.option("--calibration", type=PATH, help="CSV with the header cumulative_score,accepted (0 or 1).")
+@click.option("--out", type=PATH, required=True, help="Folder for latency_model.npz, calibration.npz and plots/.")
+@click.option(
+    "--jump-threshold", type=click.FloatRange(0.02, 2.0), default=0.15, show_default=True,
+    help="Relative jump that makes a tile boundary.",
+)  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def fit(latency: Path | None, calibration: Path | None, out: Path, jump_threshold: float, as_json: bool) -> None:
+    """Fit both models offline to recorded samples and draw them."""
+    if latency is None and calibration is None:
+        raise BadInput("--latency, --calibration: neither is given: must be at least one of them")
+    from rich.console import Console
+
+    with Console(stderr=True).status("fitting"):
+        from adaptive_spec.fit import fit_files
+
+        result = fit_files(latency, calibration, out, jump_threshold)
+    if as_json:
+        click.echo(json.dumps(result.document()))
+        return
+    from adaptive_spec.tables import fit_tables
+
+    console = Console()
+    for table in fit_tables(result):
+        console.print(table)
+    console.print(f"written to {out}", highlight=False)
+
+
+@cli.command()
+@click.option("--config", type=PATH, help="YAML configuration, see docs/configuration.md.")
+@click.option("--runtime-dir", type=PATH, help="Overrides runtime_dir of the configuration.")
+@click.option("--profile-dir", type=PATH, help="Overrides profile_dir.")
+@click.option("--host", help="Overrides host.")
+@click.option("--port", type=click.IntRange(0, 65535), help="Overrides port; 0 takes a free one.")
+def sidecar(config: Path | None, **overrides: Any) -> None:
+    """Run the sidecar: learn from an engine's step records, decide K, serve /metrics and the status page."""
+    # One core is the sidecar's; linear algebra on all cores would take them from the engine. Before numpy is imported.
+    for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ.setdefault(name, "1")
+    from adaptive_spec.config import load_settings
+
+    settings = load_settings(config, {key: value for key, value in overrides.items() if value is not None})
+    from adaptive_spec.sidecar import run_sidecar
+
+    run_sidecar(settings)
+
+
+@cli.command()
+@_url
+@_runtime_dir
+@_token_file
+@click.option(
+    "--timeout", type=click.FloatRange(min=0.0, min_open=True), default=900.0, show_default=True, help="Seconds to wait."
+)
+def sweep(url: str | None, runtime_dir: Path, token_file: Path | None, timeout: float) -> None:
+    """Ask a running sidecar for a (new) sweep and wait until it is over."""
+    from adaptive_spec.control import ControlClient
+    from adaptive_spec.sweep_watch import watch_sweep
+
+    watch_sweep(ControlClient.find(runtime_dir, url, token_file), timeout)
+
+
+@cli.command()
+@click.argument("command", type=click.Choice(COMMANDS))
+@click.argument("k", type=click.IntRange(0, 32), required=False)
+@_url
+@_runtime_dir
+@_token_file
+@click.option("--json", "as_json", is_flag=True, help="With status: print /status.json as it is.")
+def ctl(command: str, k: int | None, url: str | None, runtime_dir: Path, token_file: Path | None, as_json: bool) -> None:
+    """Show or change what a running sidecar does. `pin K` holds one K for all batch sizes until `unpin`."""
+    if (command == "pin") != (k is not None):
+        raise BadInput(f"K: {k!r} is not allowed: must be a whole number in 0..32 for pin, and absent otherwise")
+    from adaptive_spec.control import ControlClient
+
+    client = ControlClient.find(runtime_dir, url, token_file)
+    if command != "status":
+        click.echo(f"{command}: done, mode {client.send(command, k)['mode']}")
+        return
+    document = client.status()
+    if as_json:
+        click.echo(json.dumps(document, indent=1))
+        return
+    from rich.console import Console
+
+    from adaptive_spec.tables import status_table
+
+    Console().print(status_table(document))
+
+
+@cli.command()
+@_runtime_dir
+@click.option("--profile-dir", type=PATH, default=Path("profiles"), show_default=True, help="Folder of profiles.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address the sidecar would bind.")
+@click.option("--port", type=click.IntRange(0, 65535), default=9477, show_default=True, help="Port the sidecar would bind.")
+@click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
+def doctor(runtime_dir: Path, profile_dir: Path, host: str, port: int, as_json: bool) -> None:
+    """Say what works here and what does not. Exit status 1 when something essential is broken."""
+    from adaptive_spec.doctor import examine
+
+    findings = examine(runtime_dir, profile_dir, host, port)
+    if as_json:
+        click.echo(json.dumps([finding._asdict() for finding in findings], indent=1))
+    else:
+        from rich.console import Console
+
+        from adaptive_spec.tables import findings_table
+
+        Console().print(findings_table(findings))
+    if any(finding.state == "broken" for finding in findings):
+        raise click.exceptions.Exit(1)
+
+
+@cli.command()
+@click.option("--duration", type=click.FloatRange(min=1.0), help="Seconds; until Ctrl-C when not given.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address of the sidecar's HTTP server.")
+@click.option("--port", type=click.IntRange(0, 65535), default=9477, show_default=True, help="Its port; 0 takes a free one.")
+@click.option("--json", "json_file", type=PATH, help="Write the figures of the run to this file.")
+@click.option("--compare", is_flag=True, help="Also run every fixed K on the same prompts, in turn, and print the ratios.")
+@click.option("--engine", type=click.Choice(["embedded", "sglang"]), default="embedded", show_default=True, help="Engine to run.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the prompts' order.")
+@click.option("--profile-dir", type=PATH, help="Keep the profile here and use it next time; a fresh one is thrown away.")
+def demo(
+    duration: float | None, host: str, port: int, json_file: Path | None, compare: bool, engine: str, seed: int,
+    profile_dir: Path | None,
+) -> None:  # fmt: skip
+    """See it work: a real engine on real text, the sidecar beside it, and what they decide."""
+    if engine == "sglang":
+        raise BadInput("--engine: 'sglang' is not allowed: it comes with the SGLang plugin; must be embedded")
+    from adaptive_spec.demo import DemoOptions, run_demo
+
+    run_demo(DemoOptions(duration, host, port, json_file, compare, seed, profile_dir))
+
+
+def main() -> None:
+    """Entry point of `adaptive-spec`."""
+    try:
+        status = cli.main(standalone_mode=False)
+    except (BadInput, click.ClickException) as error:
+        message = error.format_message() if isinstance(error, click.ClickException) else str(error)
+        click.echo(f"adaptive-spec: {' '.join(message.split())}", err=True)
+        sys.exit(2)
+    except (KeyboardInterrupt, click.Abort):
+        sys.exit(130)
+    except BrokenPipeError:
+        # Whoever read our output has gone; let nothing complain about it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,157 @@
+"""The YAML configuration file of the sidecar, and the page that documents it.
+
+`python -m adaptive_spec.config` prints docs/configuration.md.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
+
+from adaptive_spec.errors import BadInput
+from adaptive_spec.settings import SidecarSettings
+
+_WANTED = {
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "int_type": "a whole number",
+    "int_parsing": "a whole number",
+    "int_from_float": "a whole number",
+    "bool_type": "true or false",
+    "string_type": "a text",
+    "path_type": "a path",
+    "finite_number": "a finite number",
+    "model_type": "a section of keys and values",
+    "model_attributes_type": "a section of keys and values",
+    "string_too_short": "not empty",
+}
+"""What pydantic's kinds of error want, in words."""
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Safe YAML in which the same key twice is an error, not a silent choice of the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.MarkedYAMLError(problem=f"key {key.value!r} is there twice", problem_mark=key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def load_settings(path: Path | None, overrides: Mapping[str, object] | None = None) -> SidecarSettings:
+    """Read a configuration file (None: all defaults); overrides: values of the sidecar's own keys that take precedence.
+
+    Raises BadInput with one line: file, dotted key, value, what is allowed.
+    """
+    settings = SidecarSettings() if path is None else settings_from(_parsed(path), str(path))
+    return settings.model_copy(update=dict(overrides or {}))
+
+
+def _parsed(path: Path) -> object:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "is not UTF-8 text"
+        raise BadInput(f"{path}: cannot be read: {reason}") from error
+    try:
+        return yaml.load(text, Loader=_StrictLoader)  # a SafeLoader
+    except yaml.MarkedYAMLError as error:
+        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        raise BadInput(f"{path}: {line}is not valid YAML: {error.problem or error}") from error
+    except (yaml.YAMLError, ValueError, TypeError) as error:
+        raise BadInput(f"{path}: is not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def settings_from(data: object, name: str) -> SidecarSettings:
+    """Turn parsed YAML (None: all defaults) into settings. Raises BadInput as `load_settings`; `name` begins its line."""
+    if data is None:
+        return SidecarSettings()
+    if not isinstance(data, dict):
+        raise BadInput(f"{name}: must be keys and values, not a {type(data).__name__}")
+    try:
+        # Strict and by way of JSON: "5" is no number and true is no 1, but a text is still a path.
+        settings = SidecarSettings.model_validate_json(json.dumps(data, default=str), strict=True)
+    except ValidationError as error:
+        raise BadInput(f"{name}: {_explain(error.errors(include_url=False)[0])}") from error
+    policy = settings.controller.policy
+    if policy.k_min > policy.k_max:
+        raise BadInput(
+            f"{name}: controller.policy.k_min: {policy.k_min} is not allowed: must be <= k_max, which is {policy.k_max}"
+        )
+    return settings
+
+
+def _explain(error: ErrorDetails) -> str:
+    key = ".".join(str(part) for part in error["loc"])
+    kind, context, value = error["type"], error.get("ctx", {}), error["input"]
+    if kind == "extra_forbidden":
+        section = _section(error["loc"][:-1])
+        return f"{key}: unknown key: allowed are {', '.join(section.model_fields)}"
+    bounds = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+    wanted = next((f"{sign} {context[bound]:g}" for bound, sign in bounds.items() if bound in context), None)
+    if kind == "literal_error":
+        wanted = str(context["expected"])
+    wanted = wanted or _WANTED.get(kind)
+    return f"{key}: {value!r} is not allowed: {f'must be {wanted}' if wanted else error['msg']}"
+
+
+def _section(location: tuple[int | str, ...]) -> type[BaseModel]:
+    section: type[BaseModel] = SidecarSettings
+    for part in location:
+        section = _as_section(section.model_fields[str(part)]) or section
+    return section
+
+
+def _as_section(info: FieldInfo) -> type[BaseModel] | None:
+    return info.annotation if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel) else None
+
+
+def _sections(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, type[BaseModel]]]:
+    yield prefix, section
+    for name, info in section.model_fields.items():
+        if (inner := _as_section(info)) is not None:
+            yield from _sections(inner, f"{prefix}{name}.")
+
+
+def _type_words(info: FieldInfo) -> str:
+    choices = [str(choice) for choice in get_args(info.annotation) if isinstance(choice, str)]
+    if choices:
+        return " or ".join(f"`{choice}`" for choice in choices)
+    names = {"int": "whole number", "float": "number", "str": "text", "Path": "path", "bool": "true or false"}
+    return names.get(getattr(info.annotation, "__name__", ""), "path or nothing")
+
+
+def configuration_page() -> str:
+    """Return docs/configuration.md, made from the settings themselves."""
+    lines = [
+        "# Configuration",
+        "",
+        "Made by `make docs` from `adaptive_spec/settings.py`; do not edit by hand.",
+        "",
+        "`adaptive-spec sidecar --config FILE` reads YAML. Every key may be left out. An unknown key, a key given twice, a wrong",
+        "type or a value out of range is an error: one line naming the key, its value and what is allowed, and exit status 2.",
+        "",
+    ]
+    for prefix, section in _sections(SidecarSettings):
+        fields = {name: info for name, info in section.model_fields.items() if _as_section(info) is None}
+        lines += [f"## {f'`{prefix[:-1]}`' if prefix else 'Sidecar'}", "", " ".join((section.__doc__ or "").split()), ""]
+        lines += ["| key | type | default | what it does |", "|---|---|---|---|"]
+        for name, info in fields.items():
+            default = "none" if info.default is None else f"`{info.default}`"
+            lines.append(f"| `{prefix}{name}` | {_type_words(info)} | {default} | {info.description} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(configuration_page(), end="")

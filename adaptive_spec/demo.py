@@ -1,0 +1,277 @@
+"""`adaptive-spec demo`: a real engine and the sidecar as two processes of their own, watched until the end.
+
+The sidecar may die (try `kill -9`): the engine goes on, and a new sidecar is started with growing pauses and continues from
+the checkpoint. Everything the run leaves in memory lies in one folder that is removed at the end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib.util
+import json
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import yaml
+
+from adaptive_spec.archive import write_atomically
+from adaptive_spec.control import ADDRESS_NAME, ControlClient
+from adaptive_spec.demo_view import DemoState, DemoView
+from adaptive_spec.errors import BadInput
+
+LOOK_S = 0.25
+END_PATIENCE_S = 30.0
+START_PATIENCE_S = 60.0
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
+SWEEP_TOKENS, SWEEP_STEPS = 32, 500
+CHECKPOINT_INTERVAL_S = 2.0
+PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class DemoOptions:
+    """The options of `adaptive-spec demo`; duration_s None: until Ctrl-C, profile_dir None: a fresh one each time."""
+
+    duration_s: float | None
+    host: str
+    port: int
+    json_file: Path | None
+    compare: bool
+    seed: int
+    profile_dir: Path | None
+
+
+def run_demo(options: DemoOptions) -> int:
+    """Run the demonstration; returns the exit status: 0, or 1 when an output differed from the target model's own.
+
+    Raises BadInput when something needed is missing, and when the engine dies.
+    """
+    if importlib.util.find_spec("torch") is None or importlib.util.find_spec("safetensors") is None:
+        raise BadInput("demo: torch or safetensors is missing: install the extra, pip install 'adaptive-spec[engine]'")
+    if options.json_file and not options.json_file.absolute().parent.is_dir():
+        raise BadInput(f"--json: '{options.json_file}' is not allowed: its folder does not exist")
+    _check_port(options.host, options.port)
+    with _folder() as folder, _stop_signals() as stopping:
+        demo = _Demo(options, folder)
+        try:
+            state = demo.watch(stopping)
+        finally:
+            demo.end()
+    document = result_document(state)
+    if options.json_file:
+        write_atomically(options.json_file.absolute(), (json.dumps(document, indent=1) + "\n").encode())
+    demo.view.conclude(document, state)
+    return 0 if document["lossless"] else 1
+
+
+def result_document(state: DemoState) -> dict[str, Any]:
+    """What `--json` writes: the fields of the contract, and some more."""
+    engine, sidecar = state.engine, state.sidecar
+    decode_s = engine.get("decode_s") or 0.0
+    return {
+        "engine": "embedded",
+        "duration_s": engine.get("elapsed_s", 0.0),
+        "sweep_s": (sidecar.get("sweep") or {}).get("duration_s", 0.0),
+        "decode_steps": engine.get("decode_steps", 0),
+        "output_tokens": engine.get("output_tokens", 0),
+        "goodput_tokens_per_s": engine.get("output_tokens", 0) / decode_s if decode_s else 0.0,
+        "policy_swaps": sum((sidecar.get("swaps") or {}).values()),
+        "boundaries": sidecar.get("boundaries", []),
+        "calibration_error": (sidecar.get("calibration") or {}).get("ece"),
+        "drift_events": sidecar.get("drift_events", {"latency": 0, "calibration": 0}),
+        "lossless": bool(engine.get("lossless", False)),
+        "compare": engine.get("compare") or {},
+        "lossless_checked": engine.get("lossless_checked", 0),
+        "compare_blocks": engine.get("compare_blocks", 0),
+        "acceptance": engine.get("acceptance", {}),
+        "k_by_batch_size": sidecar.get("k_by_batch_size", {}),
+        "jump_ratios": sidecar.get("jump_ratios", []),
+        "sweep_steps": (sidecar.get("sweep") or {}).get("steps", 0),
+        "sidecar_restarts": state.sidecar_restarts,
+        "events": sidecar.get("events", []),
+        "model": engine.get("model"),
+        "gpu": engine.get("gpu"),
+    }
+
+
+@dataclass
+class _Keeper:
+    """Starts the sidecar again when it has died, waiting longer each time it did not live long."""
+
+    start: Callable[[], subprocess.Popen[bytes]]
+    process: subprocess.Popen[bytes] = field(init=False)
+    restarts: int = 0
+    _pause_s: float = FIRST_PAUSE_S
+    _started_s: float = 0.0
+    _died_s: float | None = None
+
+    def __post_init__(self) -> None:
+        self.process = self.start()
+        self._started_s = time.monotonic()
+
+    def look(self, now_s: float) -> None:
+        """Restart the process if it is dead and has been for long enough."""
+        if self.process.poll() is None:
+            if now_s - self._started_s > LONGEST_PAUSE_S:
+                self._pause_s = FIRST_PAUSE_S
+            return
+        if self._died_s is None:
+            self._died_s = now_s
+        if now_s - self._died_s >= self._pause_s:
+            self._pause_s = min(2.0 * self._pause_s, LONGEST_PAUSE_S)
+            self._died_s, self._started_s = None, now_s
+            self.restarts += 1
+            self.process = self.start()
+
+
+class _Demo:
+    """The two processes of one run and what they say."""
+
+    def __init__(self, options: DemoOptions, folder: Path) -> None:
+        self._options, self._folder = options, folder
+        self._runtime_dir, self._status_file = folder / "runtime", folder / "engine.json"
+        settings = {
+            "runtime_dir": str(self._runtime_dir),
+            "profile_dir": str((options.profile_dir or folder / "profiles").absolute()),
+            "host": options.host,
+            "port": options.port,
+            "checkpoint_interval_s": CHECKPOINT_INTERVAL_S,
+            # A demo is short and its batches are small: the curve beyond what they reach is left to a real deployment.
+            "controller": {"sweep": {"max_tokens": SWEEP_TOKENS, "max_steps": SWEEP_STEPS}},
+        }
+        (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+        self.state = DemoState(options.duration_s)
+        self._engine: subprocess.Popen[bytes] | None = None
+        self._keeper = _Keeper(self._start_sidecar)
+        self._client: ControlClient | None = None
+        self._await_sidecar()
+        arguments = ["--runtime-dir", str(self._runtime_dir), "--status", str(self._status_file), "--seed", str(options.seed)]
+        if options.duration_s is not None:
+            arguments += ["--duration", str(options.duration_s)]
+        if options.compare:
+            arguments.append("--compare")
+        self._engine = self._start("adaptive_spec.engines.embedded.worker", arguments, "engine.log")
+        self.view = DemoView(self._client.url if self._client else "")
+
+    def watch(self, stopping: list[int]) -> DemoState:
+        """Show what happens until the engine has ended, by itself or because it was told to. Raises BadInput if it fails."""
+        engine = self._engine
+        assert engine is not None  # started in __init__
+        told_s: float | None = None
+        with self.view:
+            while engine.poll() is None:
+                self._look()
+                self.view.show(self.state)
+                if stopping and told_s is None:
+                    told_s = time.monotonic()
+                    engine.terminate()
+                if told_s is not None and time.monotonic() - told_s > END_PATIENCE_S:
+                    engine.kill()
+                time.sleep(LOOK_S)
+            time.sleep(2 * LOOK_S)  # the sidecar reads the last records and shows them
+            self._look()
+        if engine.returncode != 0:
+            raise BadInput(f"demo: the engine ended with status {engine.returncode}: {self._last_line('engine.log')}")
+        return self.state
+
+    def end(self) -> None:
+        """Stop both processes, gently at first."""
+        for process in (self._engine, self._keeper.process):
+            if process is None or process.poll() is not None:
+                continue
+            process.terminate()
+            try:
+                process.wait(10.0)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+    def _look(self) -> None:
+        self._keeper.look(time.monotonic())
+        self.state.sidecar_restarts = self._keeper.restarts
+        with contextlib.suppress(OSError, ValueError):
+            self.state.engine = json.loads(self._status_file.read_bytes())
+        try:
+            url = json.loads((self._runtime_dir / ADDRESS_NAME).read_bytes())["url"]
+            self.state.sidecar = ControlClient(url, timeout_s=1.0).status()
+            self.state.sidecar_answers = True
+        except (BadInput, OSError, ValueError, KeyError):
+            self.state.sidecar_answers = False
+
+    def _await_sidecar(self) -> None:
+        """Wait until the first sidecar serves; what keeps it from doing so is the operator's to know."""
+        deadline_s = time.monotonic() + START_PATIENCE_S
+        while time.monotonic() < deadline_s:
+            with contextlib.suppress(BadInput):
+                self._client = ControlClient.find(self._runtime_dir, None, None)
+                return
+            if self._keeper.process.poll() is not None:
+                raise BadInput(self._last_line("sidecar.log").removeprefix("adaptive-spec: "))
+            time.sleep(0.05)
+        self.end()
+        raise BadInput(f"demo: the sidecar does not serve within {START_PATIENCE_S:g} s")
+
+    def _start_sidecar(self) -> subprocess.Popen[bytes]:
+        return self._start("adaptive_spec.cli", ["sidecar", "--config", str(self._folder / "config.yaml")], "sidecar.log")
+
+    def _start(self, module: str, arguments: list[str], log: str) -> subprocess.Popen[bytes]:
+        with (self._folder / log).open("ab") as output:
+            return subprocess.Popen(
+                [sys.executable, "-m", module, *arguments],
+                stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True, preexec_fn=_end_with_parent,
+            )  # fmt: skip
+
+    def _last_line(self, log: str) -> str:
+        lines = (self._folder / log).read_text(errors="replace").split("\n")
+        return next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
+
+
+def _end_with_parent() -> None:
+    """In the child: ask Linux for a SIGTERM when the demo dies, however it dies."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _check_port(host: str, port: int) -> None:
+    try:
+        socket.create_server((host, port)).close()
+    except OSError as error:
+        raise BadInput(f"--port: {port} on host {host!r} is not allowed: {error.strerror or error}; must be free") from error
+
+
+@contextlib.contextmanager
+def _folder() -> Iterator[Path]:
+    """A folder of this run alone, in memory where there is one."""
+    memory = Path("/dev/shm")
+    folder = Path(tempfile.mkdtemp(prefix="adaptive-spec-demo-", dir=memory if memory.is_dir() else None))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """A list that is empty until SIGINT or SIGTERM asks for the end."""
+    stopping: list[int] = []
+
+    def stop(number: int, _frame: FrameType | None) -> None:
+        stopping.append(number)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stopping
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

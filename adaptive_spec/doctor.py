@@ -1,0 +1,206 @@
+"""`adaptive-spec doctor`: what works on this machine and what does not, each in one line."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import platform
+import shutil
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from adaptive_spec import __version__
+from adaptive_spec.control import ControlClient
+from adaptive_spec.errors import BadInput
+from adaptive_spec.tap import PAGE_NAME, RING_NAME
+
+LIBRARIES = ("numpy", "pydantic", "PyYAML", "click", "rich", "prometheus-client", "river", "bottle", "waitress", "matplotlib")
+RING_BYTES = 32 << 20
+"""What a large engine's ring takes, see tap.py."""
+
+State = Literal["ok", "note", "broken"]
+
+
+class Finding(NamedTuple):
+    """state: ok, note (missing or odd, and only some commands need it), broken (nothing works without it)."""
+
+    state: State
+    subject: str
+    text: str
+
+
+def examine(runtime_dir: Path, profile_dir: Path, host: str, port: int) -> list[Finding]:
+    """Look at everything; a look that fails is itself a finding, never an exception."""
+    looks: tuple[tuple[str, Callable[[], Iterator[Finding]]], ...] = (
+        ("python", _python),
+        ("libraries", _libraries),
+        ("torch", _torch),
+        ("sglang", _sglang),
+        ("runtime folder", lambda: _runtime_folder(runtime_dir)),
+        ("profile folder", lambda: _profile_folder(profile_dir)),
+        ("ring", lambda: _ring(runtime_dir)),
+        ("policy page", lambda: _page(runtime_dir)),
+        ("sidecar", lambda: _sidecar(runtime_dir)),
+        ("port", lambda: _port(runtime_dir, host, port)),
+        ("promtool", _promtool),
+    )
+    findings: list[Finding] = []
+    for subject, look in looks:
+        try:
+            findings += look()
+        except Exception as error:
+            findings.append(Finding("note", subject, f"could not be looked at: {' '.join(str(error).split())}"))
+    return findings
+
+
+def _python() -> Iterator[Finding]:
+    right = sys.version_info >= (3, 11)
+    words = f"{platform.python_version()} on {platform.platform()}, {os.cpu_count()} cores"
+    yield Finding("ok" if right else "broken", "python", words if right else f"{words}: must be 3.11 or newer")
+    yield Finding("ok", "adaptive-spec", __version__)
+
+
+def _libraries() -> Iterator[Finding]:
+    found, missing = [], []
+    for name in LIBRARIES:
+        try:
+            found.append(f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            missing.append(name)
+    if missing:
+        yield Finding("broken", "libraries", f"missing: {', '.join(missing)}; install adaptive-spec again")
+    yield Finding("ok", "libraries", ", ".join(found))
+
+
+def _torch() -> Iterator[Finding]:
+    try:
+        import torch
+    except ImportError:
+        yield Finding("note", "torch", "not installed: the demo needs the extra `engine`; the sidecar does not")
+        return
+    yield Finding("ok", "torch", f"{torch.__version__}, {torch.get_num_threads()} threads")
+    linear = importlib.import_module("adaptive_spec.engines.embedded.linear")
+    if linear.qnnpack_available():
+        yield Finding("ok", "int8 kernels", "qnnpack: the embedded engine's verify step is a real staircase on this CPU")
+    else:
+        yield Finding("note", "int8 kernels", "this torch has no qnnpack: the embedded engine runs dense, with other steps")
+    if torch.cuda.is_available():
+        yield Finding("ok", "CUDA", ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())))
+    else:
+        yield Finding("note", "CUDA", "no device: the embedded engine runs on the CPU")
+
+
+def _sglang() -> Iterator[Finding]:
+    try:
+        yield Finding("ok", "sglang", metadata.version("sglang"))
+    except metadata.PackageNotFoundError:
+        yield Finding("note", "sglang", "not installed: needed only beside an SGLang server")
+
+
+def _runtime_folder(folder: Path) -> Iterator[Finding]:
+    place = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        yield Finding("broken", "runtime folder", f"{folder}: cannot be written: {error.strerror}")
+        return
+    free = shutil.disk_usage(place).free
+    state: State = "ok" if free >= RING_BYTES else "note"
+    memory = "in memory" if str(place.resolve()).startswith("/dev/shm") else "on disk: slower, and it wears"
+    yield Finding(state, "runtime folder", f"{folder}: writable, {free / 2**20:,.0f} MiB free (a ring takes up to 32), {memory}")
+
+
+def _profile_folder(folder: Path) -> Iterator[Finding]:
+    place = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    profiles = sorted(p.parent.name for p in folder.glob("*/latency_model.npz"))
+    if place.is_dir() and os.access(place, os.W_OK | os.X_OK):
+        yield Finding("ok", "profile folder", f"{folder}: writable, profiles: {', '.join(profiles) or 'none'}")
+    else:
+        yield Finding("note", "profile folder", f"{folder}: cannot be written; a sidecar would not start with it")
+
+
+def _ring(runtime_dir: Path) -> Iterator[Finding]:
+    from adaptive_spec.ring import RingLayoutError, RingReader
+
+    path = runtime_dir / RING_NAME
+    try:
+        with RingReader.open(path) as ring:
+            info, newest = ring.info, ring.cursor
+            last = ring.poll(ring.slots)[-1:]
+    except FileNotFoundError:
+        yield Finding("note", "ring", f"no engine has made one in {runtime_dir}")
+        return
+    except (RingLayoutError, OSError) as error:
+        yield Finding("broken", "ring", str(error))
+        return
+    age = f", last record {time.monotonic() - 1e-9 * last[0].time_ns:,.1f} s old" if last else ""
+    lives = "alive" if _alive(info.pid) else "not running"
+    yield Finding("ok", "ring", f"{info.name} {info.model} on {info.gpu}, pid {info.pid} {lives}, {newest:,} records{age}")
+
+
+def _page(runtime_dir: Path) -> Iterator[Finding]:
+    from adaptive_spec.policy_page import PolicyPageError, PolicyPageReader
+
+    path = runtime_dir / PAGE_NAME
+    try:
+        with PolicyPageReader.open(path) as page:
+            policy = page.poll(time.monotonic_ns())
+    except FileNotFoundError:
+        yield Finding("note", "policy page", f"no sidecar has made one in {runtime_dir}")
+        return
+    except (PolicyPageError, OSError) as error:
+        yield Finding("broken", "policy page", str(error))
+        return
+    if policy is None:
+        yield Finding("note", "policy page", "no sign of life from a sidecar: the engine runs its launch K")
+    else:
+        acting = "acting" if policy.acting else "not acting"
+        yield Finding("ok", "policy page", f"policy {policy.version}, mode {policy.mode}, {acting}")
+
+
+def _sidecar(runtime_dir: Path) -> Iterator[Finding]:
+    try:
+        client = ControlClient.find(runtime_dir, None, None)
+        status = client.status()
+    except BadInput as error:
+        yield Finding("note", "sidecar", f"none is running: {error}")
+        return
+    yield Finding("ok", "sidecar", f"{client.url}, pid {status['sidecar_pid']}, mode {status['mode']}")
+
+
+def _port(runtime_dir: Path, host: str, port: int) -> Iterator[Finding]:
+    try:
+        with socket.create_server((host, port)):
+            yield Finding("ok", "port", f"{host}:{port} is free")
+    except OSError as error:
+        try:
+            ours = ControlClient.find(runtime_dir, None, None).url == f"http://{host}:{port}"
+        except BadInput:
+            ours = False
+        words = "taken by the sidecar above" if ours else f"cannot be bound: {error.strerror or error}; use --port"
+        yield Finding("ok" if ours else "note", "port", f"{host}:{port} {words}")
+
+
+def _promtool() -> Iterator[Finding]:
+    tool = shutil.which("promtool")
+    if tool:
+        yield Finding("ok", "promtool", tool)
+    else:
+        yield Finding("note", "promtool", "not installed: only the test of the metrics' form needs it")
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass
+    return True

@@ -1,0 +1,178 @@
+"""Prometheus metrics: one collector that reads an immutable view, so a scrape never sees half an update."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Iterable, Mapping
+
+from prometheus_client import CollectorRegistry, ProcessCollector
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from adaptive_spec import __version__
+from adaptive_spec.board import Board, View
+from adaptive_spec.policy import Mode
+from adaptive_spec.snapshot import HistogramData, Snapshot
+
+PREFIX = "adaptive_spec_"
+Rows = Iterable[tuple[tuple[str, ...], float]]
+
+
+class SnapshotCollector(Collector):
+    """All metrics of this project, from the board. A value nobody knows yet is left out, never shown as 0."""
+
+    def __init__(self, board: Board) -> None:
+        self._board = board
+
+    def collect(self) -> Iterable[Metric]:
+        view = self._board.view
+        family = _Families(view)
+        yield from _about_sidecar(family, view)
+        if (snapshot := view.snapshot) is not None:
+            yield from _about_latency(family, snapshot)
+            yield from _about_tokens(family, snapshot)
+            yield from _about_calibration(family, snapshot)
+            yield from _about_policy(family, snapshot)
+            yield from _about_learning(family, snapshot)
+
+    def describe(self) -> Iterable[Metric]:
+        return ()
+
+
+def metrics_registry(board: Board) -> CollectorRegistry:
+    """Return a registry with our metrics and the process's own (`process_*`)."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(SnapshotCollector(board))
+    ProcessCollector(registry=registry)
+    return registry
+
+
+class _Families:
+    """Makes metric families that all carry the constant labels model, gpu and tp, once the engine has told them."""
+
+    def __init__(self, view: View) -> None:
+        info = view.info
+        self._constant = {"model": info.model, "gpu": info.gpu, "tp": str(info.tp)} if info else {}
+
+    def gauge(self, name: str, text: str, rows: Rows, labels: tuple[str, ...] = ()) -> Metric:
+        family = GaugeMetricFamily(PREFIX + name, text, labels=(*labels, *self._constant))
+        for values, number in rows:
+            family.add_metric([*values, *self._constant.values()], number)
+        return family
+
+    def counter(self, name: str, text: str, rows: Rows, labels: tuple[str, ...] = ()) -> Metric:
+        family = CounterMetricFamily(PREFIX + name, text, labels=(*labels, *self._constant))
+        for values, number in rows:
+            family.add_metric([*values, *self._constant.values()], number)
+        return family
+
+    def histogram(self, name: str, text: str, rows: Mapping[str, HistogramData], label: str) -> Metric:
+        # refit_duration_seconds has a label `model` of its own, which here says which of our models: a name fits only once.
+        constant = {key: value for key, value in self._constant.items() if key != label}
+        family = HistogramMetricFamily(PREFIX + name, text, labels=(label, *constant))
+        for value, data in rows.items():
+            buckets, total = [], 0
+            for edge, count in zip((*(f"{e:g}" for e in data.edges_s), "+Inf"), data.counts, strict=True):
+                total += count
+                buckets.append((edge, float(total)))
+            family.add_metric([value, *constant.values()], buckets, data.sum_s)
+        return family
+
+
+def _one(value: float | None) -> Rows:
+    return [] if value is None else [((), float(value))]
+
+
+def _by_position(values: Iterable[float]) -> Rows:
+    return [((str(position),), value) for position, value in enumerate(values, start=1)]
+
+
+def _by_name(values: Mapping[str, float]) -> Rows:
+    return [((name,), value) for name, value in values.items()]
+
+
+def _about_sidecar(family: _Families, view: View) -> Iterable[Metric]:
+    mode = view.snapshot.mode if view.snapshot else Mode.FALLBACK
+    yield family.gauge("mode", "1 for the mode the controller is in.", [((m.value,), float(m is mode)) for m in Mode], ("mode",))
+    yield family.gauge("engine_attached", "1 while an engine's ring is open and the engine lives.", _one(view.attached))
+    yield family.gauge(
+        "build_info", "1, labelled with versions.", [((__version__, platform.python_version()), 1.0)], ("version", "python")
+    )
+    yield family.counter(
+        "controller_failures",
+        "Controller calls that raised; the engine then runs its launch K.",
+        _by_name(view.failures),
+        ("call",),
+    )
+    age = None if view.checkpoint_s is None else max(time.monotonic() - view.checkpoint_s, 0.0)
+    yield family.gauge("checkpoint_age_seconds", "Seconds since the last checkpoint.", _one(age))
+
+
+def _about_latency(family: _Families, s: Snapshot) -> Iterable[Metric]:
+    ordinals = [(str(i), b) for i, b in enumerate(s.boundaries)]
+    tokens = [((i,), float(b.tokens)) for i, b in ordinals]
+    yield family.gauge("tile_boundary_tokens", "Last token count of the cheaper tile.", tokens, ("boundary",))
+    ratios = [((i,), b.jump_ratio) for i, b in ordinals]
+    yield family.gauge("tile_jump_ratio", "Latency just beyond the boundary against just before it.", ratios, ("boundary",))
+    intercepts = [((str(i),), piece.intercept_s) for i, piece in enumerate(s.segments)]
+    text = "Verify latency of a segment at 0 tokens, continued from its line."
+    yield family.gauge("latency_segment_intercept_seconds", text, intercepts, ("segment",))
+    slopes = [((str(i),), piece.slope_s_per_token) for i, piece in enumerate(s.segments)]
+    yield family.gauge("latency_segment_slope_seconds_per_token", "Verify seconds per token in a segment.", slopes, ("segment",))
+    firsts = [((str(i),), float(piece.first)) for i, piece in enumerate(s.segments)]
+    yield family.gauge("latency_segment_first_tokens", "First token count of a segment.", firsts, ("segment",))
+    yield family.gauge("latency_error_ratio", "Mean absolute relative error of the latency fit.", _one(s.latency_mape))
+    yield family.histogram("step_duration_seconds", "Measured stage times of decode steps.", s.stage_histograms, "stage")
+    yield family.counter("predicted_step_seconds", "Sum of predicted step times.", _one(s.predicted_step_s_total))
+    yield family.counter("measured_step_seconds", "Sum of the measured times of the same steps.", _one(s.measured_step_s_total))
+
+
+def _about_tokens(family: _Families, s: Snapshot) -> Iterable[Metric]:
+    position = ("position",)
+    yield family.counter("draft_tokens", "Draft tokens proposed.", _by_position(s.draft_tokens), position)
+    yield family.counter("verified_tokens", "Draft tokens verified.", _by_position(s.verified_tokens), position)
+    yield family.counter("accepted_tokens", "Draft tokens accepted.", _by_position(s.accepted_tokens), position)
+    text = "Draft tokens that were expected to be accepted."
+    yield family.counter("expected_accepted_tokens", text, _one(s.expected_accepted_tokens))
+    yield family.counter("output_tokens", "Tokens given to users, bonus tokens included.", _one(s.output_tokens))
+    yield family.counter("decode_steps", "Decode steps.", _one(s.decode_steps))
+    yield family.gauge(
+        "goodput_tokens_per_second", "Output tokens per second of decode time, lately.", _one(s.goodput_tokens_per_s)
+    )
+
+
+def _about_calibration(family: _Families, s: Snapshot) -> Iterable[Metric]:
+    yield family.gauge("calibration_error_ratio", "Expected calibration error (ECE), 0..1.", _one(s.calibration_error))
+    yield family.gauge("calibration_brier_ratio", "Brier score, 0..1.", _one(s.calibration_brier))
+    yield family.gauge(
+        "calibration_log_loss", "Log loss of the serving calibration, nats per token.", _one(s.calibration_log_loss)
+    )
+    curve = [((f"{centre:.3f}",), calibrated) for centre, calibrated, _, _ in s.calibration_curve]
+    yield family.gauge("calibration_curve_probability", "Calibrated P(accept) by cumulative score.", curve, ("score",))
+    observed = [((f"{centre:.3f}",), seen) for centre, _, seen, _ in s.calibration_curve]
+    yield family.gauge("calibration_observed_probability", "Observed acceptance by cumulative score.", observed, ("score",))
+    events = {"latency": 0, "calibration": 0, **s.drift_events}
+    yield family.counter("drift_events", "Drifts detected.", _by_name(events), ("signal",))
+
+
+def _about_policy(family: _Families, s: Snapshot) -> Iterable[Metric]:
+    yield family.gauge("policy_version", "Version of the newest policy.", _one(s.policy_version))
+    age = max(time.monotonic() - s.policy_time_s, 0.0) if s.policy_version else None
+    yield family.gauge("policy_age_seconds", "Seconds since the newest policy was made.", _one(age))
+    by_batch = [((str(b),), float(k)) for b, k in s.k_by_batch_size.items()]
+    yield family.gauge("policy_draft_tokens", "K of the policy by batch size.", by_batch, ("batch_size",))
+    yield family.counter("policy_swaps", "Policies swapped in.", _by_name(s.swaps), ("reason",))
+    text = "Predicted goodput gain over the launch K, 0 = none."
+    yield family.gauge("policy_predicted_gain_ratio", text, _one(s.predicted_gain))
+    text = "Measured goodput gain over the launch K, 0 = none."
+    yield family.gauge("policy_measured_gain_ratio", text, _one(s.measured_gain))
+
+
+def _about_learning(family: _Families, s: Snapshot) -> Iterable[Metric]:
+    yield family.counter("observations", "Step records learnt from.", _one(s.observations))
+    yield family.counter("observations_dropped", "Step records not learnt from.", _by_name(s.dropped), ("reason",))
+    yield family.histogram("refit_duration_seconds", "Time of a refit.", s.refit_histograms, "model")
+    yield family.gauge("sweep_progress_ratio", "Progress of the cold-start sweep, 1 = over.", _one(s.sweep_progress))
+    yield family.counter("sweep_steps", "Decode steps spent on sweeps.", _one(s.sweep_steps))
+    yield family.gauge("probe_ratio", "Share of decode time spent on probing.", _one(s.probe_share))

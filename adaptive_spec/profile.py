@@ -1,0 +1,136 @@
+"""Profiles: what was learnt about a (model, GPU, TP degree), kept on disk so that the next server needs no sweep.
+
+    {profile_dir}/{model}_{gpu}_tp{N}/latency_model.npz  calibration.npz  policy.json  plots/
+
+Each file is written whole or not at all, carries a version and a checksum, and is set aside when it cannot be trusted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from adaptive_spec.archive import ArchiveError, load_archive, save_archive, write_atomically
+from adaptive_spec.controller import Controller
+from adaptive_spec.engine_info import EngineInfo
+from adaptive_spec.errors import BadInput
+from adaptive_spec.snapshot import Snapshot
+
+if TYPE_CHECKING:  # plots imports matplotlib, which must stay out of the sidecar
+    from adaptive_spec.plots import PlotData
+
+LATENCY_MODEL = "latency_model"
+CALIBRATION = "calibration"
+POLICY_VERSION = 1
+
+
+class Profile(NamedTuple):
+    """Arrays of the two models, as `Controller.restore_profile` takes them."""
+
+    latency: dict[str, Any]
+    calibration: dict[str, Any]
+
+
+class ProfileError(ValueError):
+    """A profile that cannot be trusted; the message is one line."""
+
+
+def check_writable(profile_dir: Path) -> None:
+    """Make the profile folder if need be. Raises BadInput when nothing can be written there."""
+    try:
+        profile_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=profile_dir):
+            pass
+    except OSError as error:
+        raise BadInput(f"profile_dir: '{profile_dir}' is not allowed: {error.strerror}; must be a writable folder") from error
+
+
+def load_profile(folder: Path, info: EngineInfo) -> Profile | None:
+    """Read a profile; None when there is none. Raises ProfileError when it is damaged or of another engine."""
+    if not folder.is_dir() or not any((folder / f"{kind}.npz").exists() for kind in (LATENCY_MODEL, CALIBRATION)):
+        return None
+    arrays = []
+    for kind in (LATENCY_MODEL, CALIBRATION):
+        try:
+            archive = load_archive(folder / f"{kind}.npz", kind)
+        except FileNotFoundError as error:
+            raise ProfileError(f"{kind}.npz is missing") from error
+        except ArchiveError as error:
+            raise ProfileError(str(error)) from error
+        if archive.meta.get("engine") != identity(info):
+            raise ProfileError(f"{kind}.npz is of another engine: {archive.meta.get('engine', 'unknown')}")
+        arrays.append(archive.arrays)
+    _check_policy_file(folder / "policy.json")
+    return Profile(*arrays)
+
+
+def save_profile(folder: Path, info: EngineInfo, controller: Controller) -> None:
+    """Write a profile, file by file. Raises OSError."""
+    (folder / "plots").mkdir(parents=True, exist_ok=True)
+    meta = {"engine": identity(info)}
+    save_archive(folder / f"{LATENCY_MODEL}.npz", LATENCY_MODEL, controller.latency_state(), meta)
+    save_archive(folder / f"{CALIBRATION}.npz", CALIBRATION, controller.calibration_state(), meta)
+    policy = {"format_version": POLICY_VERSION, "engine": identity(info), "policy": controller.policy_summary()}
+    document = {**policy, "sha256": _checksum(policy)}
+    write_atomically(folder / "policy.json", (json.dumps(document, indent=1) + "\n").encode())
+
+
+def identity(info: EngineInfo) -> str:
+    """What must agree for models to be of use to an engine."""
+    return f"{info.name} {info.model} {info.gpu} tp{info.tp}"
+
+
+def start_plots(folder: Path, snapshot: Snapshot) -> subprocess.Popen[bytes] | None:
+    """Draw the profile's pictures in a process of its own, at low priority; the caller reaps it. None: it cannot start."""
+    try:
+        with tempfile.TemporaryFile() as data:
+            data.write(json.dumps(_plot_data(snapshot, folder.name)).encode())
+            data.seek(0)
+            return subprocess.Popen(
+                [sys.executable, "-m", "adaptive_spec.plots", str(folder / "plots")],
+                stdin=data, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            )  # fmt: skip
+    except OSError:
+        return None
+
+
+def _plot_data(snapshot: Snapshot, title: str) -> PlotData:
+    curve = snapshot.calibration_curve
+    return {
+        "title": title,
+        "calibration_title": title,
+        "samples": [],
+        "medians": [(tokens, 1e3 * mean_s) for tokens, mean_s, _ in snapshot.latency_points],
+        "segments": [(s.first, s.last, 1e3 * s.intercept_s, 1e3 * s.slope_s_per_token) for s in snapshot.segments],
+        "boundaries": [(b.tokens, b.jump_ratio) for b in snapshot.boundaries],
+        "token_counts": [(tokens, weight) for tokens, _, weight in snapshot.latency_points],
+        "kind": snapshot.calibration_kind,
+        "calibration": curve,
+        "curve": [],
+    }
+
+
+def _check_policy_file(path: Path) -> None:
+    try:
+        document = json.loads(path.read_bytes())
+        told = document.pop("sha256")
+    except FileNotFoundError as error:
+        raise ProfileError("policy.json is missing") from error
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+        raise ProfileError(f"policy.json is damaged: {error}") from error
+    if document.get("format_version") != POLICY_VERSION:
+        raise ProfileError(
+            f"policy.json has format version {document.get('format_version')}, this program reads {POLICY_VERSION}"
+        )
+    if told != _checksum(document):
+        raise ProfileError("policy.json is damaged: its checksum does not fit")
+
+
+def _checksum(document: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,102 @@
+"""Recorded samples: the two CSV files of `adaptive-spec fit`, read strictly.
+
+Every fault is one line naming file, line, field, value and what is allowed. Lines beginning with '#' are comments; empty
+lines are allowed before the header and at the end of the file only.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adaptive_spec.errors import BadInput
+
+MAX_NUM_TOKENS = 65_536
+Value = TypeVar("Value")
+
+
+class LatencySamples(NamedTuple):
+    """num_tokens: int64 [n], >= 1. latency_s: float64 [n], > 0."""
+
+    num_tokens: NDArray[np.int64]
+    latency_s: NDArray[np.float64]
+
+
+class CalibrationPairs(NamedTuple):
+    """cumulative_score: float64 [n] in (0, 1]. accepted: uint8 [n], 0 or 1."""
+
+    cumulative_score: NDArray[np.float64]
+    accepted: NDArray[np.uint8]
+
+
+def read_latency(path: Path) -> LatencySamples:
+    """Read `num_tokens,latency_ms`. Raises BadInput."""
+    tokens: list[int] = []
+    latency_ms: list[float] = []
+    for at, (count, latency) in _rows(path, ("num_tokens", "latency_ms")):
+        tokens.append(
+            _value(at, "num_tokens", count, int, lambda n: 1 <= n <= MAX_NUM_TOKENS, f"a whole number in 1..{MAX_NUM_TOKENS}")
+        )
+        latency_ms.append(_value(at, "latency_ms", latency, float, lambda ms: 0.0 < ms < math.inf, "a finite number > 0"))
+    return LatencySamples(np.array(tokens, np.int64), np.array(latency_ms) / 1e3)
+
+
+def read_calibration(path: Path) -> CalibrationPairs:
+    """Read `cumulative_score,accepted`. Raises BadInput."""
+    scores: list[float] = []
+    accepted: list[int] = []
+    for at, (score, outcome) in _rows(path, ("cumulative_score", "accepted")):
+        scores.append(_value(at, "cumulative_score", score, float, lambda p: 0.0 < p <= 1.0, "a number in (0, 1]"))
+        accepted.append(_value(at, "accepted", outcome, int, lambda bit: bit in (0, 1), "0 or 1"))
+    return CalibrationPairs(np.array(scores), np.array(accepted, np.uint8))
+
+
+def _rows(path: Path, header: tuple[str, str]) -> Iterator[tuple[str, tuple[str, str]]]:
+    """Yield (place, fields) of every data row."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "is not UTF-8 text"
+        raise BadInput(f"{path}: cannot be read: {reason}") from error
+    lines = text.splitlines()
+    while lines and not lines[-1].strip():
+        lines.pop()
+    wanted, rows = ",".join(header), 0
+    seen_header = False
+    for number, line in enumerate(lines, start=1):
+        at = f"{path}: line {number}"
+        if line.startswith("#") or (not seen_header and not line.strip()):
+            continue
+        try:
+            fields = [field.strip() for field in next(csv.reader([line], strict=True), [])]
+        except csv.Error as error:
+            raise BadInput(f"{at}: {line[:60]!r} is not allowed: {error}") from error
+        if not seen_header:
+            if fields != list(header):
+                raise BadInput(f"{at}: header {line[:60]!r} is not allowed: must be {wanted}")
+            seen_header = True
+            continue
+        if len(fields) != 2:
+            raise BadInput(f"{at}: {line[:60]!r} is not allowed: must be two fields, {wanted}")
+        rows += 1
+        yield at, (fields[0], fields[1])
+    if not seen_header:
+        raise BadInput(f"{path}: is empty: must begin with the header {wanted}")
+    if not rows:
+        raise BadInput(f"{path}: has no rows: must have at least one under the header {wanted}")
+
+
+def _value(at: str, field: str, text: str, kind: Callable[[str], Value], allowed: Callable[[Value], bool], words: str) -> Value:
+    try:
+        value = kind(text)
+    except ValueError:
+        value = None
+    if value is None or not allowed(value):
+        raise BadInput(f"{at}: {field}: {text[:40]!r} is not allowed: must be {words}")
+    return value

@@ -1,0 +1,283 @@
+"""One attached engine: its ring, its policy page, its controller. The sidecar's loop owns it; no other thread touches it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import ParamSpec
+
+from adaptive_spec.archive import ArchiveError, load_archive, save_archive
+from adaptive_spec.board import View
+from adaptive_spec.controller import Controller
+from adaptive_spec.engine_info import EngineInfo
+from adaptive_spec.errors import BadInput
+from adaptive_spec.mapped_file import set_aside
+from adaptive_spec.policy import Mode, Policy
+from adaptive_spec.policy_page import PolicyPage, payload_bytes
+from adaptive_spec.profile import identity, load_profile, save_profile
+from adaptive_spec.ring import RingLayoutError, RingReader
+from adaptive_spec.settings import SidecarSettings
+from adaptive_spec.snapshot import Snapshot
+from adaptive_spec.tap import PAGE_NAME, RING_NAME
+
+CHECKPOINT = "checkpoint"
+POLL_RECORDS = 512
+"""Records learnt in one turn: a long backlog must not keep the loop from its heartbeat."""
+SILENT_S = 5.0
+DROPS = ("lost", "torn", "invalid")
+
+log = logging.getLogger(__name__)
+Arguments = ParamSpec("Arguments")
+
+
+class Session:
+    """Drains the ring into the controller and publishes what it decides.
+
+    A controller call that raises is counted and logged once per kind, and the engine goes back to its launch K: a fault of
+    ours may cost speed, never the server.
+    """
+
+    def __init__(
+        self, settings: SidecarSettings, ring: RingReader, page: PolicyPage, controller: Controller, origin: str
+    ) -> None:
+        self.settings, self.ring, self.page, self.controller = settings, ring, page, controller
+        self.origin = origin
+        self.failures: Counter[str] = Counter()
+        self._dropped: Counter[str] = Counter()
+        self._record_s = -SILENT_S
+        self._snapshot: Snapshot | None = None
+
+    @classmethod
+    def open(cls, settings: SidecarSettings) -> Session | None:
+        """Attach to the engine in the runtime directory; None when there is none yet.
+
+        Models come from the checkpoint, else from the profile, else from a sweep. Raises BadInput for a ring that this
+        version cannot read and when another sidecar holds the page.
+        """
+        ring = _open_ring(settings.runtime_dir / RING_NAME)
+        if ring is None:
+            return None
+        info = ring.info
+        try:
+            page = PolicyPage.create_or_open(settings.runtime_dir / PAGE_NAME, payload_bytes(info.max_batch, info.max_k))
+        except OSError as error:
+            ring.close()
+            raise BadInput(f"runtime_dir: {error.strerror or error}; must be a folder of one engine and one sidecar") from error
+        log.info("attached to %s (pid %d)", identity(info), info.pid)
+        controller, origin, position = _begin(settings, ring)
+        if position is not None:
+            ring.close()
+            ring = RingReader.open(ring.path, start=position)
+        controller.resume_version(page.last_version)
+        session = cls(settings, ring, page, controller, origin)
+        page.heartbeat(time.monotonic_ns())
+        session._publish(session._guarded("tick", controller.tick, time.monotonic()))
+        return session
+
+    @property
+    def info(self) -> EngineInfo:
+        return self.ring.info
+
+    @property
+    def profile_folder(self) -> Path:
+        return self.settings.profile_dir / self.info.profile_name
+
+    @property
+    def swept(self) -> bool:
+        """Whether there is something worth keeping as a profile."""
+        return self._snapshot is not None and self._snapshot.mode is not Mode.SWEEP and bool(self._snapshot.latency_points)
+
+    def turn(self) -> int:
+        """One turn of the loop: learn what came, refit when due, publish, give a sign of life. Returns records learnt."""
+        records = self.ring.poll(POLL_RECORDS)
+        now_s = time.monotonic()
+        controller = self.controller
+        for record in records:
+            policy = self._guarded("observe", controller.observe, record, now_s)
+            if policy is not None:
+                self._publish(policy)
+        if records:
+            self._record_s = now_s
+        for reason in DROPS:
+            count = getattr(self.ring, reason) - self._dropped[reason]
+            if count:
+                self._dropped[reason] += count
+                controller.note_dropped(reason, count)
+        if controller.refit_due(now_s):
+            self._publish(self._guarded("refit", controller.refit, now_s, self._stopwatch))
+        elif not records:
+            self._publish(self._guarded("tick", controller.tick, now_s))
+        self.page.heartbeat(time.monotonic_ns())
+        return len(records)
+
+    def command(self, name: str, k: int | None) -> str:
+        """Carry out an operator's command; returns "" or one line that says why not."""
+        try:
+            policy = self.controller.command(name, time.monotonic(), k)
+        except ValueError as error:
+            return str(error)
+        except Exception:
+            self._count_failure("command")
+            self._fall_back("command")
+            return f"{name}: failed inside the sidecar, see its log; the engine runs its launch K"
+        log.info("command: %s%s", name, "" if k is None else f" {k}")
+        self._publish(policy)
+        return ""
+
+    def follow_engine(self) -> bool:
+        """Go over to the ring of a restarted engine. False: it is another engine, this session is over."""
+        if not self.ring.replaced():
+            return True
+        ring = _open_ring(self.ring.path)
+        if ring is None:
+            return True  # replaced once more in between: next time
+        if replace(ring.info, pid=0) != replace(self.info, pid=0):
+            ring.close()
+            return False
+        log.info("engine restarted (pid %d), continuing with what is known", ring.info.pid)
+        self.ring.close()
+        self.ring = ring
+        self._dropped.clear()
+        return True
+
+    def attached(self, now_s: float) -> bool:
+        """Whether the engine lives: its process does, or (in another PID namespace) it has just written a record."""
+        if now_s - self._record_s < SILENT_S:
+            return True
+        try:
+            os.kill(self.info.pid, 0)
+        except ProcessLookupError:
+            return False
+        except OSError:
+            pass
+        return True
+
+    def view(self, checkpoint_s: float | None) -> View:
+        """What the board shows."""
+        now_s = time.monotonic()
+        try:
+            self._snapshot = self.controller.snapshot(now_s)
+        except Exception:
+            self._count_failure("snapshot")
+        return View(now_s, self._snapshot, self.info, self.attached(now_s), dict(self.failures), self.origin, checkpoint_s)
+
+    def checkpoint(self) -> bool:
+        """Write the checkpoint. False: it failed, which was counted and logged."""
+        meta = {
+            "engine": identity(self.info),
+            "generation": str(self.ring.generation),  # text: a 64-bit number is no JSON number everywhere
+            "position": self.ring.position,
+        }
+        path = self.settings.runtime_dir / f"{CHECKPOINT}.npz"
+        return self._done("checkpoint", lambda: save_archive(path, CHECKPOINT, self.controller.state(), meta))
+
+    def save_profile(self) -> bool:
+        """Write the profile. False: it failed, which was counted and logged."""
+        return self._done("profile", lambda: save_profile(self.profile_folder, self.info, self.controller))
+
+    def close(self) -> None:
+        """Let go of ring and page; both files stay."""
+        self.ring.close()
+        self.page.close()
+
+    @contextmanager
+    def _stopwatch(self, model: str) -> Iterator[None]:
+        begun_s = time.perf_counter()
+        yield
+        self.controller.note_refit(model, time.perf_counter() - begun_s)
+
+    def _guarded(
+        self, call: str, function: Callable[Arguments, Policy | None], *args: Arguments.args, **kwargs: Arguments.kwargs
+    ) -> Policy | None:
+        try:
+            return function(*args, **kwargs)
+        except Exception:
+            self._count_failure(call)
+            self._fall_back(call)
+            return None
+
+    def _publish(self, policy: Policy | None) -> None:
+        if policy is None:
+            return
+        try:
+            self.page.publish(policy)
+        except ValueError:
+            self._count_failure("publish")
+            self.controller.resume_version(self.page.last_version)
+
+    def _fall_back(self, call: str) -> None:
+        """Put the engine back on its launch K until a refit succeeds."""
+        try:
+            self._publish(self.controller.fail(f"{call} failed inside the sidecar", time.monotonic()))
+        except Exception:
+            self._count_failure("fail")
+            last = self.page.policy
+            if last is not None and last.acting:
+                self._publish(replace(last, version=last.version + 1, mode=Mode.FALLBACK, acting=False, trials=()))
+
+    def _count_failure(self, call: str) -> None:
+        self.failures[call] += 1
+        if self.failures[call] == 1:
+            log.exception("%s failed; further failures of this kind are only counted", call)
+
+    def _done(self, call: str, write: Callable[[], None]) -> bool:
+        try:
+            write()
+        except Exception:
+            self._count_failure(call)
+            return False
+        return True
+
+
+def _open_ring(path: Path) -> RingReader | None:
+    try:
+        return RingReader.open(path)
+    except FileNotFoundError:
+        return None
+    except RingLayoutError as error:
+        raise BadInput(f"runtime_dir: {error}") from error
+    except OSError as error:
+        raise BadInput(f"runtime_dir: '{path}' cannot be read: {error.strerror}") from error
+
+
+def _begin(settings: SidecarSettings, ring: RingReader) -> tuple[Controller, str, int | None]:
+    """Return a controller, where its models came from, and the record to go on from (None: the oldest there is)."""
+    checkpoint = _from_checkpoint(settings, ring)
+    if checkpoint is not None:
+        return checkpoint
+    controller = Controller(settings.controller, ring.info)
+    folder = settings.profile_dir / ring.info.profile_name
+    try:
+        profile = load_profile(folder, ring.info)
+        if profile is not None:
+            controller.restore_profile(profile.latency, profile.calibration)
+            log.info("already profiled, skipping warmup (%s)", folder)
+            return controller, "profile", None
+    except ValueError as error:
+        log.warning("profile %s cannot be used: %s; set aside as %s", folder, error, set_aside(folder).name)
+        controller = Controller(settings.controller, ring.info)
+    return controller, "sweep", None
+
+
+def _from_checkpoint(settings: SidecarSettings, ring: RingReader) -> tuple[Controller, str, int | None] | None:
+    path = settings.runtime_dir / f"{CHECKPOINT}.npz"
+    controller = Controller(settings.controller, ring.info)
+    try:
+        archive = load_archive(path, CHECKPOINT)
+        if archive.meta["engine"] != identity(ring.info):
+            raise ArchiveError(f"{path.name} is of another engine: {archive.meta['engine']}")
+        controller.restore(archive.arrays)
+        position = int(archive.meta["position"]) if archive.meta["generation"] == str(ring.generation) else None
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        log.warning("checkpoint %s cannot be used: %s; set aside as %s", path, error, set_aside(path).name)
+        return None
+    log.info("continuing from the checkpoint (%s)", path)
+    return controller, "checkpoint", position

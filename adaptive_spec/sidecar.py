@@ -1,0 +1,191 @@
+"""The sidecar's process: waits for an engine, runs its session, shows it over HTTP, keeps checkpoint and profile."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import queue
+import secrets
+import signal
+import stat
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+from adaptive_spec import __version__, mapped_file
+from adaptive_spec.archive import write_atomically
+from adaptive_spec.board import Board, View
+from adaptive_spec.control import ADDRESS_NAME, TOKEN_NAME
+from adaptive_spec.errors import BadInput
+from adaptive_spec.profile import check_writable, start_plots
+from adaptive_spec.session import Session
+from adaptive_spec.settings import SidecarSettings
+from adaptive_spec.web import WebServer
+
+VIEW_INTERVAL_S = 0.25
+FOLLOW_INTERVAL_S = 0.25
+PROFILE_INTERVAL_S = 60.0
+PLOTS_INTERVAL_S = 600.0
+
+log = logging.getLogger(__name__)
+
+
+class Sidecar:
+    """The loop. `run` returns after SIGTERM or SIGINT, with checkpoint and profile written.
+
+    Raises BadInput for what the operator must put right: folders, port, token file, a ring of another version.
+    """
+
+    def __init__(self, settings: SidecarSettings) -> None:
+        self.settings = settings
+        _check_runtime_dir(settings.runtime_dir)
+        check_writable(settings.profile_dir)
+        self._board = Board(time.monotonic())
+        self._web = WebServer(self._board, settings.host, settings.port, _control_token(settings))
+        self._stop = threading.Event()
+        self._session: Session | None = None
+        self._plots: subprocess.Popen[bytes] | None = None
+        self._checkpoint_s: float | None = None
+        self._swept = False
+        self._next: dict[str, float] = {}
+
+    def run(self) -> None:
+        """Serve until told to stop."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: self._stop.set())
+        address = self.settings.runtime_dir / ADDRESS_NAME
+        write_atomically(address, json.dumps({"url": self._web.url, "pid": os.getpid()}).encode())
+        log.info("adaptive-spec %s, pid %d, serving on %s", __version__, os.getpid(), self._web.url)
+        log.info("waiting for an engine in %s", self.settings.runtime_dir)
+        try:
+            while not self._stop.is_set():
+                self._turn()
+        finally:
+            self._close_session()
+            self._web.close()
+            _remove_if_ours(address)
+        log.info("stopped")
+
+    def _turn(self) -> None:
+        now_s = time.monotonic()
+        if self._session is None:
+            if self._due("follow", FOLLOW_INTERVAL_S, now_s):
+                self._open_session(now_s)
+        elif self._due("follow", FOLLOW_INTERVAL_S, now_s) and not self._session.follow_engine():
+            log.info("another engine has taken the place of %s", self._session.info.model)
+            self._close_session()
+        learnt = self._session.turn() if self._session else 0
+        answered = self._answer_commands()
+        if self._due("view", VIEW_INTERVAL_S, now_s) or answered:
+            self._show()
+        for command in answered:
+            command.set()
+        if self._session:
+            self._keep(self._session, now_s)
+        self._board.beat_s = time.monotonic()
+        if not learnt:
+            self._stop.wait(self.settings.poll_interval_s)
+
+    def _open_session(self, now_s: float) -> None:
+        self._session = Session.open(self.settings)
+        if self._session:
+            self._swept = self._session.origin == "profile"
+            self._next["checkpoint"] = now_s + self.settings.checkpoint_interval_s
+            self._next["profile"] = now_s + PROFILE_INTERVAL_S
+
+    def _close_session(self) -> None:
+        session, self._session = self._session, None
+        if session:
+            session.checkpoint()
+            session.view(None)
+            if session.swept:
+                session.save_profile()
+            session.close()
+        if self._plots:
+            self._plots.kill()
+            self._plots.wait()
+            self._plots = None
+        self._board.view = View(time.monotonic())
+
+    def _answer_commands(self) -> list[threading.Event]:
+        """Carry out what came in; those who wait are told once the board shows the result."""
+        answered: list[threading.Event] = []
+        while True:
+            try:
+                command = self._web.commands.get_nowait()
+            except queue.Empty:
+                return answered
+            command.answer = self._session.command(command.name, command.k) if self._session else "no engine is attached"
+            answered.append(command.done)
+
+    def _show(self) -> None:
+        if self._session:
+            self._board.view = self._session.view(self._checkpoint_s)
+
+    def _keep(self, session: Session, now_s: float) -> None:
+        """Write checkpoint, profile and pictures when it is time."""
+        if self._due("checkpoint", self.settings.checkpoint_interval_s, now_s) and session.checkpoint():
+            self._checkpoint_s = now_s
+        just_swept = session.swept and not self._swept
+        self._swept |= just_swept
+        if session.swept and (self._due("profile", PROFILE_INTERVAL_S, now_s) or just_swept) and session.save_profile():
+            if self._plots and self._plots.poll() is not None:
+                self._plots = None
+            snapshot = self._board.view.snapshot
+            if self._plots is None and snapshot and (self._due("plots", PLOTS_INTERVAL_S, now_s) or just_swept):
+                self._plots = start_plots(session.profile_folder, snapshot)
+
+    def _due(self, what: str, interval_s: float, now_s: float) -> bool:
+        if now_s < self._next.get(what, 0.0):
+            return False
+        self._next[what] = now_s + interval_s
+        return True
+
+
+def _check_runtime_dir(folder: Path) -> None:
+    """Make the runtime folder; refuse one that somebody else could tamper with. Raises BadInput."""
+    try:
+        mapped_file.make_runtime_dir(folder)
+        status = folder.stat()
+    except OSError as error:
+        raise BadInput(f"runtime_dir: '{folder}' is not allowed: {error.strerror}; must be a writable folder") from error
+    if os.geteuid() not in (0, status.st_uid) or status.st_mode & stat.S_IWOTH:
+        raise BadInput(f"runtime_dir: '{folder}' is not allowed: others can write there; must be a folder of your own, mode 0700")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise BadInput(f"runtime_dir: '{folder}' is not allowed: Permission denied; must be a writable folder")
+
+
+def _control_token(settings: SidecarSettings) -> str:
+    """Return the token of `ctl`: of the operator's file, else of our own, made at the first start and kept."""
+    path = settings.control_token_file
+    try:
+        if path is not None:
+            token = path.read_text().strip()
+            if not token:
+                raise BadInput(f"control_token_file: '{path}' is not allowed: it is empty; must hold a token")
+            return token
+        path = settings.runtime_dir / TOKEN_NAME
+        if path.exists() and not path.stat().st_mode & 0o077 and (token := path.read_text().strip()):
+            return token
+        token = secrets.token_urlsafe(32)
+        write_atomically(path, token.encode() + b"\n")
+        return token
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "is not text"
+        raise BadInput(f"control_token_file: '{path}' is not allowed: {reason}; must be readable") from error
+
+
+def _remove_if_ours(address: Path) -> None:
+    try:
+        if json.loads(address.read_bytes())["pid"] == os.getpid():
+            address.unlink()
+    except (OSError, ValueError, KeyError):
+        pass
+
+
+def run_sidecar(settings: SidecarSettings) -> None:
+    """Run a sidecar in this process until SIGTERM or SIGINT. Raises BadInput."""
+    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s")
+    Sidecar(settings).run()

@@ -1,0 +1,74 @@
+"""What /status.json says: the sidecar's view as plain JSON."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from adaptive_spec import __version__
+from adaptive_spec.board import View
+from adaptive_spec.policy import Mode
+
+
+def status_document(view: View, beat_s: float, now_s: float) -> dict[str, Any]:
+    """Return what /status.json says; documented in docs/architecture.md. Times are seconds, `_ms` milliseconds."""
+    info, s = view.info, view.snapshot
+    document: dict[str, Any] = {
+        "version": __version__,
+        "mode": Mode.FALLBACK.value,
+        "reason": "waiting for an engine",
+        "policy_version": 0,
+        "k_by_batch_size": {},
+        "boundaries": [],
+        "sidecar_pid": os.getpid(),
+        "engine_pid": info.pid if info else None,
+        "engine_attached": view.attached,
+        "loop_age_s": round(now_s - beat_s, 3),
+        "failures": dict(view.failures),
+        "origin": view.origin,
+    }
+    if info:
+        document["engine"] = {
+            "name": info.name, "model": info.model, "gpu": info.gpu, "tp": info.tp, "launch_k": info.launch_k,
+            "candidates": list(info.candidates), "max_batch": info.max_batch, "granularity": info.granularity.value,
+        }  # fmt: skip
+    if not s:
+        return document
+    document |= {
+        "mode": s.mode.value,
+        "reason": s.reason,
+        "policy_version": s.policy_version,
+        "policy_age_s": round(now_s - s.policy_time_s, 3) if s.policy_version else None,
+        "k_by_batch_size": {str(b): k for b, k in s.k_by_batch_size.items()},
+        "boundaries": [b.tokens for b in s.boundaries],
+        "jump_ratios": [b.jump_ratio for b in s.boundaries],
+        "segments": [
+            {"first": p.first, "last": p.last, "intercept_ms": 1e3 * p.intercept_s,
+             "slope_ms_per_token": 1e3 * p.slope_s_per_token}
+            for p in s.segments
+        ],
+        "latency_points": [[tokens, 1e3 * mean, weight] for tokens, mean, weight in s.latency_points],
+        "latency_mape": s.latency_mape,
+        "calibration": {
+            "kind": s.calibration_kind, "ece": s.calibration_error, "brier": s.calibration_brier,
+            "log_loss": s.calibration_log_loss,
+            "curve": [list(row) for row in s.calibration_curve],
+        },
+        "goodput_tokens_per_s": s.goodput_tokens_per_s,
+        "decode_steps": s.decode_steps,
+        "output_tokens": s.output_tokens,
+        "draft_tokens": list(s.draft_tokens),
+        "verified_tokens": list(s.verified_tokens),
+        "accepted_tokens": list(s.accepted_tokens),
+        "expected_accepted_tokens": s.expected_accepted_tokens,
+        "drift_events": dict(s.drift_events),
+        "swaps": dict(s.swaps),
+        "predicted_gain": s.predicted_gain,
+        "measured_gain": s.measured_gain,
+        "observations": s.observations,
+        "dropped": dict(s.dropped),
+        "sweep": {"steps": s.sweep_steps, "progress": s.sweep_progress, "duration_s": s.sweep_s},
+        "probe_share": s.probe_share,
+        "events": [{"time_s": e.time_s, "age_s": round(now_s - e.time_s, 1), "kind": e.kind, "text": e.text} for e in s.events],
+    }  # fmt: skip
+    return document

@@ -1,0 +1,185 @@
+"""The sidecar's HTTP server: metrics, status, health, the status page and the control of `ctl`.
+
+    GET  /             the status page              GET  /status.json  `status_document`
+    GET  /metrics      Prometheus or OpenMetrics    GET  /healthz      200 while the loop lives, else 503
+    POST /control      {"command": NAME, "k": N}    with the header `Authorization: Bearer TOKEN`
+
+It never touches the controller: reading goes by the board, commands go through a queue into the loop's thread.
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+import queue
+import socket
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from typing import Any
+
+import bottle
+from prometheus_client.exposition import choose_encoder
+from waitress import wasyncore
+from waitress.server import create_server
+
+from adaptive_spec.board import Board
+from adaptive_spec.errors import BadInput
+from adaptive_spec.metrics import metrics_registry
+from adaptive_spec.status_report import status_document
+
+ALIVE_S = 5.0
+"""A loop that has not beaten for this long is taken for dead."""
+ANSWER_S = 5.0
+CLOSING_LOOK_S = 0.1
+MAX_BODY_BYTES = 4096
+COMMANDS = ("pause", "resume", "shadow", "active", "pin", "unpin", "refit", "resweep")
+_PAGE = {"": "text/html", "status.css": "text/css", "status.js": "text/javascript"}
+_HEADERS = {
+    "Cache-Control": "no-store",
+    "X-Content-Type-Options": "nosniff",
+    "Content-Security-Policy": "default-src 'self'; img-src 'self' data:; frame-ancestors 'self'",
+}
+
+
+@dataclass
+class Command:
+    """One request of an operator, on its way into the loop and back. answer: "" = done, else why not."""
+
+    name: str
+    k: int | None
+    answer: str = ""
+    done: threading.Event = field(default_factory=threading.Event)
+
+
+class WebServer:
+    """Serves a board on host:port (0: a free one) from threads of its own.
+
+    token: what `POST /control` must show. Raises BadInput when the address cannot be bound.
+    """
+
+    def __init__(self, board: Board, host: str, port: int, token: str) -> None:
+        self.commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
+        self._board = board
+        self._token = token.encode()
+        self._registry = metrics_registry(board)
+        app = bottle.Bottle()
+        app.default_error_handler = _plain_error
+        app.route("/metrics", "GET", self._metrics)
+        app.route("/status.json", "GET", self._status)
+        app.route("/healthz", "GET", self._healthz)
+        app.route("/control", "POST", self._control)
+        app.route("/", "GET", lambda: _page(""))
+        app.route("/<name>", "GET", _page)
+        listening = _bind(host, port)
+        self._sockets: dict[int, Any] = {}
+        self._server = create_server(app, map=self._sockets, sockets=[listening], threads=4, ident=None)
+        self.port = int(listening.getsockname()[1])
+        self.url = f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._serve, name="http", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop answering and let go of the port."""
+        self._closing.set()
+        self._thread.join(2.0)
+        self._server.task_dispatcher.shutdown()
+
+    def _serve(self) -> None:
+        # Sockets are closed by the thread that waits on them: waitress has no other way to end cleanly.
+        while not self._closing.is_set():
+            wasyncore.loop(timeout=CLOSING_LOOK_S, map=self._sockets, count=1)
+        for channel in list(self._sockets.values()):
+            channel.close()
+
+    def _metrics(self) -> bytes:
+        encode, content_type = choose_encoder(bottle.request.headers.get("Accept", ""))
+        bottle.response.content_type = content_type
+        return encode(self._registry)
+
+    def _status(self) -> str:
+        return _json(status_document(self._board.view, self._board.beat_s, time.monotonic()))
+
+    def _healthz(self) -> str:
+        age_s = time.monotonic() - self._board.beat_s
+        if age_s > ALIVE_S:
+            bottle.response.status = 503
+        return _json({"alive": age_s <= ALIVE_S, "loop_age_s": round(age_s, 3), "engine_attached": self._board.view.attached})
+
+    def _control(self) -> str:
+        shown = bottle.request.environ.get("HTTP_AUTHORIZATION", "").removeprefix("Bearer ").encode("latin-1")
+        if not hmac.compare_digest(shown, self._token):
+            return _refuse(403, "the token is not the one in the sidecar's token file")
+        if bottle.request.content_length > MAX_BODY_BYTES:
+            return _refuse(413, f"the body is longer than {MAX_BODY_BYTES} bytes")
+        try:
+            body = json.loads(bottle.request.body.read(MAX_BODY_BYTES))
+            name, k = body["command"], body.get("k")
+        except (ValueError, TypeError, KeyError, AttributeError):
+            return _refuse(400, 'the body must be JSON: {"command": NAME} or {"command": "pin", "k": N}')
+        if name not in COMMANDS:
+            return _refuse(400, f"command: {name!r} is not allowed: must be one of {', '.join(COMMANDS)}")
+        if (k is None) == (name == "pin") or (k is not None and (not isinstance(k, int) or isinstance(k, bool))):
+            return _refuse(400, f"k: {k!r} is not allowed: must be a whole number for pin, and absent otherwise")
+        command = Command(name, k)
+        self.commands.put(command)
+        if not command.done.wait(ANSWER_S):
+            return _refuse(503, f"the loop has not answered within {ANSWER_S:g} s")
+        if command.answer:
+            return _refuse(409, command.answer)
+        return _json({"done": True, "mode": status_document(self._board.view, self._board.beat_s, time.monotonic())["mode"]})
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    """Return a bound socket: one, even where a name has several addresses. Raises BadInput."""
+    listening = None
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listening = socket.socket(family, socket.SOCK_STREAM)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+        listening.listen()
+    except OSError as error:
+        if listening:
+            listening.close()
+        raise BadInput(f"port: {port} on host {host!r} is not allowed: {error.strerror or error}; must be free") from error
+    return listening
+
+
+def _page(name: str) -> bytes | str:
+    if name not in _PAGE:
+        return _refuse(404, f"there is no /{name}")
+    bottle.response.content_type = f"{_PAGE[name]}; charset=utf-8"
+    for header, value in _HEADERS.items():
+        bottle.response.set_header(header, value)
+    return (resources.files("adaptive_spec") / "status" / (name or "index.html")).read_bytes()
+
+
+def _json(document: Mapping[str, Any]) -> str:
+    bottle.response.content_type = "application/json"
+    bottle.response.set_header("Cache-Control", "no-store")
+    return json.dumps(_finite(document), allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    """NaN and infinities are no JSON: they become null. numpy numbers become plain ones."""
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(inner) for inner in value]
+    if hasattr(value, "item"):
+        value = value.item()
+    return None if isinstance(value, float) and not abs(value) < float("inf") else value
+
+
+def _refuse(status: int, reason: str) -> str:
+    bottle.response.status = status
+    return _json({"error": reason})
+
+
+def _plain_error(error: Any) -> str:
+    bottle.response.content_type = "application/json"
+    return json.dumps({"error": error.status_line})

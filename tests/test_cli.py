@@ -1,0 +1,55 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from adaptive_spec import __version__
+from adaptive_spec.cli import cli
+from tests.processes import assert_one_line, run_cli
+
+
+def test_help_of_everything() -> None:
+    result = run_cli("--help")
+    assert result.returncode == 0
+    for name, command in cli.commands.items():
+        assert name in result.stdout
+        assert command.get_short_help_str()
+        text = command.get_help(command.make_context(name, [], resilient_parsing=True))
+        assert "--help" in text
+        for parameter in command.params:
+            if parameter.param_type_name == "option":
+                assert parameter.to_info_dict()["help"], f"{name} {parameter.name} says nothing"
+
+
+def test_version() -> None:
+    assert run_cli("--version").stdout == f"adaptive-spec, version {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], ("Missing command",)),
+        (["dance"], ("No such command", "dance")),
+        (["fit", "--color"], ("No such option", "--color")),
+        (["sidecar", "--port", "99999"], ("--port", "99999", "0<=x<=65535")),
+        (["sidecar", "--config", "none.yaml"], ("none.yaml", "cannot be read")),
+        (["ctl"], ("Missing argument", "resweep")),
+        (["ctl", "stop"], ("stop", "status", "resweep")),
+        (["ctl", "pin"], ("K", "pin")),
+        (["ctl", "pin", "99"], ("99", "0<=x<=32")),
+        (["ctl", "pause", "3"], ("K: 3 is not allowed",)),
+        (["ctl", "status", "--runtime-dir", "none"], ("--runtime-dir", "no sidecar runs there")),
+        (["ctl", "status", "--url", "127.0.0.1:1"], ("--url", "must begin with http")),
+        (["ctl", "pause", "--url", "http://127.0.0.1:1"], ("http://127.0.0.1:1", "no sidecar answers")),
+        (["ctl", "pause", "--url", "http://127.0.0.1:1", "--token-file", "none"], ("--token-file", "cannot be read")),
+        (["sweep", "--runtime-dir", "none"], ("no sidecar runs there",)),
+        (["sweep", "--timeout", "0"], ("--timeout", "0.0")),
+        (["demo", "--engine", "sglang"], ("--engine", "sglang", "comes with the SGLang plugin")),
+        (["demo", "--engine", "abacus"], ("--engine", "abacus")),
+        (["demo", "--duration", "soon"], ("--duration", "soon")),
+        (["demo", "--json", "none/out.json"], ("--json", "folder does not exist")),
+    ],
+)
+def test_bad_input_is_one_line(tmp_path: Path, arguments: list[str], words: tuple[str, ...]) -> None:
+    assert_one_line(run_cli(*arguments, cwd=tmp_path), *words)

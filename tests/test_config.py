@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from adaptive_spec.config import configuration_page, load_settings
+from adaptive_spec.errors import BadInput
+from adaptive_spec.settings import SidecarSettings
+
+
+def _load(tmp_path: Path, text: str) -> SidecarSettings:
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    return load_settings(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("port: 99999", "port: 99999 is not allowed: must be <= 65535"),
+        ("port: '9477'", "port: '9477' is not allowed: must be a whole number"),
+        ("port: true", "port: True is not allowed: must be a whole number"),
+        ("port: 1.5", "port: 1.5 is not allowed: must be a whole number"),
+        ("controller: {latency: {jump_threshold: 9}}", "controller.latency.jump_threshold: 9 is not allowed: must be <= 2"),
+        ("controller: {latency: {jump_threshold: .nan}}", "controller.latency.jump_threshold: nan is not allowed"),
+        ("controller: {latency: {jump_threshold: low}}", "'low' is not allowed: must be a number"),
+        ("controller: {policy: {probe_budget: -0.1}}", "controller.policy.probe_budget: -0.1 is not allowed: must be >= 0"),
+        ("controller: {policy: {k_min: 5, k_max: 2}}", "controller.policy.k_min: 5 is not allowed: must be <= k_max, which is 2"),
+        ("controller: {mode: fast}", "controller.mode: 'fast' is not allowed: must be 'active' or 'shadow'"),
+        ("controller: 3", "controller: 3 is not allowed: must be a section of keys and values"),
+        ("controller: {sweep: }", "controller.sweep: None is not allowed: must be a section of keys and values"),
+        ("contrller: {}", "contrller: unknown key: allowed are runtime_dir, profile_dir"),
+        ("controller: {policy: {kmax: 3}}", "controller.policy.kmax: unknown key: allowed are k_min, k_max"),
+        ("host: ''", "host: '' is not allowed: must be not empty"),
+        ("runtime_dir: 7", "runtime_dir: 7 is not allowed: must be a text"),
+        ("- 1", "must be keys and values, not a list"),
+        ("port: 1\nport: 2", "line 2: is not valid YAML: key 'port' is there twice"),
+        ("port: [1", "line 1: is not valid YAML"),
+        ("{1: 2}", "1: unknown key"),
+        ("!!python/object:os.system {}", "is not valid YAML"),
+        ("\x00", "is not valid YAML"),
+    ],
+)
+def test_bad_configuration_is_one_line(tmp_path: Path, text: str, words: str) -> None:
+    with pytest.raises(BadInput) as error:
+        _load(tmp_path, text)
+    assert str(error.value).startswith(f"{tmp_path}/config.yaml: ")
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_unreadable(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="cannot be read: No such file"):
+        load_settings(tmp_path / "none.yaml")
+    with pytest.raises(BadInput, match="cannot be read: Is a directory"):
+        load_settings(tmp_path)
+    (tmp_path / "latin").write_bytes(b"host: \xe9")
+    with pytest.raises(BadInput, match="is not UTF-8"):
+        load_settings(tmp_path / "latin")
+
+
+def test_values_and_defaults(tmp_path: Path) -> None:
+    assert _load(tmp_path, "") == SidecarSettings()
+    settings = _load(tmp_path, "runtime_dir: /run/x\ncheckpoint_interval_s: 5\ncontroller: {policy: {k_max: 6}}\n")
+    assert settings.runtime_dir == Path("/run/x")
+    assert settings.checkpoint_interval_s == 5.0
+    assert settings.controller.policy.k_max == 6
+    assert settings.controller.latency == SidecarSettings().controller.latency
+
+
+def test_overrides_take_precedence(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("port: 1000\nhost: localhost\n")
+    settings = load_settings(path, {"port": 2000, "runtime_dir": Path("/run/y")})
+    assert (settings.port, settings.host, settings.runtime_dir) == (2000, "localhost", Path("/run/y"))
+
+
+def test_page_in_docs_is_current() -> None:
+    page = Path(__file__).parent.parent / "docs" / "configuration.md"
+    assert page.read_text() == configuration_page(), "run `make docs`"
+
+
+def test_page_names_every_key() -> None:
+    page = configuration_page()
+    for key in ("`runtime_dir`", "`controller.mode`", "`controller.latency.jump_threshold`", "`controller.sweep.max_steps`"):
+        assert f"| {key} |" in page

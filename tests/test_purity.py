@@ -1,0 +1,87 @@
+"""What may import what: the mathematics no clock and no I/O, the server's process nothing heavy."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "adaptive_spec"
+PURE = (
+    "acceptance", "calibration", "cells", "controller", "drift", "forecast", "guard", "latency", "learner", "ledger", "padding",
+    "policy", "segments", "snapshot", "sweep",
+)  # fmt: skip
+IMPURE = {
+    "time", "datetime", "os", "io", "socket", "threading", "asyncio", "subprocess", "pathlib", "mmap", "tempfile", "shutil",
+    "logging", "random", "signal", "select", "http", "urllib", "multiprocessing", "prometheus_client", "sglang", "torch",
+    "bottle", "waitress", "click", "rich", "yaml", "matplotlib",
+}  # fmt: skip
+OURS_IMPURE = {
+    "ring",
+    "policy_page",
+    "tap",
+    "mapped_file",
+    "archive",
+    "profile",
+    "session",
+    "sidecar",
+    "web",
+    "metrics",
+    "engines",
+}
+
+
+def _imports(module: str) -> set[str]:
+    """Top-level names a module imports anywhere in its text; of our own package the module below it."""
+    found = set()
+    for node in ast.walk(ast.parse((PACKAGE / f"{module}.py").read_text())):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        for name in names:
+            parts = name.split(".")
+            found.add(f"ours:{parts[1]}" if parts[0] == "adaptive_spec" else parts[0])
+    return found
+
+
+@pytest.mark.parametrize("module", PURE)
+def test_pure_modules_have_no_clock_and_no_io(module: str) -> None:
+    imports = _imports(module)
+    assert not imports & IMPURE
+    assert not imports & {f"ours:{name}" for name in OURS_IMPURE}
+
+
+def test_open_is_not_called_in_pure_modules() -> None:
+    for module in PURE:
+        for node in ast.walk(ast.parse((PACKAGE / f"{module}.py").read_text())):
+            assert not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("open", "print"))
+
+
+def _loaded_by(module: str) -> set[str]:
+    """Top-level modules that a fresh process has loaded after one import."""
+    code = f"import sys, json, {module}; print(json.dumps(sorted({{name.split('.')[0] for name in sys.modules}})))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(json.loads(result.stdout))
+
+
+def test_the_tap_brings_numpy_and_the_standard_library_only() -> None:
+    extra = _loaded_by("adaptive_spec.tap") - _loaded_by("numpy") - sys.stdlib_module_names
+    assert extra == {"adaptive_spec"}
+
+
+def test_the_sidecar_brings_neither_torch_nor_matplotlib() -> None:
+    loaded = _loaded_by("adaptive_spec.sidecar")
+    assert "river" in loaded
+    assert not loaded & {"torch", "matplotlib", "sglang", "rich"}
+
+
+def test_nothing_names_a_machine_path() -> None:
+    for path in PACKAGE.rglob("*.py"):
+        assert "/home/" not in path.read_text(), path
+        assert "/root/" not in path.read_text(), path

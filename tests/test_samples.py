@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from adaptive_spec.errors import BadInput
+from adaptive_spec.samples import read_calibration, read_latency
+
+L, C = "num_tokens,latency_ms\n", "cumulative_score,accepted\n"
+
+
+def _write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "s.csv"
+    path.write_text(text)
+    return path
+
+
+def test_latency(tmp_path: Path) -> None:
+    samples = read_latency(_write(tmp_path, f"# made by hand\n\n{L}# repeated counts are welcome\n1,2.5\n1, 3e0 \n64,10\n\n\n"))
+    assert samples.num_tokens.tolist() == [1, 1, 64]
+    np.testing.assert_allclose(samples.latency_s, [0.0025, 0.003, 0.01])
+
+
+def test_calibration(tmp_path: Path) -> None:
+    pairs = read_calibration(_write(tmp_path, f"\ufeff{C}0.5,1\n1,0\n1e-9,0"))
+    assert pairs.cumulative_score.tolist() == [0.5, 1.0, 1e-9]
+    assert pairs.accepted.tolist() == [1, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "is empty: must begin with the header num_tokens,latency_ms"),
+        ("# only this\n", "is empty: must begin with the header"),
+        (L, "has no rows"),
+        ("num_tokens,latency\n1,2\n", "line 1: header 'num_tokens,latency' is not allowed: must be num_tokens,latency_ms"),
+        ("latency_ms,num_tokens\n1,2\n", "line 1: header"),
+        ("1,2\n", "line 1: header '1,2'"),
+        (f"{L}1,nan\n", "line 2: latency_ms: 'nan' is not allowed: must be a finite number > 0"),
+        (f"{L}1,inf\n", "line 2: latency_ms: 'inf' is not allowed"),
+        (f"{L}1,2\n1,-3\n", "line 3: latency_ms: '-3' is not allowed"),
+        (f"{L}1,0\n", "line 2: latency_ms: '0' is not allowed"),
+        (f"{L}1,\n", "line 2: latency_ms: '' is not allowed"),
+        (f"{L},1\n", "line 2: num_tokens: '' is not allowed: must be a whole number in 1..65536"),
+        (f"{L}0,1\n", "line 2: num_tokens: '0' is not allowed"),
+        (f"{L}1.5,1\n", "line 2: num_tokens: '1.5' is not allowed"),
+        (f"{L}65537,1\n", "line 2: num_tokens: '65537' is not allowed"),
+        (f"{L}one,1\n", "line 2: num_tokens: 'one' is not allowed"),
+        (f"{L}1\n", "line 2: '1' is not allowed: must be two fields, num_tokens,latency_ms"),
+        (f"{L}1,2,3\n", "line 2: '1,2,3' is not allowed: must be two fields"),
+        (f"{L}1,2\n\n3,4\n", "line 3: '' is not allowed: must be two fields"),
+        (f'{L}"1,2\n', "line 2: "),
+    ],
+)
+def test_bad_latency_is_one_line(tmp_path: Path, text: str, words: str) -> None:
+    path = _write(tmp_path, text)
+    with pytest.raises(BadInput) as error:
+        read_latency(path)
+    assert str(error.value).startswith(f"{path}: ")
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ("0,1", "cumulative_score: '0' is not allowed: must be a number in (0, 1]"),
+        ("1.0001,1", "cumulative_score: '1.0001' is not allowed"),
+        ("nan,1", "cumulative_score: 'nan' is not allowed"),
+        ("-0.2,1", "cumulative_score: '-0.2' is not allowed"),
+        ("high,1", "cumulative_score: 'high' is not allowed"),
+        ("0.5,2", "accepted: '2' is not allowed: must be 0 or 1"),
+        ("0.5,true", "accepted: 'true' is not allowed"),
+        ("0.5,1.0", "accepted: '1.0' is not allowed"),
+        ("0.5,", "accepted: '' is not allowed"),
+    ],
+)
+def test_bad_calibration_is_one_line(tmp_path: Path, row: str, words: str) -> None:
+    with pytest.raises(BadInput, match="line 3: ") as error:
+        read_calibration(_write(tmp_path, f"{C}0.5,0\n{row}\n"))
+    assert words in str(error.value)
+
+
+def test_unreadable(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="cannot be read: No such file"):
+        read_latency(tmp_path / "none.csv")
+    (tmp_path / "s.csv").write_bytes(L.encode() + b"\xff,1\n")
+    with pytest.raises(BadInput, match="is not UTF-8"):
+        read_latency(tmp_path / "s.csv")

@@ -1,0 +1,273 @@
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adaptive_spec.errors import BadInput
+from adaptive_spec.policy import Mode
+from adaptive_spec.policy_page import PolicyPageReader
+from adaptive_spec.ring import RingWriter
+from adaptive_spec.session import Session
+from adaptive_spec.settings import SidecarSettings
+from adaptive_spec.tap import PAGE_NAME, RING_NAME
+from tests.numbers_engine import NumbersEngine, engine_info
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> SidecarSettings:
+    return SidecarSettings(runtime_dir=tmp_path / "run", profile_dir=tmp_path / "profiles")
+
+
+@pytest.fixture
+def engine(settings: SidecarSettings) -> Iterator[NumbersEngine]:
+    engine = NumbersEngine(settings.runtime_dir)
+    yield engine
+    engine.close()
+
+
+def _open(settings: SidecarSettings) -> Session:
+    session = Session.open(settings)
+    assert session is not None
+    return session
+
+
+def _swept(session: Session, engine: NumbersEngine) -> Session:
+    """Step and learn in turn until the sweep is over."""
+    for _ in range(200):
+        for _ in range(20):
+            engine.step()
+        session.turn()
+        session.view(None)
+        if session.swept:
+            return session
+    raise AssertionError("the sweep does not end")
+
+
+def _acting(settings: SidecarSettings) -> bool:
+    with PolicyPageReader.open(settings.runtime_dir / PAGE_NAME) as page:
+        policy = page.poll(time.monotonic_ns())
+        assert policy is not None
+        return policy.acting
+
+
+def test_no_engine_no_session(settings: SidecarSettings) -> None:
+    assert Session.open(settings) is None
+
+
+def test_sweep_then_policy(settings: SidecarSettings, engine: NumbersEngine) -> None:
+    session = _swept(_open(settings), engine)
+    view = session.view(None)
+    assert view.snapshot is not None
+    assert view.snapshot.mode is Mode.ACTIVE
+    assert [b.tokens for b in view.snapshot.boundaries][:3] == [6, 12, 18]
+    assert view.attached
+    assert not view.failures
+    assert view.snapshot.observations == engine.steps
+    assert _acting(settings)
+    session.close()
+
+
+def test_lost_records_are_counted(settings: SidecarSettings, engine: NumbersEngine) -> None:
+    session = _open(settings)
+    session.turn()
+    for _ in range(1024 + 100):
+        engine.step()
+    while session.turn():
+        pass
+    snapshot = session.view(None).snapshot
+    assert snapshot is not None
+    assert snapshot.dropped["lost"] == 100
+    assert snapshot.observations == 1024
+    session.close()
+
+
+def test_checkpoint_is_continued_where_it_was(settings: SidecarSettings, engine: NumbersEngine) -> None:
+    session = _swept(_open(settings), engine)
+    assert session.checkpoint()
+    before = session.view(None).snapshot
+    version = session.page.last_version
+    session.close()  # as after kill -9: nothing else was written
+    for _ in range(30):
+        engine.step()
+    session = _open(settings)
+    assert session.origin == "checkpoint"
+    while session.turn():
+        pass
+    after = session.view(None).snapshot
+    assert before is not None
+    assert after is not None
+    assert after.mode is Mode.ACTIVE
+    assert after.observations == before.observations + 30
+    assert after.boundaries
+    assert session.page.last_version >= version
+    session.close()
+
+
+def test_damaged_checkpoint_is_set_aside(
+    settings: SidecarSettings, engine: NumbersEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    session = _open(settings)
+    session.checkpoint()
+    version = session.page.last_version
+    session.close()
+    path = settings.runtime_dir / "checkpoint.npz"
+    path.write_bytes(path.read_bytes()[:100])
+    session = _open(settings)
+    assert session.origin == "sweep"
+    assert not path.exists()
+    assert (settings.runtime_dir / "checkpoint.npz.damaged-1").stat().st_size == 100
+    assert "checkpoint.npz is damaged" in caplog.text
+    assert session.page.last_version > version
+    session.close()
+
+
+def test_checkpoint_of_another_engine_is_set_aside(settings: SidecarSettings, engine: NumbersEngine) -> None:
+    session = _open(settings)
+    session.checkpoint()
+    session.close()
+    other = NumbersEngine(settings.runtime_dir, engine_info("other"))
+    session = _open(settings)
+    assert session.origin == "sweep"
+    assert (settings.runtime_dir / "checkpoint.npz.damaged-1").exists()
+    session.close()
+    other.close()
+
+
+def test_profile_skips_the_sweep(settings: SidecarSettings, engine: NumbersEngine, caplog: pytest.LogCaptureFixture) -> None:
+    session = _swept(_open(settings), engine)
+    assert session.save_profile()
+    session.close()
+    caplog.set_level(logging.INFO)
+    session = _open(settings)
+    assert session.origin == "profile"
+    assert "already profiled, skipping warmup" in caplog.text
+    snapshot = session.view(None).snapshot
+    assert snapshot is not None
+    assert snapshot.mode is Mode.ACTIVE
+    assert [b.tokens for b in snapshot.boundaries][:3] == [6, 12, 18]
+    session.close()
+
+
+@pytest.mark.parametrize("name", ["latency_model.npz", "calibration.npz", "policy.json"])
+def test_damaged_profile_is_set_aside_and_the_sweep_runs(
+    settings: SidecarSettings, engine: NumbersEngine, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    session = _swept(_open(settings), engine)
+    session.save_profile()
+    folder = session.profile_folder
+    session.close()
+    (folder / name).write_bytes(b"PK nonsense")
+    session = _open(settings)
+    assert session.origin == "sweep"
+    assert not folder.exists()
+    assert (folder.with_name(f"{folder.name}.damaged-1") / name).read_bytes() == b"PK nonsense"
+    assert "cannot be used" in caplog.text
+    session.close()
+
+
+def test_profile_of_another_shape_is_set_aside(settings: SidecarSettings, engine: NumbersEngine) -> None:
+    """Same model, GPU and TP, but other draft lengths: nothing of it may be taken over."""
+    session = _swept(_open(settings), engine)
+    session.save_profile()
+    session.close()
+    other = NumbersEngine(settings.runtime_dir, replace(engine.info, candidates=(0, 1, 2)))
+    session = _open(settings)
+    assert session.origin == "sweep"
+    session.close()
+    other.close()
+
+
+def _broken(*_: Any, **__: Any) -> Any:
+    raise ZeroDivisionError("a fault of ours")
+
+
+@pytest.mark.parametrize("call", ["observe", "refit", "tick"])
+def test_a_fault_of_ours_puts_the_engine_on_its_launch_k(
+    settings: SidecarSettings, engine: NumbersEngine, call: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    session = _swept(_open(settings), engine)
+    assert _acting(settings)
+    with monkeypatch.context() as patch:
+        patch.setattr(session.controller, call, _broken)
+        if call == "refit":
+            patch.setattr(session.controller, "refit_due", lambda now_s: True)
+        for _ in range(3):
+            if call == "observe":
+                engine.step()
+            session.turn()
+        assert session.failures[call] == 3
+        assert [r.getMessage().split(" ")[0] for r in caplog.records if r.levelname == "ERROR"] == [call], "once per kind"
+        assert not _acting(settings)
+        assert engine.step() == engine.info.launch_k
+        view = session.view(None)
+        assert view.snapshot is not None
+        assert view.snapshot.mode is Mode.FALLBACK
+        assert view.failures == {call: 3}
+    session.controller.refit(time.monotonic() + 100.0)  # the fault is gone: the next refit trusts itself again
+    assert session.controller.mode is Mode.ACTIVE
+    session.close()
+
+
+def test_launch_k_even_when_the_controller_cannot_fall_back(
+    settings: SidecarSettings, engine: NumbersEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = _swept(_open(settings), engine)
+    monkeypatch.setattr(session.controller, "tick", _broken)
+    monkeypatch.setattr(session.controller, "fail", _broken)
+    while session.turn():
+        pass
+    assert session.failures["fail"] >= 1
+    assert not _acting(settings)
+    session.close()
+
+
+def test_commands(settings: SidecarSettings, engine: NumbersEngine) -> None:
+    session = _swept(_open(settings), engine)
+    assert session.command("pin", 3) == ""
+    assert {engine.step() for _ in range(5)} == {3}
+    assert "K 9 is not one of" in session.command("pin", 9)
+    assert session.command("shadow", None) == ""
+    assert {engine.step() for _ in range(5)} == {engine.info.launch_k}
+    session.close()
+
+
+def test_restarted_engine_is_followed(settings: SidecarSettings, engine: NumbersEngine) -> None:
+    session = _swept(_open(settings), engine)
+    assert session.follow_engine()
+    again = NumbersEngine(settings.runtime_dir, replace(engine.info, pid=1))
+    for _ in range(50):
+        again.step()
+    assert session.follow_engine()
+    assert session.turn() == 50
+    view = session.view(None)
+    assert view.snapshot is not None
+    assert view.snapshot.mode is Mode.ACTIVE
+    other = NumbersEngine(settings.runtime_dir, engine_info("other"))
+    assert not session.follow_engine()
+    session.close()
+    again.close()
+    other.close()
+
+
+def test_ring_of_another_version(settings: SidecarSettings) -> None:
+    settings.runtime_dir.mkdir()
+    path = settings.runtime_dir / RING_NAME
+    RingWriter.create(path, engine_info()).close()
+    data = bytearray(path.read_bytes())
+    data[8] += 1
+    path.write_bytes(data)
+    with pytest.raises(BadInput, match=r"runtime_dir: .*records\.ring: layout version is 2, wanted 1"):
+        Session.open(settings)
+
+
+def test_one_sidecar_for_one_engine(settings: SidecarSettings, engine: NumbersEngine) -> None:
+    session = _open(settings)
+    with pytest.raises(BadInput, match="another sidecar is writing this policy page"):
+        Session.open(settings)
+    session.close()

@@ -1,0 +1,185 @@
+from __future__ import annotations
+
+import json
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from threading import Thread
+from typing import Any
+
+import pytest
+
+from adaptive_spec.board import Board, View
+from adaptive_spec.control import ControlClient
+from adaptive_spec.errors import BadInput
+from adaptive_spec.web import Command, WebServer
+from tests.numbers_engine import engine_info
+from tests.test_metrics import SNAPSHOT
+
+TOKEN = "secret"
+
+
+@pytest.fixture
+def board() -> Board:
+    return Board(time.monotonic())
+
+
+@pytest.fixture
+def server(board: Board) -> Iterator[WebServer]:
+    server = WebServer(board, "127.0.0.1", 0, TOKEN)
+    yield server
+    server.close()
+
+
+def _get(server: WebServer, path: str, **headers: str) -> tuple[int, Any, str]:
+    try:
+        with urllib.request.urlopen(urllib.request.Request(server.url + path, headers=headers), timeout=10) as answer:
+            return answer.status, answer.headers, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, error.headers, error.read().decode()
+
+
+def _post(server: WebServer, body: bytes, token: str = TOKEN) -> tuple[int, dict[str, Any]]:
+    request = urllib.request.Request(server.url + "/control", body, {"Authorization": f"Bearer {token}"})
+    try:
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            return answer.status, json.load(answer)
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code, json.load(error)
+
+
+def test_health_follows_the_loop(server: WebServer, board: Board) -> None:
+    assert _get(server, "/healthz")[0] == 200
+    board.beat_s -= 60.0
+    status, _, text = _get(server, "/healthz")
+    assert status == 503
+    assert json.loads(text)["alive"] is False
+
+
+def test_status_before_an_engine(server: WebServer) -> None:
+    status, headers, text = _get(server, "/status.json")
+    document = json.loads(text)
+    assert status == 200
+    assert headers["Content-Type"] == "application/json"
+    assert document["mode"] == "fallback"
+    assert document["reason"] == "waiting for an engine"
+    assert document["engine_pid"] is None
+    assert document["k_by_batch_size"] == {}
+
+
+def test_status_and_metrics_show_the_board(server: WebServer, board: Board) -> None:
+    board.view = View(time.monotonic(), SNAPSHOT, engine_info(pid=123), True)
+    document = json.loads(_get(server, "/status.json")[2])
+    assert document["k_by_batch_size"] == {"1": 4, "2": 3}
+    assert document["boundaries"] == [6]
+    assert document["engine_pid"] == 123
+    assert document["segments"][0]["intercept_ms"] == 1.0
+    assert document["events"][0]["text"] == "K 2 to 3"
+    status, headers, text = _get(server, "/metrics")
+    assert status == 200
+    assert headers["Content-Type"].startswith("text/plain")
+    assert "adaptive_spec_decode_steps_total{" in text
+    _, headers, text = _get(server, "/metrics", Accept="application/openmetrics-text; version=1.0.0")
+    assert headers["Content-Type"].startswith("application/openmetrics-text")
+    assert text.endswith("# EOF\n")
+
+
+def test_page_asks_nobody_else(server: WebServer) -> None:
+    status, headers, text = _get(server, "/")
+    assert status == 200
+    assert headers["Content-Security-Policy"].startswith("default-src 'self'")
+    assert "http" not in text
+    for name, kind in (("status.js", "text/javascript"), ("status.css", "text/css")):
+        assert name in text
+        status, headers, _ = _get(server, f"/{name}")
+        assert status == 200
+        assert headers["Content-Type"].startswith(kind)
+
+
+@pytest.mark.parametrize("path", ["/no", "/index.html", "/..%2fcli.py", "/control", "/../cli.py"])
+def test_nothing_else_is_served(server: WebServer, path: str) -> None:
+    status, _, text = _get(server, path)
+    assert status in (404, 405)
+    assert "error" in json.loads(text)
+
+
+def _answer(server: WebServer, answer: str) -> list[Command]:
+    """Play the loop for one command."""
+    taken: list[Command] = []
+
+    def loop() -> None:
+        command = server.commands.get(timeout=10)
+        taken.append(command)
+        command.answer = answer
+        command.done.set()
+
+    Thread(target=loop, daemon=True).start()
+    return taken
+
+
+def test_commands_go_through_the_queue(server: WebServer) -> None:
+    taken = _answer(server, "")
+    assert _post(server, b'{"command": "pin", "k": 3}') == (200, {"done": True, "mode": "fallback"})
+    assert (taken[0].name, taken[0].k) == ("pin", 3)
+    _answer(server, "not now")
+    assert _post(server, b'{"command": "resweep"}') == (409, {"error": "not now"})
+
+
+@pytest.mark.parametrize("token", ["", "wrong", TOKEN + "x", TOKEN[:-1], "é"])
+def test_wrong_token(server: WebServer, token: str) -> None:
+    request = urllib.request.Request(server.url + "/control", b'{"command": "pause"}')
+    request.add_header("Authorization", f"Bearer {token}")
+    with pytest.raises(urllib.error.HTTPError, match="403") as error:
+        urllib.request.urlopen(request, timeout=10)
+    error.value.close()
+    assert server.commands.empty()
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        (b"", "must be JSON"),
+        (b"pause", "must be JSON"),
+        (b"[]", "must be JSON"),
+        (b'{"k": 1}', "must be JSON"),
+        (b'{"command": "stop"}', "'stop' is not allowed: must be one of pause, resume"),
+        (b'{"command": ["pause"]}', "is not allowed"),
+        (b'{"command": "pin"}', "k: None is not allowed"),
+        (b'{"command": "pin", "k": true}', "k: True is not allowed"),
+        (b'{"command": "pin", "k": "3"}', "k: '3' is not allowed"),
+        (b'{"command": "pause", "k": 3}', "k: 3 is not allowed"),
+    ],
+)
+def test_bad_commands(server: WebServer, body: bytes, words: str) -> None:
+    status, document = _post(server, body)
+    assert status == 400
+    assert words in document["error"]
+    assert server.commands.empty()
+
+
+def test_long_body_is_refused(server: WebServer) -> None:
+    assert _post(server, b" " * 5000)[0] == 413
+
+
+def test_port_in_use(server: WebServer, board: Board) -> None:
+    with pytest.raises(BadInput, match=f"port: {server.port} on host '127.0.0.1' is not allowed: Address already in use"):
+        WebServer(board, "127.0.0.1", server.port, TOKEN)
+
+
+def test_host_that_is_none(board: Board) -> None:
+    with pytest.raises(BadInput, match=r"port: 0 on host 'no\.such\.host\.invalid' is not allowed"):
+        WebServer(board, "no.such.host.invalid", 0, TOKEN)
+
+
+def test_client_words(server: WebServer) -> None:
+    with pytest.raises(BadInput, match="refused: the token is not the one"):
+        ControlClient(server.url, "wrong").send("pause")
+    assert ControlClient(server.url).status()["mode"] == "fallback"
+    server.close()
+    with pytest.raises(BadInput, match="--url: 'ftp://x' is not allowed"):
+        ControlClient("ftp://x")
+    with pytest.raises(BadInput, match="no sidecar answers"):
+        ControlClient("http://127.0.0.1:1").status()

@@ -1,56 +1,58 @@
 """Robust forgetting statistics of a measured time, one cell per key (a token count, or a plan).
 
-    seconds = exp(level) * cell mean(key)
-    weight <- weight (1 - 1/memory) + 1,    mean <- mean + (seconds - mean) / weight
+    seconds = exp(tempo) * cell mean(key)
+    weight <- weight (1 - 1/memory) + 1,    mean <- mean + (seconds exp(-tempo) - mean) / weight
 
-so a cell averages about the last `memory` samples. Regimes. Young: the first samples of a cell are held back and the small
-ones stand for it (real first replays run up to twice too long, never too short). Settled: every sample is clipped to a few
-times the noise around what was expected, so that a spike hardly moves it. Disturbed: when the median of a window of samples,
-over all keys, leaves the expected, the level moves and nothing is learnt: a burst of slowness comes and goes without leaving
-a trace. Shifted: a level that lasts (heat, a neighbour, a driver) is folded into every cell, and those which were not
-measured meanwhile are doubtful until they are.
+so a cell averages about the last `memory` samples, each at the tempo it was measured at (`tempo.py`). Regimes. Young: the first
+samples of a cell are held back and the small ones stand for it (real first replays run up to twice too long, never too
+short). Settled: every sample is clipped to a few times the noise around what was expected, so that a spike hardly moves it.
+Unsure: a cell measured last at another tempo is believed less, in proportion to the difference, until it is measured again or
+the old tempo returns. Changed: samples of one cell that stay away on one side begin it anew, and make all others doubtful that
+were not measured since: the curve has another shape.
 """
 
 from __future__ import annotations
 
 import math
-import statistics
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+from adaptive_spec.tempo import LEAST_JUMP, MAX_SIGMA, MIN_SIGMA, Shift, Tempo, running_median
 
 Floats = NDArray[np.float64]
 
 HELD_BACK = 8
 """Samples of a young cell that are kept one by one."""
 COMPARABLE = 3
-"""Samples from which on a cell takes part in the shift test."""
-WINDOW = 12
-"""Samples the shift test looks at."""
-SHIFTED_AFTER = 32
-"""Samples a level must last to be called a shift."""
-OUTLIERS = 10
-"""Samples of one cell in a row, all on one side and all outliers, after which it begins again by itself."""
-UNSURE_WEIGHT, UNSURE_OUTLIERS = 6.0, 4
-"""What a cell still weighs that a shift has moved unseen, and how many outliers prove that it moved otherwise."""
+"""Samples from which on a cell tells something about the tempo."""
+OUTLIERS, UNSURE_OUTLIERS = 10, 4
+"""Samples of one cell in a row, all on one side and all outliers, after which it begins again; the same of an unsure one."""
+UNSURE_WEIGHT = 12.0
 STALE_STEPS = 40_000
 """Age at which a cell counts as unknown."""
-QUIET_SIGMA = 0.05
-"""Noise up to which a shift is taken for a change of the world, after which no unseen cell is believed."""
+UNSEEN_DOUBT = 0.5
+"""Relative standard error of a cell per unit of tempo since it was measured: a curve rarely moves all as one."""
+JUMP_DOUBT = 0.1
+"""Relative standard error of a cell after a jump of the tempo it did not see: a kernel may have changed, not the machine."""
+MOST_DOUBT = 0.3
+CHANGES = 8
+"""Late changes of the curve's shape that are remembered."""
 CLIP_SIGMAS = 4.0
-MIN_SIGMA, MAX_SIGMA = 0.004, 0.25
 
 
 class Cell:
-    """Forgetting means of a covariate x (total KV tokens) and of seconds y. weight: effective samples."""
+    """Forgetting means of a covariate x (total KV tokens) and of seconds y. weight: effective samples.
 
-    __slots__ = ("first", "last_step", "last_x", "last_y", "mean_x", "mean_y", "outliers", "samples", "weight")
+    tempo: at the last sample. last_x, last_y: that sample as it was measured.
+    """
+
+    __slots__ = ("first", "last_step", "last_x", "last_y", "mean_x", "mean_y", "outliers", "samples", "tempo", "weight")
 
     def __init__(self) -> None:
-        self.weight = self.mean_x = self.mean_y = self.last_x = self.last_y = 0.0
+        self.weight = self.mean_x = self.mean_y = self.last_x = self.last_y = self.tempo = 0.0
         self.samples = self.last_step = self.outliers = 0
         self.first: list[tuple[float, float]] = []
 
@@ -64,11 +66,6 @@ class Cell:
         """Forget everything: the next sample is the first."""
         self.samples = self.outliers = 0
         self.first.clear()
-
-    def scale(self, ratio: float) -> None:
-        """Multiply what was measured by `ratio`."""
-        self.mean_y *= ratio
-        self.first = [(x, y * ratio) for x, y in self.first]
 
     @classmethod
     def from_weighted(cls, x: Floats, y: Floats, weight: Floats) -> Cell:
@@ -108,122 +105,95 @@ class Slope:
         return min(max(sure / self.xx, 0.0), 0.8 / typical_x)
 
 
-@dataclass(frozen=True)
-class Shift:
-    """The whole table moved: seconds are now `ratio` times what was expected."""
-
-    ratio: float
-
-
 class CellTable:
     """Cells by integer key. memory_samples: samples a cell remembers, >= 1 (inf: forgets nothing).
 
-    level: log of how much slower everything is now than the cells say.
+    tempo: one that another table follows, to be shared; None: this table follows one of its own.
     """
 
-    def __init__(self, memory_samples: float) -> None:
+    def __init__(self, memory_samples: float, tempo: Tempo | None = None) -> None:
         self.decay = 1.0 - 1.0 / memory_samples
         self.cells: dict[int, Cell] = {}
         self.median_noise = 0.01
         """Running median of |log(sample / the one before it in its cell)|, which no error of a mean can inflate."""
         self.slope = Slope()
-        self.level = 0.0
-        self._level_step = 0
-        self._level_samples = 0
-        self._lean = 0.0
-        self._window: deque[float] = deque(maxlen=WINDOW)
+        self.tempo = tempo or Tempo()
+        self._leads = tempo is None
+        self._changes: deque[tuple[int, float]] = deque(maxlen=CHANGES)
+        """(step, relative standard error it leaves in cells not measured since) of what told that the shape may have changed."""
 
     @property
     def sigma(self) -> float:
         """Relative standard deviation of one sample."""
         return min(max(self.median_noise / 0.9539, MIN_SIGMA), MAX_SIGMA)  # median |N(0, 2 sigma^2)| = 0.9539 sigma
 
-    @property
-    def shift_limit(self) -> float:
-        """Median of a window of log residuals that is no accident: 4.5 of its standard errors, and at least 4 %."""
-        return max(0.04, 4.5 * 1.25 * self.sigma / math.sqrt(WINDOW))
-
     def observe(self, key: int, x: float, y: float, step: int, slope: float = 0.0) -> Shift | None:
         """Take one sample: covariate x, y > 0 seconds, at decode step `step`; slope: seconds per unit of x.
 
-        Returns a Shift when with this sample a level has lasted long enough to be called one.
+        Returns a Shift when with this sample a new tempo has lasted long enough to be called one.
         """
         cell = self.cells.get(key)
         if cell is None:
             cell = self.cells[key] = Cell()
         if step - cell.last_step >= STALE_STEPS // 2:
-            cell.begin()  # too old to be believed, or moved by a shift it did not see
+            cell.begin()  # too old to be believed
         if cell.samples and cell.last_y > 0.0:
             self._neighbours(cell, x, y, step)
-        cell.last_step, cell.last_x, cell.last_y = step, x, y
-        expected = min(max(cell.mean_y + slope * (x - cell.mean_x), 0.5 * cell.mean_y), 2.0 * cell.mean_y)
-        young = cell.samples < HELD_BACK
-        residual = math.log(y / expected) if cell.samples >= COMPARABLE else 0.0
-        if cell.samples >= COMPARABLE:
-            self._follow_level(residual, step)
-        if self.level != 0.0:
-            return self._shift(step)
-        cell.samples += 1
-        if young:
-            cell.first.append((x, y))
+        comparable = cell.samples >= COMPARABLE
+        usual_y = y * math.exp(-self.tempo.value)
+        if comparable and self._leads:
+            residual = math.log(usual_y / self._expected(cell, x, slope))
+            moved = self.tempo.follow(residual, self.sigma)
+            usual_y *= math.exp(-moved)
+            if abs(moved) >= LEAST_JUMP:
+                self._changes.append((step, JUMP_DOUBT))
+                for other in self.cells.values():
+                    other.outliers = 0
+        if cell.samples < HELD_BACK:
+            cell.first.append((x, usual_y))
             self._hold_back(cell)
         else:
-            self._learn(cell, x, expected, residual)
-        return None
+            self._learn(cell, x, self._expected(cell, x, slope), usual_y, step)
+        cell.samples += 1
+        cell.last_step, cell.last_x, cell.last_y, cell.tempo = step, x, y, self.tempo.value
+        return self.tempo.news() if self._leads else None
+
+    def doubt(self, cell: Cell) -> float:
+        """Relative standard error of a cell from having been measured at another tempo or before a change of shape."""
+        moved = abs(self.tempo.value - cell.tempo) - 0.5 * self.sigma  # the tempo itself is known no better
+        changed = max((doubt for step, doubt in self._changes if step > cell.last_step), default=0.0)
+        return min(math.hypot(UNSEEN_DOUBT * max(moved, 0.0), changed), MOST_DOUBT)
+
+    def _believed(self, cell: Cell, doubt: float) -> float:
+        """Effective samples that a doubtful cell is worth."""
+        return 1.0 / (1.0 / cell.weight + (doubt / self.sigma) ** 2)
+
+    def _expected(self, cell: Cell, x: float, slope: float) -> float:
+        """Seconds at the usual tempo; the covariate moves them by half at most. slope: at the present tempo."""
+        expected = cell.mean_y + slope * math.exp(-self.tempo.value) * (x - cell.mean_x)
+        return min(max(expected, 0.5 * cell.mean_y), 2.0 * cell.mean_y)
 
     def _neighbours(self, cell: Cell, x: float, y: float, step: int) -> None:
         """Learn noise and slope from the difference to the last sample of the cell."""
         change = math.log(y / cell.last_y)
-        # Robbins-Monro on the median: 2 % a step, so that it settles within some hundred samples and ignores spikes.
-        self.median_noise *= 1.02 if abs(change) > self.median_noise else 1 / 1.02
-        self.median_noise = min(max(self.median_noise, MIN_SIGMA), MAX_SIGMA)
+        self.median_noise = running_median(self.median_noise, abs(change), 1.02)
         if step - cell.last_step <= Slope.NEAR_STEPS:
             self.slope.add(x - cell.last_x, change, CLIP_SIGMAS * self.sigma)
 
-    def _learn(self, cell: Cell, x: float, expected: float, residual: float) -> None:
-        limit = CLIP_SIGMAS * self.sigma
+    def _learn(self, cell: Cell, x: float, expected: float, usual_y: float, step: int) -> None:
+        residual = math.log(usual_y / expected)
+        doubt = self.doubt(cell)
+        limit = CLIP_SIGMAS * math.hypot(self.sigma, doubt)
+        cell.weight = self._believed(cell, doubt)
         cell.add(x, expected * math.exp(min(max(residual, -limit), limit)), self.decay)
         if abs(residual) < limit:
             cell.outliers = 0
             return
         side = 1 if residual > 0.0 else -1
         cell.outliers = cell.outliers + side if cell.outliers * side > 0 else side
-        if abs(cell.outliers) >= (OUTLIERS if cell.weight > 2.0 * UNSURE_WEIGHT else UNSURE_OUTLIERS):
-            cell.begin()  # this one has changed, the others have not
-
-    def _follow_level(self, residual: float, step: int) -> None:
-        self._window.append(residual)
-        limit = self.shift_limit
-        self._lean += 0.15 * (min(max(residual - self.level, -2.0 * limit), 2.0 * limit) - self._lean)
-        # The median of the window is only worth taking when a running mean has begun to lean.
-        if abs(self._lean) < 0.25 * limit or len(self._window) < WINDOW:
-            return
-        moved = statistics.median(self._window) - self.level
-        if abs(moved) < limit:
-            return
-        # The window still holds some samples from before the change: they say nothing about its size.
-        level = statistics.median(r for r in self._window if (r - self.level) / moved > 0.5)
-        self.level = level if abs(level) >= limit else 0.0
-        self._level_step, self._level_samples, self._lean = step, 0, 0.0
-        self._window.clear()
-        for cell in self.cells.values():
-            cell.outliers = 0
-
-    def _shift(self, step: int) -> Shift | None:
-        """Fold a level that has lasted into the cells."""
-        self._level_samples += 1
-        if self._level_samples < SHIFTED_AFTER:
-            return None
-        ratio = math.exp(self.level)
-        for cell in self.cells.values():
-            cell.scale(ratio)
-            if cell.last_step < self._level_step:
-                # On a noisy machine levels come and go with its neighbours: there a shift says less about other cells.
-                cell.last_step -= int(STALE_STEPS * min(1.0, (QUIET_SIGMA / self.sigma) ** 2))
-                cell.weight = min(cell.weight, UNSURE_WEIGHT)
-        self.level = self._lean = 0.0
-        self._window.clear()
-        return Shift(ratio)
+        if abs(cell.outliers) >= (OUTLIERS if cell.weight > UNSURE_WEIGHT else UNSURE_OUTLIERS):
+            cell.begin()  # this one has changed and the tempo has not: who knows what of the others
+            self._changes.append((step, min(UNSEEN_DOUBT * abs(residual), MOST_DOUBT)))
 
     def _hold_back(self, cell: Cell) -> None:
         """Rebuild a young cell from its samples: those within the noise of a small one."""
@@ -236,11 +206,18 @@ class CellTable:
                 cell.add(x, y, self.decay)
 
     def rows(self) -> Floats:
-        """Measured cells at the present level, float64 [cells, 6]: key, weight, mean_x, mean_y, samples, age in steps; by key."""
-        cells = [(k, c.weight, c.mean_x, c.mean_y, c.samples, c.last_step) for k, c in self.cells.items() if c.weight > 0.0]
-        rows = np.array(cells, dtype=np.float64).reshape(-1, 6)
+        """Measured cells at the present tempo, float64 [cells, 7], by key.
+
+        Columns: key, weight (as believed at this tempo), mean_x, mean_y, samples, age in steps, `doubt`.
+        """
+        cells = [
+            (k, self._believed(c, doubt := self.doubt(c)), c.mean_x, c.mean_y, c.samples, c.last_step, doubt)
+            for k, c in self.cells.items()
+            if c.weight > 0.0
+        ]
+        rows = np.array(cells, dtype=np.float64).reshape(-1, 7)
         rows = rows[np.argsort(rows[:, 0])]
-        rows[:, 3] *= math.exp(self.level)
+        rows[:, 3] *= math.exp(self.tempo.value)
         rows[:, 5] = rows[:, 5].max(initial=-np.inf) - rows[:, 5]
         return rows
 
@@ -252,7 +229,7 @@ class CellTable:
         rows, noise = np.asarray(state["rows"], dtype=np.float64), np.asarray(state["noise"], dtype=np.float64)
         if (
             rows.ndim != 2
-            or rows.shape[1] != 6
+            or rows.shape[1] != 7
             or noise.shape != (3,)
             or not (np.isfinite(rows).all() and np.isfinite(noise).all())
         ):
@@ -260,10 +237,9 @@ class CellTable:
         if (rows[:, 0] < 0).any() or (rows[:, 1] <= 0).any() or (rows[:, 3] <= 0).any() or not 0 < noise[0] < 1:
             raise ValueError("table of cells holds values no measurement can have")
         self.cells.clear()
-        self._window.clear()
-        self.level = 0.0
         self.median_noise, self.slope.xx, self.slope.xy = noise.tolist()
-        for key, weight, mean_x, mean_y, samples, age in rows.tolist():
+        for key, weight, mean_x, mean_y, samples, age, _ in rows.tolist():
             cell = self.cells[int(key)] = Cell()
-            cell.weight, cell.mean_x, cell.mean_y = weight, mean_x, mean_y
+            cell.weight, cell.mean_x, cell.mean_y = weight, mean_x, mean_y * math.exp(-self.tempo.value)
+            cell.tempo = self.tempo.value
             cell.samples, cell.last_step = max(int(samples), HELD_BACK), -int(age)

@@ -17,6 +17,8 @@ Table = NDArray[np.uint8]
 
 BELIEVED = 0.06
 """Relative uncertainty above which a plan is measured before it is believed."""
+OPTIMISM = 3.0
+"""Standard errors by which a plan may be better than believed when it is chosen for a probe."""
 
 
 def allowed(forecast: Forecast, k_min: int, k_max: int) -> Floats:
@@ -90,7 +92,8 @@ def probe_plans(
 ) -> list[tuple[float, Trial]]:
     """Plans worth measuring at one batch size, most worthwhile first: (expected relative loss of a step, trial).
 
-    A plan is promising when, taken 1.5 standard errors better than believed, it beats the present one by `min_gain`.
+    A plan is promising when, taken `OPTIMISM` standard errors better than believed, it beats the present one by `min_gain`: what
+    is spent on looking is bounded by the budget, so hope may be generous.
     """
     row = forecast.row(batch_size)
     now = goodput[row, context, k_now]
@@ -104,8 +107,8 @@ def probe_plans(
         value = goodput[row, context, k] / now
         if k_now == 0 and k > next_k and value <= 1.0:
             continue  # speculation is off: the smallest K tells, most cheaply, whether the draft has recovered
-        if k != k_now and doubt[k] > BELIEVED / 3 and value * (1.0 + 1.5 * doubt[k]) > 1.0 + min_gain:
-            found.append((value * (1.0 + 1.5 * doubt[k]), max(0.0, 1.0 - value), Trial(batch_size, k, 0, 3)))
+        if k != k_now and doubt[k] > BELIEVED / 3 and value * (1.0 + OPTIMISM * doubt[k]) > 1.0 + min_gain:
+            found.append((value * (1.0 + OPTIMISM * doubt[k]), max(0.0, 1.0 - value), Trial(batch_size, k, 0, 3)))
     if granularity is Granularity.REQUEST:
         found += _probe_tokens(forecast, row, batch_size, now, min_gain)
     # Cheap looks first: what there is to hope for, per what the look itself loses.
@@ -123,7 +126,7 @@ def _probe_tokens(forecast: Forecast, row: int, batch_size: int, now: float, min
     k = np.minimum(-(-slots // batch_size) + 1, max_k)
     seconds = forecast.fixed_s[k, row] + forecast.verify_s[batch_size + slots]
     error = forecast.verify_error_s[batch_size + slots]
-    hopeful = out[slots] / np.maximum(seconds - 1.5 * error, 0.25 * seconds)
+    hopeful = out[slots] / np.maximum(seconds - OPTIMISM * error, 0.25 * seconds)
     hopeful[error < BELIEVED / 3 * seconds] = 0.0
     i = int(hopeful.argmax())
     if hopeful[i] <= now * (1.0 + min_gain):

@@ -20,9 +20,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from adaptive_spec.cells import STALE_STEPS, Cell, CellTable, Shift
+from adaptive_spec.cells import STALE_STEPS, Cell, CellTable
 from adaptive_spec.segments import Floats, find_boundaries, fit_segments
 from adaptive_spec.snapshot import Boundary, Segment
+from adaptive_spec.tempo import Shift, Tempo
 
 MISFIT = 0.02
 """Relative deviation of real tiles from straight lines (1-3 % in published curves): no cell counts as surer than this."""
@@ -36,9 +37,10 @@ UNKNOWN_PER_DOUBLING = 0.15
 class LatencyFit:
     """A fitted staircase.
 
-    tokens, mean_s, weight, samples, age_steps: [counts] measured token counts, their mean seconds without context, effective
-    and raw samples, decode steps since the last one. mape: mean absolute relative deviation of mean_s from
-    the lines. sigma: relative noise of one sample. unrest: relative disagreement of neighbouring counts beyond noise and misfit.
+    tokens, mean_s, weight, samples, doubt: [counts] measured token counts, their mean seconds without context, effective
+    and raw samples, relative standard error from age and from changes they did not see. mape: mean absolute relative deviation
+    of mean_s from the lines. sigma: relative noise of one sample. unrest: relative disagreement of neighbouring counts beyond
+    noise and misfit.
     """
 
     segments: tuple[Segment, ...]
@@ -47,7 +49,7 @@ class LatencyFit:
     mean_s: Floats
     weight: Floats
     samples: NDArray[np.int64]
-    age_steps: Floats
+    doubt: Floats
     mape: float
     sigma: float
     unrest: float
@@ -85,8 +87,7 @@ class LatencyFit:
             np.abs(np.log2(np.maximum(tokens, 1) / self.tokens[np.maximum(at - 1, 0)])),
         )
         far = MISFIT**2 + (UNKNOWN_PER_DOUBLING * distance) ** 2
-        stale = STALE_ERROR**2 * np.minimum(self.age_steps[at] / STALE_STEPS, 1.0)
-        relative = np.sqrt(np.where(measured, trust * noise, far + noise) + stale + 1e-8)
+        relative = np.sqrt(np.where(measured, trust * noise, far + noise) + self.doubt[at] ** 2 + 1e-8)
         return value, relative * value
 
     def state(self) -> dict[str, NDArray[np.float64]]:
@@ -110,25 +111,26 @@ class LatencyFit:
 
 
 def fit_cells(rows: Floats, sigma: float, context_s_per_token: float, jump_threshold: float) -> LatencyFit:
-    """Fit the staircase to cells: rows [n >= 1, 6] as `CellTable.rows()`; a pure function of weighted data."""
+    """Fit the staircase to cells: rows [n >= 1, 7] as `CellTable.rows()`; a pure function of weighted data."""
     tokens = rows[:, 0].astype(np.int64)
     mean = np.maximum(rows[:, 3] - context_s_per_token * rows[:, 2], 0.05 * rows[:, 3])
     noise = sigma**2 / rows[:, 1]
     unrest = _unrest(tokens, mean, noise)
+    doubt = np.hypot(rows[:, 6], STALE_ERROR * np.sqrt(np.minimum(rows[:, 5] / STALE_STEPS, 1.0)))
     relative_variance = noise + unrest**2 + MISFIT**2
     x = tokens.astype(np.float64)
     # Three parameters a segment (a break, an intercept, a slope) at ln(n) each: Schwarz's criterion in units of variance.
     penalty = 3.0 * math.log(max(len(x), 3))
     segments = fit_segments(x, mean, 1.0 / (relative_variance * mean**2), penalty)
     unjudged = LatencyFit(
-        segments, (), tokens, mean, rows[:, 1], rows[:, 4].astype(np.int64), rows[:, 5], 0.0, sigma, unrest, context_s_per_token
+        segments, (), tokens, mean, rows[:, 1], rows[:, 4].astype(np.int64), doubt, 0.0, sigma, unrest, context_s_per_token
     )  # fmt: skip
     mape = float(np.mean(np.abs(unjudged.line_s(tokens) / mean - 1.0)))
     at_first, _ = unjudged.predict(np.array([s.first for s in segments]))
     at_last, _ = unjudged.predict(np.array([s.last for s in segments]))
     boundaries = find_boundaries(segments, at_first, at_last, jump_threshold)
     return LatencyFit(
-        segments, boundaries, tokens, mean, rows[:, 1], unjudged.samples, rows[:, 5], mape, sigma, unrest, context_s_per_token
+        segments, boundaries, tokens, mean, rows[:, 1], unjudged.samples, doubt, mape, sigma, unrest, context_s_per_token
     )  # fmt: skip
 
 
@@ -186,13 +188,14 @@ class PlanCostModel:
 
         seconds(K, b) = [1(K>0), K, b 1(K>0), K b, 1, b] . coefficients, all >= 0
 
-    Plans measured often speak for themselves; the regression speaks for the others.
+    Plans measured often speak for themselves; the regression speaks for the others. tempo: that of the verify latency, which
+    all stages share; None: one of its own.
     """
 
     FEATURES = 6
 
-    def __init__(self, memory_samples: float, max_batch: int) -> None:
-        self.table = CellTable(memory_samples)
+    def __init__(self, memory_samples: float, max_batch: int, tempo: Tempo | None = None) -> None:
+        self.table = CellTable(memory_samples, tempo)
         self.stride = max_batch + 1
         self.coefficients: Floats = np.zeros(self.FEATURES)
         self._rows: Floats = self.table.rows()
@@ -256,7 +259,7 @@ def fit_samples(num_tokens: NDArray[np.int64], latency_s: Floats, jump_threshold
     and spikes do not move it; noise is the median spread over counts (2 % where nothing is repeated).
     """
     tokens, inverse = np.unique(num_tokens, return_inverse=True)
-    rows = np.zeros((len(tokens), 6))
+    rows = np.zeros((len(tokens), 7))
     spreads = []
     for i, token in enumerate(tokens):
         values = np.sort(latency_s[inverse == i])
@@ -266,6 +269,6 @@ def fit_samples(num_tokens: NDArray[np.int64], latency_s: Floats, jump_threshold
             spreads.append(spread)
         kept = np.clip(values, middle * (1 - 3 * max(spread, 0.01)), middle * (1 + 3 * max(spread, 0.01)))
         cell = Cell.from_weighted(np.zeros(len(kept)), kept, np.ones(len(kept)))
-        rows[i] = (token, cell.weight, 0.0, cell.mean_y, len(values), 0.0)
+        rows[i] = (token, cell.weight, 0.0, cell.mean_y, len(values), 0.0, 0.0)
     sigma = float(np.clip(np.median(spreads), 0.002, 0.25)) if spreads else 0.02
     return fit_cells(rows, sigma, 0.0, jump_threshold)

@@ -28,7 +28,7 @@ LEARN_AT_TOKENS = 8192
 """Queued draft tokens at which the acceptance model learns without waiting for the refit."""
 LOOSEN = 0.25
 """What the past of the calibration still weighs after a drift."""
-MATERIAL_BIAS = 0.02
+MATERIAL_BIAS = 0.05
 """Mean relative error of predicted latency below which a detector's alarm is no news to anybody."""
 
 
@@ -54,7 +54,8 @@ class Learner:
         self.info = info
         memory = settings.latency.memory_samples
         self.verify = LatencyModel(memory, settings.latency.jump_threshold)
-        self.stages = {name: PlanCostModel(memory, info.max_batch) for name in ("draft", "draft_extend", "overhead")}
+        self.tempo = self.verify.table.tempo
+        self.stages = {name: PlanCostModel(memory, info.max_batch, self.tempo) for name in ("draft", "draft_extend", "overhead")}
         self.acceptance = AcceptanceModel(info.max_k, settings.acceptance.memory_steps)
         self.padding = Padding(info.granularity)
         self.ledger = Ledger(info.max_k)
@@ -67,6 +68,7 @@ class Learner:
         self._calibration_drift = DriftDetector()
         self._traffic_drift = DriftDetector(group=16, delta=1e-4, threshold=40.0)
         self._latency_bias = 0.0
+        self._forecast_tempo = 0.0
         self._loss_level = [0.0, 0.0, 0.0]  # forgetting weight, mean, variance of the steps' log loss
 
     def observe(self, record: StepRecord) -> list[Noticed]:
@@ -112,6 +114,7 @@ class Learner:
                 stage.refit()
         with stopwatch("policy"):
             self.forecast = forecast(self.models(), seed=0)
+            self._forecast_tempo = self.tempo.value
         return noticed
 
     def models(self) -> Models:
@@ -169,11 +172,12 @@ class Learner:
             self.stages[name].observe(record.k, record.batch_size, seconds, step)
         if fit is not None and self.forecast is not None and record.num_tokens < len(self.forecast.verify_s):
             expected = float(self.forecast.verify_s[record.num_tokens]) + self.verify.context_s_per_token * record.kv_tokens
-            residual = math.log(record.verify_s / expected)
+            # At the tempo of now: a tempo that changes for good is news of its own.
+            residual = math.log(record.verify_s / expected) - (self.tempo.value - self._forecast_tempo)
             limit = CLIP_SIGMAS * self.verify.table.sigma
             self._latency_bias += 0.05 * (min(max(residual, -limit), limit) - self._latency_bias)
             alarm = self._latency_drift.update(residual / self.verify.table.sigma) and (
-                abs(self._latency_bias) >= max(MATERIAL_BIAS, 0.5 * self.verify.table.sigma)
+                abs(self._latency_bias) >= max(MATERIAL_BIAS, self.verify.table.sigma)
             )
             if shift is not None:
                 self._latency_drift.restart()

@@ -44,7 +44,7 @@ def test_incremental_refit_equals_batch_refit_on_the_same_weighted_data(
         batch[key] = Cell.from_weighted(np.array([v[0] for v in values]), np.array([v[1] for v in values]), weight)
 
     def rows(source: dict[int, Cell]) -> np.ndarray:
-        return np.array([[k, c.weight, c.mean_x, c.mean_y, len(history[k]), 0.0] for k, c in sorted(source.items())])
+        return np.array([[k, c.weight, c.mean_x, c.mean_y, len(history[k]), 0.0, 0.0] for k, c in sorted(source.items())])
 
     one, other = rows(cells), rows(batch)
     np.testing.assert_allclose(one, other, rtol=1e-9)

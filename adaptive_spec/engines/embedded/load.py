@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,8 +12,9 @@ import numpy as np
 from adaptive_spec.engines.embedded.requests import Request
 from adaptive_spec.engines.embedded.text import KINDS
 
-CONCURRENCIES = (1, 2, 4, 8, 16, 3)
-MAX_NEW_TOKENS = 64
+CONCURRENCIES = (1, 2, 5, 12, 3, 6)
+LEAST_NEW_TOKENS, MOST_NEW_TOKENS = 24, 104
+"""Requests end at different times, as real ones do: a batch that ended all at once would flatter K = 0."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +40,12 @@ def phases(duration_s: float | None, concurrencies: Sequence[int], phase_s: floa
 
 
 class PromptSource:
-    """Endless requests: prompts of each kind in a shuffled order that begins again when all were used."""
+    """Endless requests: prompts of each kind in a shuffled order that begins again when all were used.
 
-    def __init__(self, prompts: Mapping[str, Sequence[bytes]], seed: int, max_new_tokens: int = MAX_NEW_TOKENS) -> None:
+    max_new_tokens: of every request; by default a length of its own for each prompt, LEAST_NEW_TOKENS..MOST_NEW_TOKENS.
+    """
+
+    def __init__(self, prompts: Mapping[str, Sequence[bytes]], seed: int, max_new_tokens: int | None = None) -> None:
         self._random = np.random.default_rng(seed)
         self._prompts = {kind: list(texts) for kind, texts in prompts.items()}
         self._left: dict[str, list[bytes]] = {kind: [] for kind in prompts}
@@ -55,6 +60,12 @@ class PromptSource:
 
     def request(self, kind: str, prompt: bytes | None = None) -> Request:
         """The next request of a kind, greedy, with an id of its own; prompt: this one instead of the next."""
-        request = Request(self._next_id, prompt or self.prompt(kind), self.max_new_tokens, kind=kind)
+        text = prompt or self.prompt(kind)
+        request = Request(self._next_id, text, self.max_new_tokens or _length_of(text), kind=kind)
         self._next_id += 1
         return request
+
+
+def _length_of(prompt: bytes) -> int:
+    """Tokens to generate, the same for a prompt on every arm of a comparison and on every machine."""
+    return LEAST_NEW_TOKENS + zlib.crc32(prompt) % (MOST_NEW_TOKENS - LEAST_NEW_TOKENS + 1)

@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from adaptive_spec.cells import CellTable
+from adaptive_spec.tempo import LASTING, WINDOW, Tempo
+
+SIGMA = 0.03
+
+
+def follow(tempo: Tempo, true: np.ndarray, rng: np.random.Generator, noise: float = SIGMA) -> int:
+    """Feed residuals of machines whose tempo is `true` [n]; returns how often it was news."""
+    news = 0
+    for value in true:
+        tempo.follow(float(value - tempo.value + rng.normal(0.0, noise)), SIGMA)
+        news += tempo.news() is not None
+    return news
+
+
+def test_a_jump_is_followed_within_two_windows_and_is_news_once() -> None:
+    rng = np.random.default_rng(0)
+    tempo = Tempo()
+    assert follow(tempo, np.zeros(400), rng) == 0
+    follow(tempo, np.full(2 * WINDOW, 0.3), rng)
+    assert tempo.value == pytest.approx(0.3, abs=0.03)
+    assert follow(tempo, np.full(400, 0.3), rng) == 1
+
+
+def test_a_slow_drift_is_followed_and_noise_is_averaged_out() -> None:
+    rng = np.random.default_rng(1)
+    tempo = Tempo()
+    assert follow(tempo, np.zeros(2000), rng) == 0
+    assert abs(tempo.value) < SIGMA / 3
+    follow(tempo, np.linspace(0.0, 0.2, 1000), rng)
+    assert tempo.value == pytest.approx(0.2, abs=0.03)
+
+
+def test_a_burst_shorter_than_lasting_is_no_news() -> None:
+    rng = np.random.default_rng(2)
+    tempo = Tempo()
+    follow(tempo, np.zeros(300), rng)
+    assert follow(tempo, np.concatenate((np.full(LASTING - WINDOW, 0.4), np.zeros(300))), rng) == 0
+    assert abs(tempo.value) < 0.02
+
+
+def test_spikes_move_nothing() -> None:
+    rng = np.random.default_rng(3)
+    tempo = Tempo()
+    for _ in range(3000):
+        spike = math.log(5.0) if rng.random() < 0.02 else 0.0
+        tempo.follow(float(rng.normal(0.0, SIGMA)) + spike - tempo.value, SIGMA)
+    assert abs(tempo.value) < 0.01
+
+
+def test_a_cell_is_doubted_at_a_tempo_it_was_not_measured_at_and_believed_again_when_the_tempo_returns() -> None:
+    rng = np.random.default_rng(4)
+    table = CellTable(64)
+
+    def feed(keys: list[int], factor: float, steps: int, start: int) -> None:
+        for step in range(start, start + steps):
+            key = keys[step % len(keys)]
+            table.observe(key, 0.0, 0.001 * key * factor * float(np.exp(rng.normal(0.0, 0.01))), step)
+
+    feed([8, 16], 1.0, 400, 0)
+    settled = table.doubt(table.cells[16])
+    feed([8], 1.2, 200, 400)
+    doubted = table.doubt(table.cells[16])
+    rows = {int(row[0]): row for row in table.rows()}
+    assert settled < 0.01 < 0.08 < doubted
+    assert rows[16][3] == pytest.approx(1.2 * 0.016, rel=0.03), "it is expected to have moved with the others"
+    assert rows[16][1] < 0.1 * rows[8][1]
+    feed([16], 1.2, 20, 600)
+    assert table.doubt(table.cells[16]) < 0.01
+
+
+def test_a_cell_that_changes_alone_makes_the_others_doubtful() -> None:
+    rng = np.random.default_rng(5)
+    table = CellTable(64)
+    step = 0
+    for _ in range(400):
+        for key in (8, 16, 24):
+            step += 1
+            table.observe(key, 0.0, 0.001 * key * float(np.exp(rng.normal(0.0, 0.01))), step)
+    assert table.doubt(table.cells[24]) < 0.01
+    for i in range(400):
+        step += 1
+        key, slower = (16, 1.4) if i % 8 == 0 else (8, 1.0)
+        table.observe(key, 0.0, 0.001 * key * slower * float(np.exp(rng.normal(0.0, 0.01))), step)
+    assert table.doubt(table.cells[24]) > 0.1
+    assert table.cells[16].mean_y * math.exp(table.tempo.value) == pytest.approx(1.4 * 0.016, rel=0.03)

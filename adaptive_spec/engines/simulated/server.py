@@ -20,6 +20,8 @@ Floats = NDArray[np.float64]
 WINDOW_STEPS = 50
 GOOD = 0.95
 NOISE_AHEAD = 4096
+PATH, DRAFTS, NOISE = 11, 12, 13
+"""Names of random streams."""
 NO_SCORES = np.zeros((0, 0), dtype=np.float32)
 
 
@@ -70,22 +72,22 @@ class Run:
 
 
 class SimulatedServer:
-    """Decode steps in virtual time. Random streams of their own for load path, arrivals, drafts, outcomes and noise.
+    """Decode steps in virtual time. Load path, arrivals, drafts, luck and noise have random streams of their own.
 
-    time_s: simulated seconds. q: true conditional acceptance [b, max_k] of the coming step (request granularity), or
-    [b, k] of what was drafted. costs, requests: the truth, for the oracle.
+    time_s: simulated seconds. q: true conditional acceptance [b, max_k] of the coming step (request granularity).
+    costs, requests: the truth, for the oracle.
     """
 
     def __init__(self, scenario: Scenario, seed: int) -> None:
-        path, arrivals, drafts, outcomes, noise = (np.random.default_rng(s) for s in np.random.SeedSequence(seed).spawn(5))
+        path, drafts, noise = (np.random.default_rng([seed, stream]) for stream in (PATH, DRAFTS, NOISE))
         self.scenario, self.ragged = scenario, scenario.ragged
         self.costs = Costs(scenario)
-        self.requests = Requests(scenario.file, scenario.max_batch, arrivals)
+        self.requests = Requests(scenario.file, scenario.max_batch, seed)
         self.q: Floats = np.zeros((0, scenario.max_k))
         self.time_s = 0.0
         self.steps = 0
         self._path = LoadPath(scenario.file.timeline, scenario.file.duration_s, path)
-        self._drafts, self._outcomes, self._noise_rng = drafts, outcomes, noise
+        self._drafts, self._noise_rng = drafts, noise
         self._noise: list[float] = []
         self._entry = self._event = 0
         self._next_s = 0.0
@@ -121,15 +123,10 @@ class SimulatedServer:
         if phase.good_after is None:
             goodput = expected_tokens(requests.survival[:b]) / step_ms
             phase.compare(float(goodput[k]), float(goodput.max()))
-        luck = self._outcomes.random(b)
+        accepted = (requests.luck()[:, None] < requests.survival[:b, :k]).sum(axis=1)
         confidences = NO_SCORES
         if decider.reads_scores:
-            self.q = requests.draw(k, self._drafts)
-            confidences = requests.confidences(self.q)
-            survival = np.cumprod(self.q, axis=1)
-        else:
-            survival = requests.survival[:b, :k]
-        accepted = (luck[:, None] < survival).sum(axis=1)
+            confidences = requests.confidences(requests.draw_after(k, accepted, self._drafts))
         tokens = int(accepted.sum()) + b
         noise = self._next_noise()
         scale = self.costs.scale * noise * 1e-3
@@ -151,14 +148,14 @@ class SimulatedServer:
         compared = phase.good_after is None
         drawn = decider.reads_scores or compared
         if drawn:
-            self.q = requests.draw(self.scenario.max_k, self._drafts)
+            self.q = requests.draw(self._drafts)
         k = decider.draft_length(b, kv)
         confidences, verify_len = NO_SCORES, None
         if decider.reads_scores:
             confidences = requests.confidences(self.q[:, :k])
             verify_len = decider.verify_lengths(confidences) if k else None
         survival = np.cumprod(self.q[:, :k], axis=1) if drawn else requests.survival[:b, :k]
-        accepted = (self._outcomes.random(b)[:, None] < survival).sum(axis=1)
+        accepted = (requests.luck()[:, None] < survival).sum(axis=1)
         num_tokens = b * (k + 1)
         if verify_len is not None:
             np.minimum(accepted, verify_len, out=accepted)

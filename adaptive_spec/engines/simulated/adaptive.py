@@ -40,8 +40,14 @@ class Adaptive:
     reads_scores = True
     reads_records = True
 
-    def __init__(self, scenario: Scenario, settings: ControllerSettings | None = None, profile: Profile | None = None) -> None:
-        info = engine_info(scenario)
+    def __init__(
+        self,
+        scenario: Scenario,
+        settings: ControllerSettings | None = None,
+        profile: Profile | None = None,
+        info: EngineInfo | None = None,
+    ) -> None:
+        info = info or engine_info(scenario)
         self.controller = Controller(settings or ControllerSettings(), info)
         if profile is not None:
             self.controller.restore_profile(*profile)

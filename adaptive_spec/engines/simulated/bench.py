@@ -12,17 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from adaptive_spec.archive import write_atomically
-from adaptive_spec.engines.simulated.adaptive import Adaptive, Profile
-from adaptive_spec.engines.simulated.deciders import Decider, Oracle, Static
-from adaptive_spec.engines.simulated.peers.sglang_ema import SglangEma, build_params
+from adaptive_spec.engines.simulated.catalogue import build, policy_names
+from adaptive_spec.engines.simulated.peers.sglang_ema import build_params
 from adaptive_spec.engines.simulated.scenario import Scenario, load_scenario
 from adaptive_spec.engines.simulated.server import Run, SimulatedServer
 from adaptive_spec.errors import BadInput
 
-PEERS = ("ema", "ema-wide")
-POLICIES = ("adaptive", "oracle", "static", *PEERS)
 Progress = Callable[[float], None]
-WARM_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -66,50 +62,10 @@ class Result:
         }
 
 
-def policy_names(asked: str, scenarios: Sequence[Scenario]) -> dict[str, list[str]]:
-    """Policies by scenario, "static" written out. Raises BadInput for a name there is not."""
-    names: dict[str, list[str]] = {}
-    for path_free in scenarios:
-        found: list[str] = []
-        for name in [part.strip() for part in asked.split(",")]:
-            statics = [f"static-{k}" for k in range(path_free.max_k + 1)]
-            if name == "static":
-                found += statics
-            elif name in POLICIES or name in statics:
-                found.append(name)
-            else:
-                raise BadInput(
-                    f"--policies: {name!r} is not allowed: must be of {', '.join(POLICIES)}, static-0 .. {statics[-1]}"
-                )
-        names[path_free.name] = list(dict.fromkeys(found))
-    return names
-
-
-def build(name: str, scenario: Scenario, server: SimulatedServer, warm: bool, seed: int) -> Decider:
-    """Make the decider of a policy's name."""
-    if name == "oracle":
-        return Oracle(server)
-    if name == "adaptive":
-        return Adaptive(scenario, profile=first_phase_profile(scenario, seed) if warm else None)
-    if name.startswith("static-"):
-        return Static(int(name.removeprefix("static-")))
-    if name in ("ema", "ema-wide"):
-        return SglangEma(scenario, wide=name == "ema-wide")
-    raise ValueError(f"no policy {name!r}")
-
-
-def first_phase_profile(scenario: Scenario, seed: int) -> Profile:
-    """Profile of a cold run of the scenario's first phase, a minute of it at most: what --warm starts from."""
-    end_s = min([*scenario.phase_starts[1:2], scenario.file.duration_s, WARM_S])
-    learnt = Adaptive(scenario)
-    SimulatedServer(scenario, seed + 1).run(learnt, end_s)
-    return learnt.controller.latency_state(), learnt.controller.calibration_state()
-
-
 def run_policy(name: str, scenario: Scenario, seed: int, warm: bool = False, each: Progress | None = None) -> Run:
     """Run one policy through a scenario. each: called now and then with the simulated time."""
     server = SimulatedServer(scenario, seed)
-    return server.run(build(name, scenario, server, warm, seed), each=each)
+    return server.run(build(name, scenario, server, seed, warm), each=each)
 
 
 def run_scenarios(
@@ -120,7 +76,7 @@ def run_scenarios(
     seed: in place of the scenarios' own. jobs: processes; the results do not depend on it. advance: called with simulated
     seconds that are done.
     """
-    names = policy_names(asked, scenarios)
+    names = {scenario.name: policy_names(asked, scenario) for scenario in scenarios}
     tasks = [
         (index, name, scenario.file.seed if seed is None else seed)
         for index, scenario in enumerate(scenarios)
@@ -168,7 +124,7 @@ def bench(paths: Sequence[Path], policies: str, seed: int | None, json_file: Pat
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from adaptive_spec.engines.simulated.report import result_table
+    from adaptive_spec.engines.simulated.report import MANY_PHASES, result_table
 
     # One run is one core's work: threads of linear algebra would only fight over it. Before numpy's first use in a child.
     for variable in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
@@ -176,7 +132,7 @@ def bench(paths: Sequence[Path], policies: str, seed: int | None, json_file: Pat
     scenarios = [load_scenario(path) for path in paths]
     if len({scenario.name for scenario in scenarios}) < len(scenarios):
         raise BadInput("SCENARIO: two scenarios have the same name: names must differ")
-    names = policy_names(policies, scenarios)
+    names = {scenario.name: policy_names(policies, scenario) for scenario in scenarios}
     if json_file is not None and not json_file.parent.is_dir():
         raise BadInput(f"--json: {str(json_file)!r} cannot be written: there is no such folder")
     progress = Progress(
@@ -192,7 +148,7 @@ def bench(paths: Sequence[Path], policies: str, seed: int | None, json_file: Pat
     console = Console()
     for result in results:
         if not console.is_terminal:  # a file or a pipe has no width: no figure is cut
-            console.width = max(80, 45 + 13 * len(result.oracle.phases))
+            console.width = 68 + 13 * min(len(result.oracle.phases), MANY_PHASES)
         console.print(result_table(result, seed, warm))
     for wide in (False, True):
         if any(("ema-wide" if wide else "ema") in result.runs for result in results):

@@ -166,6 +166,24 @@ def demo(
     run_demo(DemoOptions(duration, host, port, json_file, compare, seed, profile_dir))
 
 
+@cli.command()
+@click.argument("scenarios", nargs=-1, required=True, type=PATH, metavar="SCENARIO.yaml...")
+@click.option(
+    "--policies", default="adaptive,oracle,static,ema", show_default=True, help="Which to run, by name, separated by commas."
+)
+@click.option("--seed", type=click.IntRange(min=0), help="In place of the scenarios' own.")
+@click.option("--json", "json_file", type=PATH, help="Write the results to this file.")
+@click.option("--warm", is_flag=True, help="Let adaptive start from a profile of the first phase, not from a sweep.")
+@click.option("--jobs", type=click.IntRange(min=1), help="Processes; one per core by default. Results do not depend on it.")
+def bench(
+    scenarios: tuple[Path, ...], policies: str, seed: int | None, json_file: Path | None, warm: bool, jobs: int | None
+) -> None:
+    """Run policies against each other in a simulated server, in virtual time. Scenario files: docs/scenarios.md."""
+    from adaptive_spec.engines.simulated.bench import bench as run_bench
+
+    run_bench(scenarios, policies, seed, json_file, warm, jobs)
+
+
 def main() -> None:
     """Entry point of `adaptive-spec`."""
     try:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -31,8 +31,13 @@ _WANTED = {
     "model_type": "a section of keys and values",
     "model_attributes_type": "a section of keys and values",
     "string_too_short": "not empty",
+    "list_type": "a list",
+    "dict_type": "a section of keys and values",
+    "too_short": "longer",
 }
 """What pydantic's kinds of error want, in words."""
+
+Section = TypeVar("Section", bound=BaseModel)
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -53,11 +58,12 @@ def load_settings(path: Path | None, overrides: Mapping[str, object] | None = No
 
     Raises BadInput with one line: file, dotted key, value, what is allowed.
     """
-    settings = SidecarSettings() if path is None else settings_from(_parsed(path), str(path))
+    settings = SidecarSettings() if path is None else settings_from(read_yaml(path), str(path))
     return settings.model_copy(update=dict(overrides or {}))
 
 
-def _parsed(path: Path) -> object:
+def read_yaml(path: Path) -> object:
+    """Parse a YAML file in which no key may be there twice. Raises BadInput with one line: file, line, reason."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -76,13 +82,7 @@ def settings_from(data: object, name: str) -> SidecarSettings:
     """Turn parsed YAML (None: all defaults) into settings. Raises BadInput as `load_settings`; `name` begins its line."""
     if data is None:
         return SidecarSettings()
-    if not isinstance(data, dict):
-        raise BadInput(f"{name}: must be keys and values, not a {type(data).__name__}")
-    try:
-        # Strict and by way of JSON: "5" is no number and true is no 1, but a text is still a path.
-        settings = SidecarSettings.model_validate_json(json.dumps(data, default=str), strict=True)
-    except ValidationError as error:
-        raise BadInput(f"{name}: {_explain(error.errors(include_url=False)[0])}") from error
+    settings = validated(SidecarSettings, data, name)
     policy = settings.controller.policy
     if policy.k_min > policy.k_max:
         raise BadInput(
@@ -91,12 +91,25 @@ def settings_from(data: object, name: str) -> SidecarSettings:
     return settings
 
 
-def _explain(error: ErrorDetails) -> str:
+def validated(section: type[Section], data: object, name: str) -> Section:
+    """Turn parsed YAML into a section. Raises BadInput: `name`, dotted key, value, what is allowed."""
+    if not isinstance(data, dict):
+        raise BadInput(f"{name}: must be keys and values, not a {type(data).__name__}")
+    try:
+        # Strict and by way of JSON: "5" is no number and true is no 1, but a text is still a path.
+        return section.model_validate_json(json.dumps(data, default=str), strict=True)
+    except ValidationError as error:
+        raise BadInput(f"{name}: {_explain(error.errors(include_url=False)[0], section)}") from error
+
+
+def _explain(error: ErrorDetails, root: type[BaseModel]) -> str:
     key = ".".join(str(part) for part in error["loc"])
     kind, context, value = error["type"], error.get("ctx", {}), error["input"]
     if kind == "extra_forbidden":
-        section = _section(error["loc"][:-1])
-        return f"{key}: unknown key: allowed are {', '.join(section.model_fields)}"
+        fields = _section(root, error["loc"][:-1]).model_fields
+        return f"{key}: unknown key: allowed are {', '.join(info.alias or name for name, info in fields.items())}"
+    if kind == "missing":
+        return f"{key}: is missing"
     bounds = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
     wanted = next((f"{sign} {context[bound]:g}" for bound, sign in bounds.items() if bound in context), None)
     if kind == "literal_error":
@@ -105,10 +118,14 @@ def _explain(error: ErrorDetails) -> str:
     return f"{key}: {value!r} is not allowed: {f'must be {wanted}' if wanted else error['msg']}"
 
 
-def _section(location: tuple[int | str, ...]) -> type[BaseModel]:
-    section: type[BaseModel] = SidecarSettings
+def _section(root: type[BaseModel], location: tuple[int | str, ...]) -> type[BaseModel]:
+    """The section at a location; sections may stand in lists and under names of the user's."""
+    section = root
     for part in location:
-        section = _as_section(section.model_fields[str(part)]) or section
+        info = section.model_fields.get(str(part))
+        if info is not None:
+            inner = [kind for kind in get_args(info.annotation) if isinstance(kind, type) and issubclass(kind, BaseModel)]
+            section = _as_section(info) or next(iter(inner), section)
     return section
 
 

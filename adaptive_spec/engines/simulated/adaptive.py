@@ -1,0 +1,89 @@
+"""The policy under test: the sidecar's own controller and the engine's own planner, in virtual time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adaptive_spec.controller import Controller
+from adaptive_spec.engine_info import EngineInfo
+from adaptive_spec.engines.simulated.deciders import LAUNCH_K
+from adaptive_spec.engines.simulated.scenario import Scenario
+from adaptive_spec.policy import Granularity, Planner, Policy
+from adaptive_spec.records import StepFlag, StepRecord
+from adaptive_spec.settings import ControllerSettings
+
+DELAY_STEPS = 1
+"""Decode steps a decision is on its way: the sidecar sees a record after its step, the engine is in the next one by then."""
+
+Profile = tuple[Mapping[str, NDArray[Any]], Mapping[str, NDArray[Any]]]
+
+
+def engine_info(scenario: Scenario) -> EngineInfo:
+    """What the simulated server says of itself. It serves whoever comes: it cannot hold a batch for a trial."""
+    launch_k = min(LAUNCH_K, scenario.max_k)
+    return EngineInfo(
+        "simulated", scenario.name, "simulated", 1, launch_k, tuple(range(scenario.max_k + 1)), scenario.max_batch,
+        Granularity(scenario.file.granularity), holds_batch=False, pid=1,
+    )  # fmt: skip
+
+
+class Adaptive:
+    """Controller and planner with one step between decision and adoption; the cold-start sweep is in the clock.
+
+    profile: arrays of a profile to start from instead of a sweep.
+    """
+
+    reads_scores = True
+    reads_records = True
+
+    def __init__(
+        self,
+        scenario: Scenario,
+        settings: ControllerSettings | None = None,
+        profile: Profile | None = None,
+        info: EngineInfo | None = None,
+    ) -> None:
+        info = info or engine_info(scenario)
+        self.controller = Controller(settings or ControllerSettings(), info)
+        if profile is not None:
+            self.controller.restore_profile(*profile)
+        self.planner = Planner(info.launch_k, info.max_k)
+        self.version = 0
+        self.flags = int(StepFlag.FALLBACK)
+        self._ragged = scenario.ragged
+        self._step = 0
+        self._published: list[tuple[int, Policy]] = []
+        self._publish(self.controller.tick(0.0))
+
+    @property
+    def swaps(self) -> int:
+        return sum(self.controller.ledger.swaps.values())
+
+    def draft_length(self, batch_size: int, kv_tokens: int) -> int:
+        self._step += 1
+        while self._published and self._published[0][0] + DELAY_STEPS < self._step:
+            self.planner.adopt(self._published.pop(0)[1])
+        k = self.planner.draft_length(batch_size, kv_tokens)
+        self.version = self.planner.version
+        if self.planner.policy is None:
+            self.flags = int(StepFlag.FALLBACK)
+        else:
+            self.flags = int(StepFlag.TRIAL) if self.planner.in_trial else 0
+        return k
+
+    def verify_lengths(self, confidences: NDArray[np.float32]) -> NDArray[np.uint8] | None:
+        return self.planner.verify_lengths(confidences) if self._ragged else None
+
+    def observe(self, record: StepRecord) -> None:
+        now_s = record.time_ns * 1e-9
+        self._publish(self.controller.observe(record, now_s))
+        if self.controller.refit_due(now_s):
+            self._publish(self.controller.refit(now_s))
+
+    def _publish(self, policy: Policy | None) -> None:
+        if policy is not None:
+            self._published.append((self._step, policy))

@@ -1,0 +1,161 @@
+"""`adaptive-spec bench`: policies against each other on the same scenarios, in virtual time."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from adaptive_spec.archive import write_atomically
+from adaptive_spec.engines.simulated.catalogue import build, policy_names
+from adaptive_spec.engines.simulated.peers.sglang_ema import build_params
+from adaptive_spec.engines.simulated.scenario import Scenario, load_scenario
+from adaptive_spec.engines.simulated.server import Run, SimulatedServer
+from adaptive_spec.errors import BadInput
+
+Progress = Callable[[float], None]
+
+
+@dataclass(frozen=True)
+class Result:
+    """Runs of one scenario by policy, in the order asked for. oracle: the measure, asked for or not."""
+
+    scenario: Scenario
+    runs: dict[str, Run]
+    oracle: Run
+
+    def document(self) -> dict[str, Any]:
+        """The scenario's part of `--json`."""
+        return {
+            "name": self.scenario.name,
+            "granularity": self.scenario.file.granularity,
+            "policies": {name: self._policy(run) for name, run in self.runs.items()},
+        }
+
+    def efficiency(self, run: Run, phase: int | None = None) -> float:
+        """Goodput over the oracle's, of the whole run or of one phase."""
+        if phase is None:
+            return run.goodput / self.oracle.goodput
+        own, best = run.phases[phase].goodput, self.oracle.phases[phase].goodput
+        return own / best if best > 0.0 else 0.0
+
+    def _policy(self, run: Run) -> dict[str, Any]:
+        return {
+            "goodput_tokens_per_s": run.goodput,
+            "efficiency": self.efficiency(run),
+            "swaps": run.swaps,
+            "steps": run.steps,
+            "phases": [
+                {
+                    "at_s": phase.at_s,
+                    "goodput_tokens_per_s": phase.goodput,
+                    "efficiency": self.efficiency(run, index),
+                    "steps_to_95pct": phase.good_after,
+                }
+                for index, phase in enumerate(run.phases)
+            ],
+        }
+
+
+def run_policy(name: str, scenario: Scenario, seed: int, warm: bool = False, each: Progress | None = None) -> Run:
+    """Run one policy through a scenario. each: called now and then with the simulated time."""
+    server = SimulatedServer(scenario, seed)
+    return server.run(build(name, scenario, server, seed, warm), each=each)
+
+
+def run_scenarios(
+    scenarios: Sequence[Scenario], asked: str, seed: int | None, warm: bool, jobs: int, advance: Progress | None = None
+) -> list[Result]:
+    """Run the policies asked for, and the oracle to measure them by.
+
+    seed: in place of the scenarios' own. jobs: processes; the results do not depend on it. advance: called with simulated
+    seconds that are done.
+    """
+    names = {scenario.name: policy_names(asked, scenario) for scenario in scenarios}
+    tasks = [
+        (index, name, scenario.file.seed if seed is None else seed)
+        for index, scenario in enumerate(scenarios)
+        for name in dict.fromkeys([*names[scenario.name], "oracle"])
+    ]
+    # The longest first, so that no process is left alone with one at the end.
+    tasks.sort(key=lambda task: task[1] != "adaptive")
+    runs: dict[tuple[int, str], Run] = {}
+    if jobs == 1:
+        for index, name, used in tasks:
+            runs[index, name] = _run_here(scenarios[index], name, used, warm, advance)
+    else:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(min(jobs, len(tasks)), mp_context=context) as pool:
+            waiting: dict[Future[Run], tuple[int, str]] = {
+                pool.submit(run_policy, name, scenarios[index], used, warm): (index, name) for index, name, used in tasks
+            }
+            for done in as_completed(waiting):
+                index, name = waiting[done]
+                runs[index, name] = done.result()
+                if advance is not None:
+                    advance(scenarios[index].file.duration_s)
+    return [
+        Result(scenario, {name: runs[index, name] for name in names[scenario.name]}, runs[index, "oracle"])
+        for index, scenario in enumerate(scenarios)
+    ]
+
+
+def _run_here(scenario: Scenario, name: str, seed: int, warm: bool, advance: Progress | None) -> Run:
+    done_s = 0.0
+
+    def each(time_s: float) -> None:
+        nonlocal done_s
+        if advance is not None:
+            advance(time_s - done_s)
+        done_s = time_s
+
+    run = run_policy(name, scenario, seed, warm, each)
+    each(scenario.file.duration_s)
+    return run
+
+
+def bench(paths: Sequence[Path], policies: str, seed: int | None, json_file: Path | None, warm: bool, jobs: int | None) -> None:
+    """Run, print the tables, write the JSON. Raises BadInput before anything has run."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from adaptive_spec.engines.simulated.report import MANY_PHASES, result_table
+
+    # One run is one core's work: threads of linear algebra would only fight over it. Before numpy's first use in a child.
+    for variable in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ.setdefault(variable, "1")
+    scenarios = [load_scenario(path) for path in paths]
+    if len({scenario.name for scenario in scenarios}) < len(scenarios):
+        raise BadInput("SCENARIO: two scenarios have the same name: names must differ")
+    names = {scenario.name: policy_names(policies, scenario) for scenario in scenarios}
+    if json_file is not None and not json_file.parent.is_dir():
+        raise BadInput(f"--json: {str(json_file)!r} cannot be written: there is no such folder")
+    progress = Progress(
+        TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:,.0f} of {task.total:,.0f} simulated s"),
+        TimeElapsedColumn(), console=Console(stderr=True), transient=True,
+    )  # fmt: skip
+    total_s = sum(len(dict.fromkeys([*names[scenario.name], "oracle"])) * scenario.file.duration_s for scenario in scenarios)
+    with progress:
+        bar = progress.add_task("simulating", total=total_s)
+        results = run_scenarios(
+            scenarios, policies, seed, warm, jobs or os.cpu_count() or 1, lambda seconds: progress.advance(bar, seconds)
+        )
+    console = Console()
+    for result in results:
+        if not console.is_terminal:  # a file or a pipe has no width: no figure is cut
+            console.width = 68 + 13 * min(len(result.oracle.phases), MANY_PHASES)
+        console.print(result_table(result, seed, warm))
+    for wide in (False, True):
+        if any(("ema-wide" if wide else "ema") in result.runs for result in results):
+            console.print(f"{'ema-wide' if wide else 'ema'}: {build_params(7, wide)[1]}", highlight=False)
+    if json_file is not None:
+        document = {"version": 1, "scenarios": [result.document() for result in results]}
+        try:
+            write_atomically(json_file, json.dumps(document, indent=1).encode() + b"\n")
+        except OSError as error:
+            raise BadInput(f"--json: {str(json_file)!r} cannot be written: {error.strerror or error}") from error

@@ -1,0 +1,90 @@
+"""A cost table profiled at startup with acceptance learnt online: what vLLM's adaptive verification and the throughput-aware
+proposal for SGLang do.
+
+    goodput(K) = b (1 + a_1 + a_1 a_2 + ...) / profiled_s[b, K]           batch granularity
+    the slots of most expected tokens per profiled second                 request granularity
+
+a_j is a running rate of acceptance at position j (memory 200 steps). The profile is measured once, before the first request
+(median of 5 noisy runs per plan, no context, not in the clock), and never again: it knows nothing of drift.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adaptive_spec.engines.simulated.deciders import PlainDecider
+from adaptive_spec.engines.simulated.plans import Costs
+from adaptive_spec.engines.simulated.scenario import Scenario
+from adaptive_spec.policy import best_slots, best_verified
+from adaptive_spec.records import StepRecord
+
+Floats = NDArray[np.float64]
+RUNS = 5
+RATE = 1.0 / 200.0
+LOOK_STEPS = 100
+"""Steps without drafting after which one is drafted for, to see whether the draft has become better."""
+
+
+def profiled(mean_ms: Floats, scenario: Scenario, rng: np.random.Generator) -> Floats:
+    """Medians of `RUNS` noisy measurements of mean step times, any shape."""
+    noise = scenario.file.latency.noise
+    factors = np.exp(noise.sigma * rng.standard_normal((RUNS, *mean_ms.shape)) - 0.5 * noise.sigma**2)
+    factors[rng.random(factors.shape) < noise.spike_rate] *= noise.spike_factor
+    return np.asarray(mean_ms * np.median(factors, axis=0))
+
+
+class StartupProfile(PlainDecider):
+    """See the module."""
+
+    reads_records = True
+
+    def __init__(self, scenario: Scenario, seed: int) -> None:
+        super().__init__()
+        self._ragged = self.reads_scores = scenario.ragged
+        self._max_k = scenario.max_k
+        costs, rng = Costs(scenario), np.random.default_rng([seed, 21])
+        self._verify_ms = profiled(costs.verify_ms, scenario, rng)
+        self._fixed_ms = costs.draft_ms + costs.overhead_ms
+        self._padded = costs.padded
+        # Tokens accepted and tokens at risk, by position; begins as "three of four are accepted".
+        self._accepted, self._at_risk = np.full(self._max_k, 0.75), np.ones(self._max_k)
+        # Request granularity: accepted tokens and what the draft's scores promised, by position.
+        self._hits, self._promised = np.full(self._max_k, 1.0), np.full(self._max_k, 1.0)
+        self._k = -1
+        self._idle = 0
+
+    def draft_length(self, batch_size: int, kv_tokens: int) -> int:
+        if self._ragged:
+            return self._max_k  # one block is drafted, verification is what adapts
+        expected = batch_size * (1.0 + np.concatenate(([0.0], np.cumsum(np.cumprod(self._accepted / self._at_risk)))))
+        k = int((expected / (self._verify_ms[batch_size] + self._fixed_ms)).argmax())
+        self._idle = self._idle + 1 if k == 0 else 0
+        if self._idle >= LOOK_STEPS:
+            k, self._idle = 1, 0
+        self.swaps += self._k not in (-1, k)
+        self._k = k
+        return k
+
+    def verify_lengths(self, confidences: NDArray[np.float32]) -> NDArray[np.uint8] | None:
+        scores = np.cumprod(confidences, axis=1, dtype=np.float64)
+        survival = np.minimum(scores * (self._hits / self._promised), 1.0)
+        survival = np.minimum.accumulate(survival, axis=1)
+        b, k = confidences.shape
+        count, _ = best_verified(survival, float(self._fixed_ms[k]), self._verify_ms[: b * (k + 1) + 1])
+        return best_slots(survival, count)
+
+    def observe(self, record: StepRecord) -> None:
+        position = np.arange(record.k)
+        reached = np.minimum(record.accept_len.astype(np.int64) + 1, record.verify_len)[:, None]
+        accepted = (position < record.accept_len[:, None]).mean(axis=0)
+        at_risk = (position < reached).mean(axis=0)
+        k = record.k
+        keep = 1.0 - RATE * (at_risk > 0.0)
+        self._accepted[:k] = self._accepted[:k] * keep + RATE * accepted
+        self._at_risk[:k] = self._at_risk[:k] * keep + RATE * at_risk
+        if self._ragged and k:
+            verified = position < record.verify_len[:, None]
+            promised = (np.cumprod(record.confidences, axis=1, dtype=np.float64) * verified).mean(axis=0)
+            self._hits[:k] = self._hits[:k] * keep + RATE * accepted
+            self._promised[:k] = self._promised[:k] * keep + RATE * promised

@@ -1,0 +1,229 @@
+"""The simulated server: one policy, one scenario, one seed, in virtual time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adaptive_spec.engines.simulated.deciders import Decider
+from adaptive_spec.engines.simulated.load_path import LoadPath
+from adaptive_spec.engines.simulated.plans import Costs, best_ragged, expected_tokens
+from adaptive_spec.engines.simulated.requests import Requests
+from adaptive_spec.engines.simulated.scenario import Scenario
+from adaptive_spec.records import StepRecord
+
+Floats = NDArray[np.float64]
+WINDOW_STEPS = 50
+GOOD = 0.95
+NOISE_AHEAD = 4096
+PATH, DRAFTS, NOISE = 11, 12, 13
+"""Names of random streams."""
+NO_SCORES = np.zeros((0, 0), dtype=np.float32)
+
+
+@dataclass
+class Phase:
+    """What happened between two events. tokens, seconds: of the steps begun in it. good_after: decode steps until the
+    50-step mean of the chosen plans' expected goodput reached 95 % of the oracle's in the same states, None if never.
+    """
+
+    at_s: float
+    tokens: int = 0
+    seconds: float = 0.0
+    steps: int = 0
+    good_after: int | None = None
+    _chosen: list[float] = field(default_factory=list, repr=False)
+    _best: list[float] = field(default_factory=list, repr=False)
+
+    @property
+    def goodput(self) -> float:
+        """Tokens per simulated second, 0 when no step began in it."""
+        return self.tokens / self.seconds if self.seconds > 0.0 else 0.0
+
+    def compare(self, chosen: float, best: float) -> None:
+        """Count one step's expected goodput beside the oracle's."""
+        self._chosen.append(chosen)
+        self._best.append(best)
+        if len(self._best) >= WINDOW_STEPS:
+            if sum(self._chosen[-WINDOW_STEPS:]) >= GOOD * sum(self._best[-WINDOW_STEPS:]):
+                self.good_after = self.steps
+            if len(self._best) >= 20 * WINDOW_STEPS:
+                del self._chosen[: -WINDOW_STEPS + 1], self._best[: -WINDOW_STEPS + 1]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a policy made of a scenario."""
+
+    tokens: int
+    seconds: float
+    steps: int
+    swaps: int
+    phases: tuple[Phase, ...]
+
+    @property
+    def goodput(self) -> float:
+        """Tokens per simulated second."""
+        return self.tokens / self.seconds
+
+
+class SimulatedServer:
+    """Decode steps in virtual time. Load path, arrivals, drafts, luck and noise have random streams of their own.
+
+    time_s: simulated seconds. q: true conditional acceptance [b, max_k] of the coming step (request granularity).
+    costs, requests: the truth, for the oracle.
+    """
+
+    def __init__(self, scenario: Scenario, seed: int) -> None:
+        path, drafts, noise = (np.random.default_rng([seed, stream]) for stream in (PATH, DRAFTS, NOISE))
+        self.scenario, self.ragged = scenario, scenario.ragged
+        self.costs = Costs(scenario)
+        self.requests = Requests(scenario.file, scenario.max_batch, seed)
+        self.q: Floats = np.zeros((0, scenario.max_k))
+        self.time_s = 0.0
+        self.steps = 0
+        self._path = LoadPath(scenario.file.timeline, scenario.file.duration_s, path)
+        self._drafts, self._noise_rng = drafts, noise
+        self._noise: list[float] = []
+        self._entry = self._event = 0
+        self._next_s = 0.0
+        self.phases: list[Phase] = []
+
+    def run(self, decider: Decider, until_s: float | None = None, each: Callable[[float], None] | None = None) -> Run:
+        """Serve until `until_s` (default: the scenario's duration). each: called now and then with the simulated time."""
+        end_s = self.scenario.file.duration_s if until_s is None else until_s
+        step = self._ragged_step if self.ragged else self._batch_step
+        while self.time_s < end_s:
+            if self.time_s >= self._next_s:
+                self._pass_events()
+            running = self._path.at(self.time_s)
+            if running != self.requests.count:
+                self.requests.resize(running)
+            phase = self.phases[-1]
+            self.steps += 1
+            phase.steps += 1
+            begun_s = self.time_s
+            phase.tokens += step(decider, phase)
+            phase.seconds += self.time_s - begun_s
+            if each is not None and self.steps % 1024 == 0:
+                each(self.time_s)
+        tokens = sum(phase.tokens for phase in self.phases)
+        return Run(tokens, self.time_s, self.steps, decider.swaps, tuple(self.phases))
+
+    def _batch_step(self, decider: Decider, phase: Phase) -> int:
+        """One K for all."""
+        requests, b = self.requests, self.requests.count
+        kv = requests.context_tokens
+        k = decider.draft_length(b, kv)
+        step_ms = self.costs.batch_step_ms(b, kv)
+        if phase.good_after is None:
+            goodput = expected_tokens(requests.survival[:b]) / step_ms
+            phase.compare(float(goodput[k]), float(goodput.max()))
+        accepted = (requests.luck()[:, None] < requests.survival[:b, :k]).sum(axis=1)
+        confidences = NO_SCORES
+        if decider.reads_scores:
+            confidences = requests.confidences(requests.draw_after(k, accepted, self._drafts))
+        tokens = int(accepted.sum()) + b
+        noise = self._next_noise()
+        scale = self.costs.scale * noise * 1e-3
+        step_s = float(step_ms[k]) * noise * 1e-3
+        self.time_s += step_s
+        if decider.reads_records:
+            verify_len = np.full(b, k, dtype=np.uint8)
+            padded = int(self.costs.padded[b]) * (k + 1)
+            verify_s = (float(self.costs.verify_ms[b, k]) + self.costs.context_ms_per_token * kv) * scale
+            decider.observe(self._record(decider, kv, b * (k + 1), padded, k, verify_s, scale, step_s, confidences, verify_len,
+                                         accepted))  # fmt: skip
+        requests.generate(accepted + 1)
+        return tokens
+
+    def _ragged_step(self, decider: Decider, phase: Phase) -> int:
+        """verify_len may differ."""
+        requests, b = self.requests, self.requests.count
+        kv = requests.context_tokens
+        compared = phase.good_after is None
+        drawn = decider.reads_scores or compared
+        if drawn:
+            self.q = requests.draw(self._drafts)
+        k = decider.draft_length(b, kv)
+        confidences, verify_len = NO_SCORES, None
+        if decider.reads_scores:
+            confidences = requests.confidences(self.q[:, :k])
+            verify_len = decider.verify_lengths(confidences) if k else None
+        survival = np.cumprod(self.q[:, :k], axis=1) if drawn else requests.survival[:b, :k]
+        accepted = (requests.luck()[:, None] < survival).sum(axis=1)
+        num_tokens = b * (k + 1)
+        if verify_len is not None:
+            np.minimum(accepted, verify_len, out=accepted)
+            num_tokens = b + int(verify_len.sum())
+        step_ms = self.costs.ragged_step_ms(k, num_tokens, kv)
+        if compared:
+            if verify_len is not None:
+                survival = survival[np.arange(k) < verify_len[:, None]]
+            phase.compare((b + float(survival.sum())) / step_ms, best_ragged(self.q, self.costs, kv)[2])
+        tokens = int(accepted.sum()) + b
+        noise = self._next_noise()
+        scale = self.costs.scale * noise * 1e-3
+        step_s = step_ms * noise * 1e-3
+        self.time_s += step_s
+        if decider.reads_records:
+            if verify_len is None:
+                verify_len = np.full(b, k, dtype=np.uint8)
+            padded = int(self.costs.padded[num_tokens])
+            verify_s = (float(self.costs.verify_ms[num_tokens]) + self.costs.context_ms_per_token * kv) * scale
+            decider.observe(self._record(decider, kv, num_tokens, padded, k, verify_s, scale, step_s, confidences, verify_len,
+                                         accepted))  # fmt: skip
+        requests.generate(accepted + 1)
+        return tokens
+
+    def _record(
+        self, decider: Decider, kv: int, num_tokens: int, padded: int, k: int, verify_s: float, scale: float, step_s: float,
+        confidences: NDArray[np.float32], verify_len: NDArray[np.uint8], accepted: NDArray[np.int64],
+    ) -> StepRecord:  # fmt: skip
+        """What the engine would write: draft, verify with its context share, and the overhead as the rest of the step."""
+        b = len(verify_len)
+        return StepRecord(
+            self.steps, int(self.time_s * 1e9), kv, decider.version, num_tokens, padded, b, k, decider.flags,
+            float(self.costs.draft_ms[k]) * scale, verify_s, 0.0, step_s, confidences, verify_len, accepted.astype(np.uint8),
+            self.requests.ids[:b].copy(),
+        )  # fmt: skip
+
+    def _next_noise(self) -> float:
+        if not self._noise:
+            noise = self.scenario.file.latency.noise
+            factors = np.exp(noise.sigma * self._noise_rng.standard_normal(NOISE_AHEAD) - 0.5 * noise.sigma**2)
+            spikes = self._noise_rng.random(NOISE_AHEAD) < noise.spike_rate
+            factors[spikes] *= noise.spike_factor
+            self._noise = factors.tolist()
+        return self._noise.pop()
+
+    def _pass_events(self) -> None:
+        """Let everything happen that is due: new load and mix, drift; a phase begins."""
+        timeline, scenario = self.scenario.file.timeline, self.scenario
+        while self._entry < len(timeline) and timeline[self._entry].at_s <= self.time_s:
+            self._begin_phase(timeline[self._entry].at_s)
+            self.requests.mix(timeline[self._entry].mix)
+            self._entry += 1
+        while self._event < len(scenario.drift) and scenario.drift[self._event].at_s <= self.time_s:
+            event, curve = scenario.drift[self._event], scenario.curves[self._event]
+            self._begin_phase(event.at_s)
+            if event.latency_scale is not None:
+                self.costs.scale = event.latency_scale
+            if curve is not None:
+                self.costs.use(curve)
+            if event.class_name is not None:
+                self.requests.change(event)
+            self._event += 1
+        self._next_s = min(
+            timeline[self._entry].at_s if self._entry < len(timeline) else math.inf,
+            scenario.drift[self._event].at_s if self._event < len(scenario.drift) else math.inf,
+        )
+
+    def _begin_phase(self, at_s: float) -> None:
+        if not any(phase.at_s == at_s for phase in self.phases):
+            self.phases.append(Phase(at_s))
+            self.phases.sort(key=lambda phase: phase.at_s)

@@ -37,14 +37,13 @@ KINDS = ("chain", "logistic", "binned", "linear")
 class StepScore:
     """How one step compared with what was expected of it. tokens: labelled draft tokens (0: nothing was verified).
 
-    expected, accepted: draft tokens. variance: of accepted under the calibration. log_loss: mean nats per labelled token.
+    expected, accepted: draft tokens. variance: of accepted under the calibration.
     """
 
     tokens: int
     expected: float
     accepted: int
     variance: float
-    log_loss: float
 
 
 class _Labels(NamedTuple):
@@ -253,9 +252,9 @@ class AcceptanceModel:
         mean = expected.sum(1)
         odd = 2.0 * np.arange(1, expected.shape[1] + 1) - 1.0
         variance = np.maximum(expected @ odd - mean**2, 0.0)
-        columns = np.stack((labels.verified.sum(1), mean, labels.accepted.sum(1), variance, serving_loss.sum(1)))
+        columns = np.stack((labels.verified.sum(1), mean, labels.accepted.sum(1), variance))
         sums = np.add.reduceat(columns, list(starts), axis=1)
-        return [StepScore(int(t), float(e), int(a), float(v), float(s / t) if t else 0.0) for t, e, a, v, s in sums.T]
+        return [StepScore(int(t), float(e), int(a), float(v)) for t, e, a, v in sums.T]
 
     def _add(self, labels: _Labels) -> None:
         positions = np.broadcast_to(np.arange(labels.verified.shape[1]), labels.verified.shape)

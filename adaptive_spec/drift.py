@@ -1,11 +1,17 @@
-"""Drift: when the residuals of a model stop looking like they did.
+"""Drift: when the residuals of a model stop looking like they did, or the traffic does.
 
-Two detectors of River per signal: ADWIN (Bifet and Gavalda, 2007), which compares the two halves of a growing window and
-finds changes of any size given time, and Page-Hinkley (Page, 1954), a cumulative sum that finds large ones at once. Both see
-means of `group` steps, so that single steps need not be near normal and a fast engine costs no more than a slow one.
+`DriftDetector` watches residuals. Two detectors of River per signal: ADWIN (Bifet and Gavalda, 2007), which compares the two
+halves of a growing window and finds changes of any size given time, and Page-Hinkley (Page, 1954), a cumulative sum that finds
+large ones at once. Both see means of `group` steps, so that single steps need not be near normal and a fast engine costs no
+more than a slow one.
+
+`TrafficDetector` watches the draft's own confidence: it has no expected value, so a mean is compared with its own past.
 """
 
 from __future__ import annotations
+
+import math
+from typing import NamedTuple
 
 from river.drift import ADWIN, PageHinkley
 
@@ -53,3 +59,63 @@ class DriftDetector:
     def _begin(self) -> None:
         self._adwin = ADWIN(delta=self._delta, clock=4, grace_period=16)  # type: ignore[no-untyped-call]  # as above
         self._page_hinkley = PageHinkley(min_instances=16, delta=0.25, threshold=self._threshold, mode="both")
+
+
+class TrafficChange(NamedTuple):
+    """Mean of what is watched before and after a change."""
+
+    before: float
+    after: float
+
+
+class TrafficDetector:
+    """Page-Hinkley on means of `GROUP` steps, in standard deviations of such means: z = (mean - running mean) / running sd.
+
+    A request has an acceptance of its own for as long as it lasts, so the steps of one minute resemble each other; the spread
+    of group means knows that, the spread of steps does not. Regimes. Learning: `LEARNING` groups tell mean and spread.
+    Watching: both follow slowly. Changed: a sum of z beyond `THRESHOLD` ends in learning anew.
+    """
+
+    GROUP = 32
+    LEARNING = 10
+    DELTA, THRESHOLD = 0.6, 8.0
+    """z that is ignored, and the sum of the rest that is a change: larger means fewer false alarms and later true ones."""
+    CAUTION = 10.0
+    """Variances of a group mean by which the running mean is not to be trusted after one group, falling with their number."""
+    PACE = 0.01
+    """Share of a group in the running mean and variance."""
+    CLIP = 4.0
+
+    def __init__(self) -> None:
+        self._sum, self._count, self._groups = 0.0, 0, 0
+        self._mean = self._variance = self._lately = 0.0
+        self._page_hinkley = self._fresh()
+
+    def update(self, value: float) -> TrafficChange | None:
+        """Take the value of one step; a change when it is established with it."""
+        self._sum += value
+        self._count += 1
+        if self._count < self.GROUP:
+            return None
+        mean, self._sum, self._count = self._sum / self.GROUP, 0.0, 0
+        if self._groups >= self.LEARNING and self._variance > 0.0:
+            # The mean itself was learnt from few groups at first.
+            z = (mean - self._mean) / math.sqrt(self._variance * (1.0 + self.CAUTION / self._groups))
+            self._lately += 0.2 * (mean - self._lately)
+            self._page_hinkley.update(min(max(z, -self.CLIP), self.CLIP))  # type: ignore[no-untyped-call]  # as above
+            if self._page_hinkley.drift_detected:
+                change = TrafficChange(self._mean, self._lately)
+                self._groups, self._page_hinkley = 0, self._fresh()
+                return change
+        self._groups += 1
+        pace = max(1.0 / self._groups, self.PACE)
+        away = mean - self._mean if self._groups > 1 else 0.0
+        self._mean = mean if self._groups == 1 else self._mean + pace * away
+        self._variance += pace * (away * away - self._variance)
+        if self._groups <= self.LEARNING:
+            self._lately = self._mean
+        return None
+
+    @classmethod
+    def _fresh(cls) -> PageHinkley:
+        return PageHinkley(min_instances=1, delta=cls.DELTA, threshold=cls.THRESHOLD, mode="both")

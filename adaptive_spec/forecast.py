@@ -31,7 +31,7 @@ MATERIAL_CONTEXT = 0.02
 GROUP_ROWS = 256
 """Recent requests an expectation is taken over, in groups of the batch size, at least `MIN_GROUPS` of them."""
 MIN_GROUPS = 2
-FREQUENT = 10
+FREQUENT = 24
 """Batch sizes forecast exactly at request granularity, besides the powers of two."""
 UNMEASURED_FIXED = 0.08
 """Relative standard error of the fixed cost of a plan that was never measured."""

@@ -29,6 +29,8 @@ MISFIT = 0.02
 """Relative deviation of real tiles from straight lines (1-3 % in published curves): no cell counts as surer than this."""
 STALE_ERROR = 0.3
 """Relative standard error of a cell as old as `cells.STALE_STEPS`; it grows with the square root of age."""
+MISFIT_BETWEEN = 0.1
+"""Relative deviation of a plan's fixed cost from the regression over all plans."""
 UNKNOWN_PER_DOUBLING = 0.15
 """Relative standard error added per doubling of the token count away from what was measured."""
 
@@ -186,10 +188,11 @@ class LatencyModel:
 class PlanCostModel:
     """Seconds of one stage as a function of the plan (K, batch size b), for draft, draft-extend and overhead.
 
-        seconds(K, b) = [1(K>0), K, b 1(K>0), K b, 1, b] . coefficients, all >= 0
+        seconds(K, b) = [1(K>0), (K-1)+, b 1(K>0), b (K-1)+, 1, b] . coefficients, all >= 0
 
-    Plans measured often speak for themselves; the regression speaks for the others. tempo: that of the verify latency, which
-    all stages share; None: one of its own.
+    The first draft token often comes with the draft-extend and costs nothing more, so K counts from the second. Plans measured
+    often speak for themselves; the regression speaks for the others, and weighs as much as one sample whose relative error is
+    `MISFIT_BETWEEN`. tempo: that of the verify latency, which all stages share; None: one of its own.
     """
 
     FEATURES = 6
@@ -228,14 +231,15 @@ class PlanCostModel:
         row, column = np.divmod(rows[:, 0].astype(np.int64), self.stride)
         inside = (row <= max_k) & (column <= max_batch)
         at, cells = (row[inside], column[inside]), rows[inside]
-        value[at] += cells[:, 1] / (cells[:, 1] + 2.0) * (cells[:, 3] - value[at])
+        worth = (self.table.sigma / MISFIT_BETWEEN) ** 2
+        value[at] += cells[:, 1] / (cells[:, 1] + worth) * (cells[:, 3] - value[at])
         weight[at] = cells[:, 1]
         return value, weight
 
     @staticmethod
     def _features(k: Floats, b: Floats) -> Floats:
-        on = (k > 0).astype(np.float64)
-        return np.stack((on, k, b * on, k * b, np.ones_like(k), b), axis=-1)
+        on, more = (k > 0).astype(np.float64), np.maximum(k - 1.0, 0.0)
+        return np.stack((on, more, b * on, b * more, np.ones_like(k), b), axis=-1)
 
 
 def non_negative_least_squares(system: Floats, target: Floats) -> Floats:

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from adaptive_spec.acceptance import AcceptanceModel, StepScore
+from adaptive_spec.acceptance import AcceptanceModel
 from adaptive_spec.cells import CLIP_SIGMAS
-from adaptive_spec.drift import DriftDetector
+from adaptive_spec.drift import DriftDetector, TrafficDetector
 from adaptive_spec.engine_info import EngineInfo
 from adaptive_spec.forecast import Forecast, Models, forecast
 from adaptive_spec.latency import LatencyModel, PlanCostModel
@@ -66,10 +66,9 @@ class Learner:
         self.batches = np.zeros(info.max_batch + 1)
         self._latency_drift = DriftDetector()
         self._calibration_drift = DriftDetector()
-        self._traffic_drift = DriftDetector(group=16, delta=1e-4, threshold=40.0)
+        self._traffic_drift = TrafficDetector()
         self._latency_bias = 0.0
         self._forecast_tempo = 0.0
-        self._loss_level = [0.0, 0.0, 0.0]  # forgetting weight, mean, variance of the steps' log loss
 
     def observe(self, record: StepRecord) -> list[Noticed]:
         """Learn one step."""
@@ -82,6 +81,8 @@ class Learner:
         noticed = [] if record.flags & StepFlag.DISTURBED else self._learn_times(record)
         if not record.flags & StepFlag.CENSORED:
             self.acceptance.observe(record)
+        if record.k and self.forecast is not None:
+            noticed += self._watch_traffic(float(record.confidences[:, 0].mean()))
         if self.acceptance.waiting_tokens >= LEARN_AT_TOKENS:
             noticed += self.learn_acceptance()
         return noticed
@@ -94,13 +95,9 @@ class Learner:
                 continue
             self.ledger.expected_accepted += score.expected
             bias = (score.accepted - score.expected) / math.sqrt(score.variance + 0.25)
-            alarms = [self._calibration_drift.update(bias), self._traffic_drift.update(self._standard_loss(score))]
-            if any(alarms) and self.forecast is not None:
-                words = (
-                    "acceptance differs from the calibration" if alarms[0] else "the draft's scores fit the traffic differently"
-                )
+            if self._calibration_drift.update(bias) and self.forecast is not None:
                 self.acceptance.loosen(LOOSEN)
-                noticed.append(Noticed("calibration", words))
+                noticed.append(Noticed("calibration", "acceptance differs from the calibration"))
         return noticed
 
     def fit(self, stopwatch: Stopwatch = nullcontext) -> list[Noticed]:
@@ -162,6 +159,14 @@ class Learner:
         seen = np.flatnonzero(self.batches > 0.0)
         return int(seen[-1]) if len(seen) else 0
 
+    def _watch_traffic(self, confidence: float) -> list[Noticed]:
+        """Note other traffic by the draft's mean confidence in its first tokens, before enough of them were accepted or not."""
+        change = self._traffic_drift.update(confidence)
+        if change is None:
+            return []
+        words = f"the draft's mean confidence moved from {change.before:.0%} to {change.after:.0%}"
+        return [Noticed("calibration", words)]
+
     def _learn_times(self, record: StepRecord) -> list[Noticed]:
         step = self.ledger.steps
         fit = self.verify.fit
@@ -185,15 +190,6 @@ class Learner:
                 ratio = shift.ratio if shift is not None else math.exp(self._latency_bias)
                 return [Noticed("latency", f"verify latency moved by {ratio - 1.0:+.0%}")]
         return []
-
-    def _standard_loss(self, score: StepScore) -> float:
-        """Log loss of a step in standard deviations from its slow mean."""
-        weight, mean, variance = self._loss_level
-        loss = score.log_loss
-        standard = (loss - mean) / math.sqrt(variance) if weight > 100 and variance > 0.0 else 0.0
-        rate = max(1.0 / (weight + 1.0), 0.001)
-        self._loss_level = [weight + 1.0, mean + rate * (loss - mean), variance + rate * ((loss - mean) ** 2 - variance)]
-        return standard
 
     def latency_state(self) -> dict[str, NDArray[Any]]:
         """Arrays of `latency_model.npz`: the fit to read, the cells to go on from."""

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -25,6 +26,9 @@ Floats = NDArray[np.float64]
 LOGIT_LIMIT = 10.0
 GRID_POINTS = 81
 """Survival maps are sampled on logits -10..10 in steps of 0.25."""
+_POINTS_PER_LOGIT = (GRID_POINTS - 1) / (2 * LOGIT_LIMIT)
+_LOWEST, _HIGHEST = 1.0 / (1.0 + np.exp(np.array([LOGIT_LIMIT, -LOGIT_LIMIT]) * (1.0 - 1e-12)))
+"""Scores just inside the ends of the grid; float64, so that what is compared with them is too."""
 
 
 class Mode(StrEnum):
@@ -58,13 +62,6 @@ class Trial(NamedTuple):
     steps: int
 
 
-def logit(p: NDArray[np.floating]) -> Floats:
-    """log(p / (1 - p)), clipped to +-LOGIT_LIMIT; p in [0, 1]."""
-    q = np.asarray(p, dtype=np.float64)
-    with np.errstate(divide="ignore"):
-        return np.asarray(np.clip(np.log(q) - np.log1p(-q), -LOGIT_LIMIT, LOGIT_LIMIT))
-
-
 class GridPosition(NamedTuple):
     """Where scores lie on the grid of survival maps: index of the point below, and how far they are towards the next (0..1)."""
 
@@ -77,10 +74,15 @@ class GridPosition(NamedTuple):
 
 
 def grid_position(score: NDArray[np.floating]) -> GridPosition:
-    """Scores in (0, 1], any shape, to their places on the grid."""
-    x = (logit(score) + LOGIT_LIMIT) * ((GRID_POINTS - 1) / (2 * LOGIT_LIMIT))
-    low = np.minimum(x.astype(np.int64), GRID_POINTS - 2)
-    return GridPosition(low, x - low)
+    """Scores in [0, 1], any shape, to their places on the grid; logits are clipped to +-LOGIT_LIMIT."""
+    # Written for a handful of elements: this runs in every step of the server, and each call of numpy costs a microsecond.
+    q = np.minimum(np.maximum(score, _LOWEST), _HIGHEST)
+    x = np.log(q / (1.0 - q))
+    x += LOGIT_LIMIT
+    x *= _POINTS_PER_LOGIT
+    low = x.astype(np.int64)
+    x -= low
+    return GridPosition(low, x)
 
 
 @dataclass(frozen=True)
@@ -102,12 +104,22 @@ class SurvivalMap:
     def survival_at(self, position: GridPosition) -> Floats:
         """The same for scores [b, k] whose places on the grid are known: of the confidences if conditional, else cumulative."""
         low, weight = position
-        k = low.shape[1]
-        index = low + np.arange(k) * GRID_POINTS
-        flat = self.table.ravel()
-        value = flat[index]
-        value = value + (flat[index + 1] - value) * weight
-        return np.cumprod(value, axis=1) if self.conditional else np.minimum.accumulate(value, axis=1)
+        flat, offsets = self._flat
+        index = low + offsets[: low.shape[1]]
+        value = flat.take(index)
+        index += 1
+        above = flat.take(index)
+        above -= value
+        above *= weight
+        value += above
+        accumulate = np.multiply.accumulate if self.conditional else np.minimum.accumulate
+        survival: Floats = accumulate(value, axis=1)
+        return survival
+
+    @cached_property
+    def _flat(self) -> tuple[Floats, NDArray[np.int64]]:
+        """The table in one row, and where each position begins in it."""
+        return self.table.astype(np.float64).ravel(), np.arange(len(self.table)) * GRID_POINTS
 
 
 @dataclass(frozen=True)
@@ -151,14 +163,7 @@ def best_verified(survival: Floats, fixed_s: float, verify_s: NDArray[np.floatin
     survival: [b, k]. fixed_s: seconds beside verification. verify_s: [>= b * (k + 1) + 1] seconds by num_tokens.
     Returns (draft tokens to verify, goodput in tokens/s).
     """
-    b, k = survival.shape
-    expected = np.empty(b * k + 1)
-    expected[0] = b
-    expected[1:] = -np.sort(-survival, axis=None)
-    np.cumsum(expected, out=expected)
-    goodput = expected / (fixed_s + verify_s[b : b * (k + 1) + 1])
-    best = int(goodput.argmax())
-    return best, float(goodput[best])
+    return _best_count(survival, _best_first(survival), fixed_s, verify_s)
 
 
 def best_slots(survival: Floats, count: int) -> NDArray[np.uint8]:
@@ -167,10 +172,35 @@ def best_slots(survival: Floats, count: int) -> NDArray[np.uint8]:
     Survival never increases along a row, so the chosen slots of a request are always its first ones.
     """
     b, k = survival.shape
-    if count >= b * k:
-        return np.full(b, k, dtype=np.uint8)
-    order = np.argsort(-survival, axis=None, kind="stable")[:count]
-    return np.bincount(order // max(k, 1), minlength=b).astype(np.uint8)
+    return np.full(b, k, dtype=np.uint8) if count >= b * k else _slots(_best_first(survival), count, b, k)
+
+
+def best_lengths(survival: Floats, fixed_s: float, verify_s: NDArray[np.floating]) -> NDArray[np.uint8]:
+    """`best_slots` for the count of `best_verified`, in one sort: verify_len [b]."""
+    b, k = survival.shape
+    order = _best_first(survival)
+    count, _ = _best_count(survival, order, fixed_s, verify_s)
+    return _slots(order, count, b, k)
+
+
+def _best_first(survival: Floats) -> NDArray[np.int64]:
+    """Indices into the flat survival, best first; of equals the earlier one, which within a request is the one that must come."""
+    return (-survival).ravel().argsort(kind="stable")
+
+
+def _best_count(survival: Floats, order: NDArray[np.int64], fixed_s: float, verify_s: NDArray[np.floating]) -> tuple[int, float]:
+    b, k = survival.shape
+    expected = np.empty(b * k + 1)
+    expected[0] = b
+    expected[1:] = survival.take(order)
+    np.add.accumulate(expected, out=expected)
+    expected /= verify_s[b : b * (k + 1) + 1] + fixed_s
+    best = int(expected.argmax())
+    return best, float(expected[best])
+
+
+def _slots(order: NDArray[np.int64], count: int, b: int, k: int) -> NDArray[np.uint8]:
+    return np.bincount(order[:count] // max(k, 1), minlength=b).astype(np.uint8)
 
 
 class Planner:
@@ -247,8 +277,7 @@ class Planner:
             return np.full(b, k, dtype=np.uint8)
         survival = policy.survival.survival(confidences)
         fixed = float(policy.fixed_s[k, min(b, policy.fixed_s.shape[1] - 1)]) + policy.context_s_per_token * self._kv_tokens
-        count, _ = best_verified(survival, fixed, policy.verify_s)
-        return best_slots(survival, count)
+        return best_lengths(survival, fixed, policy.verify_s)
 
     def _current_trial(self) -> Trial | None:
         if self.policy is None or not self.policy.acting:

@@ -74,7 +74,7 @@ def run_block(
 class Comparison:
     """Blocks run so far. lossless: False once the outputs of two arms differed. last_requests: of one arm, last block."""
 
-    def __init__(self, arms: Sequence[Arm], source: PromptSource, requests_per_slot: int = 2, least_requests: int = 3) -> None:
+    def __init__(self, arms: Sequence[Arm], source: PromptSource, requests_per_slot: int = 2, least_requests: int = 8) -> None:
         self.arms = list(arms)
         self.blocks = 0
         self.lossless = True

@@ -12,7 +12,7 @@ import numpy as np
 from adaptive_spec.engines.embedded.requests import Request
 from adaptive_spec.engines.embedded.text import KINDS
 
-CONCURRENCIES = (1, 2, 5, 12, 3, 6)
+CONCURRENCIES = (1, 16, 2, 12, 3)
 LEAST_NEW_TOKENS, MOST_NEW_TOKENS = 24, 104
 """Requests end at different times, as real ones do: a batch that ended all at once would flatter K = 0."""
 

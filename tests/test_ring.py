@@ -136,8 +136,9 @@ def test_a_writer_killed_at_any_moment_leaves_only_whole_records(tmp_path: Path)
             seen = reader.poll()
             assert all(same(record, record_of(record.step)) for record in seen)
             assert accounted(reader) == reader.cursor - reader.start
-            assert reader.torn <= 1
-            assert reader.lost == reader.invalid == 0
+            # Killed in mid-slot the oldest record is torn; killed between slot and cursor a later whole one lies in its place.
+            assert reader.torn + reader.lost <= 1
+            assert reader.invalid == 0
 
 
 def test_a_record_half_written_when_the_writer_was_killed_is_not_read(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from adaptive_spec.calibration import GRID, GRID_SCORE, RiverLogistic, ScoreHistogram, all_maps
 from adaptive_spec.policy import GridPosition, SurvivalMap, grid_position
+from adaptive_spec.recent import RecentDrafts
 from adaptive_spec.records import StepRecord
 
 Floats = NDArray[np.float64]
@@ -25,9 +26,6 @@ BINS = 15
 SWITCH_MARGIN = 0.002
 RIVER_SAMPLES = 128
 """Labels per learnt chunk that River sees."""
-RECENT_ROWS = 512
-RECENT_STEPS, NEWEST_ROWS = 100, 64
-"""What the coming requests will look like: the drafts of so many steps, or the newest so many where there were fewer."""
 FAINT_LABELS = 20.0
 """Labels a position remembers however long it has not been drafted."""
 KINDS = ("chain", "logistic", "binned", "linear")
@@ -133,11 +131,8 @@ class AcceptanceModel:
         self.kind = KINDS[0]
         self.reliability = Reliability()
         self.samples = 0
-        self.recent: NDArray[np.float32] = np.full((RECENT_ROWS, max_k), np.nan, dtype=np.float32)
-        """The last rows of confidences, NaN where nothing was drafted."""
-        self.recent_step: Floats = np.full(RECENT_ROWS, -np.inf)
+        self.recent = RecentDrafts(max_k)
         self.steps = 0
-        self._recent_at = 0
         self.unlabelled_steps: Floats = np.zeros(max_k)
         """Decode steps since each position last had a label."""
         self._waiting: list[StepRecord] = []
@@ -178,7 +173,7 @@ class AcceptanceModel:
             at += n
         verify_len = np.concatenate([r.verify_len for r in records]).astype(np.int64)
         accept_len = np.concatenate([r.accept_len for r in records]).astype(np.int64)
-        self._remember(confidences, drafted)
+        self.recent.remember(confidences, drafted, self.steps)
         labels = _Labels.of(confidences, verify_len, accept_len)
         scores = self._contest(labels, starts)
         self._forget(self.decay ** len(records))
@@ -219,16 +214,13 @@ class AcceptanceModel:
 
     def recent_survival(self) -> Floats:
         """Calibrated survival of recent requests' drafts [rows <= 512, max_k]; positions never drafted continue the chain."""
-        newest_first = (self._recent_at - 1 - np.arange(RECENT_ROWS)) % RECENT_ROWS
-        filled = newest_first[~np.isnan(self.recent[newest_first, 0])]
-        young = int((self.recent_step[filled] > self.steps - RECENT_STEPS).sum())
-        rows = self.recent[filled[: max(young, NEWEST_ROWS)]]
+        rows = self.recent.rows(self.steps)
         missing = np.isnan(rows)
         survival = self.survival.survival(np.where(missing, 0.5, rows).astype(np.float64))
-        rates, _ = self.conditional_rates()
-        for j in range(1, self.max_k):
-            continued = survival[:, j - 1] * rates[j]
-            survival[:, j] = np.where(missing[:, j], continued, np.minimum(survival[:, j], survival[:, j - 1]))
+        if missing.any():
+            rates, _ = self.conditional_rates()
+            for j in range(1, self.max_k):
+                survival[:, j] = np.where(missing[:, j], survival[:, j - 1] * rates[j], survival[:, j])
         return survival
 
     def _contest(self, labels: _Labels, starts: Sequence[int]) -> list[StepScore]:
@@ -273,15 +265,6 @@ class AcceptanceModel:
         x = GRID[score_index.ravel()[chosen]]
         self.river.learn(positions.ravel()[chosen], x, labels.accepted.ravel()[chosen])
 
-    def _remember(self, confidences: NDArray[np.float32], drafted: NDArray[np.int64]) -> None:
-        rows = confidences[-RECENT_ROWS:]
-        kept = np.full((len(rows), self.max_k), np.nan, dtype=np.float32)
-        kept[:, : rows.shape[1]] = np.where(np.arange(rows.shape[1]) < drafted[-RECENT_ROWS:, None], rows, np.nan)
-        at = (self._recent_at + np.arange(len(rows))) % RECENT_ROWS
-        self.recent[at] = kept
-        self.recent_step[at] = self.steps
-        self._recent_at = int(at[-1] + 1) % RECENT_ROWS
-
     def _forget(self, factor: float) -> None:
         self.cumulative.forget(factor, FAINT_LABELS)
         self.at_risk.forget(factor, FAINT_LABELS)
@@ -296,9 +279,9 @@ class AcceptanceModel:
             "serving": np.array([float(KINDS.index(self.kind))]),
             "reliability": np.stack((self.reliability.by_prediction, self.reliability.by_score)),
             "totals": self.reliability.totals.copy(),
-            "recent": np.roll(self.recent, -self._recent_at, axis=0).astype(np.float64),  # the newest last
             "samples": np.array([float(self.samples)]),
             "survival": self.survival.table.astype(np.float64),
+            **self.recent.state(),
         }
 
     def restore(self, state: Mapping[str, NDArray[np.float64]]) -> None:
@@ -307,20 +290,20 @@ class AcceptanceModel:
         fresh.cumulative.restore(state["cumulative"])
         fresh.at_risk.restore(state["at_risk"])
         fresh.river.restore(np.asarray(state["river"]))
-        shapes = {"losses": (len(KINDS), 2), "reliability": (2, 3, BINS), "totals": (3,), "recent": (RECENT_ROWS, self.max_k)}
+        fresh.recent.restore(state)
+        shapes = {"losses": (len(KINDS), 2), "reliability": (2, 3, BINS), "totals": (3,)}
         for name, shape in {**shapes, "serving": (1,), "samples": (1,)}.items():
             if np.asarray(state[name]).shape != shape:
                 raise ValueError(f"{name} has shape {np.asarray(state[name]).shape}, wanted {shape}")
-        recent = np.asarray(state["recent"], dtype=np.float32)
         serving = int(state["serving"][0])
-        if not 0 <= serving < len(KINDS) or (np.isfinite(recent) & ((recent <= 0) | (recent > 1))).any():
-            raise ValueError("calibration state holds values no calibration can have")
-        self.cumulative, self.at_risk, self.river, self.recent = fresh.cumulative, fresh.at_risk, fresh.river, recent
+        if not 0 <= serving < len(KINDS):
+            raise ValueError(f"serving is {serving}, wanted 0..{len(KINDS) - 1}")
+        self.cumulative, self.at_risk, self.river, self.recent = fresh.cumulative, fresh.at_risk, fresh.river, fresh.recent
         self.losses = {kind: np.array(row, dtype=np.float64) for kind, row in zip(KINDS, state["losses"], strict=True)}
         self.kind, self.samples = KINDS[serving], int(state["samples"][0])
         self.reliability.by_prediction, self.reliability.by_score = (np.array(table) for table in state["reliability"])
         self.reliability.totals = np.array(state["totals"])
-        self.recent_step, self.steps, self._recent_at = np.where(np.isnan(recent[:, 0]), -np.inf, 0.0), 0, 0
+        self.steps = 0
         self._waiting.clear()
         self.refit()
 

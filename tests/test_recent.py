@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from adaptive_spec.recent import CARDS, FULL_DECK, NEWEST_ROWS, ROWS, RecentDrafts
+
+
+def drafts(rng: np.random.Generator, rows: int, k: int, sure: float) -> np.ndarray:
+    """Confidences whose positions resemble the one before: a sure draft goes on sure."""
+    level = np.clip(rng.normal(sure, 0.2, (rows, 1)), 0.05, 0.95)
+    return np.clip(level + rng.normal(0.0, 0.03, (rows, k)), 0.01, 1.0).astype(np.float32)
+
+
+def test_missing_positions_are_dealt_from_what_followed_alike_confidences() -> None:
+    rng = np.random.default_rng(0)
+    recent = RecentDrafts(4)
+    deep = drafts(rng, CARDS, 4, 0.5)
+    recent.remember(deep, np.full(CARDS, 4), step=1)
+    shallow = drafts(rng, ROWS, 4, 0.8)
+    recent.remember(shallow[:, :2], np.full(ROWS, 2), step=2)
+    rows = recent.rows(2)
+    assert rows.shape == (ROWS, 4)
+    assert not np.isnan(rows).any()
+    assert rows[:, 2].mean() == pytest.approx(shallow[:, 2].mean(), abs=0.03), "not the 0.5 the deep ones were on average"
+    assert rows[:, 3].std() == pytest.approx(shallow[:, 3].std(), rel=0.3), "the spread between requests stays"
+    np.testing.assert_allclose(rows[:, :2], shallow[::-1, :2])
+
+
+def test_nothing_is_dealt_from_a_thin_deck() -> None:
+    rng = np.random.default_rng(1)
+    recent = RecentDrafts(3)
+    recent.remember(drafts(rng, FULL_DECK - 1, 3, 0.5), np.full(FULL_DECK - 1, 3), step=1)
+    recent.remember(drafts(rng, 8, 1, 0.5), np.full(8, 1), step=2)
+    rows = recent.rows(2)
+    assert np.isnan(rows[:8, 1:]).all()
+    assert not np.isnan(rows[8:]).any()
+
+
+def test_old_drafts_are_left_out_unless_there_are_few() -> None:
+    recent = RecentDrafts(1)
+    for step in range(1000):
+        recent.remember(np.array([[0.5]], dtype=np.float32), np.array([1]), step)
+    assert len(recent.rows(999)) == 100
+    assert len(recent.rows(50_000)) == NEWEST_ROWS
+
+
+def test_state_round_trip_and_refusal() -> None:
+    recent, twin = RecentDrafts(3), RecentDrafts(3)
+    recent.remember(drafts(np.random.default_rng(2), 100, 2, 0.6), np.full(100, 2), step=7)
+    twin.restore(recent.state())
+    np.testing.assert_array_equal(twin.rows(0), recent.rows(7))
+    state = recent.state()
+    state["recent"][-1, 0] = 1.5
+    with pytest.raises(ValueError, match="recent holds values"):
+        twin.restore(state)
+    with pytest.raises(ValueError, match="decks has shape"):
+        RecentDrafts(4).restore({**recent.state(), "recent": np.full((ROWS, 4), np.nan)})

@@ -150,6 +150,9 @@ def bench(paths: Sequence[Path], policies: str, seed: int | None, json_file: Pat
         if not console.is_terminal:  # a file or a pipe has no width: no figure is cut
             console.width = 68 + 13 * min(len(result.oracle.phases), MANY_PHASES)
         console.print(result_table(result, seed, warm))
+        for name, run in result.runs.items():
+            if run.failures:
+                console.print(f"[red]{name}: {run.failures} calls of the controller failed; it fell back each time[/red]")
     for wide in (False, True):
         if any(("ema-wide" if wide else "ema") in result.runs for result in results):
             console.print(f"{'ema-wide' if wide else 'ema'}: {build_params(7, wide)[1]}", highlight=False)

@@ -69,8 +69,8 @@ def page(summaries: Sequence[Summary], ablated: Sequence[Result], seeds: int) ->
             "",
             "`ema`, `ema-wide`: SGLang 0.5.23's own policy with its default candidates, and with every K at every batch size "
             f"({build_params(7, False)[1]}). `startup-profile`: a cost table profiled before the first request, acceptance "
-            "learnt online. `offline-files`: cost and calibration from files, never changed. `goodput-bandit`: no models, only measured "
-            "goodput. Each is described in `adaptive_spec/engines/simulated/peers`.",
+            "learnt online. `offline-files`: cost and calibration from files, never changed. `goodput-bandit`: no models, only "
+            "measured goodput. Each is described in `adaptive_spec/engines/simulated/peers`.",
             "",
             "## Reaction to drift",
             "",
@@ -83,8 +83,8 @@ def page(summaries: Sequence[Summary], ablated: Sequence[Result], seeds: int) ->
             "## What each part is worth",
             "",
             "`adaptive-spec bench tests/scenarios/NAME.yaml --policies adaptive,ablations`, one seed: the policy with one part "
-            "taken out. Cost and calibration are frozen after the first 20 s, KV tokens are hidden, one K is used for all requests, "
-            "probing is switched off, guard rails are opened. Change of efficiency in percentage points; below 0 the part helps.",
+            "taken out. Cost and calibration are frozen after the first 20 s, KV tokens are hidden, one K is used for all "
+            "requests, probing is switched off, guard rails are opened. Change of efficiency in percentage points; below 0 the part helps.",
             "",
             *ablation_table(ablated),
             "",

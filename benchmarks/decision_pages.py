@@ -84,7 +84,8 @@ def page(summaries: Sequence[Summary], ablated: Sequence[Result], seeds: int) ->
             "",
             "`adaptive-spec bench tests/scenarios/NAME.yaml --policies adaptive,ablations`, one seed: the policy with one part "
             "taken out. Cost and calibration are frozen after the first 20 s, KV tokens are hidden, one K is used for all "
-            "requests, probing is switched off, guard rails are opened. Change of efficiency in percentage points; below 0 the part helps.",
+            "requests, probing is switched off, guard rails are opened. "
+            "Change of efficiency in percentage points; below 0 the part helps.",
             "",
             *ablation_table(ablated),
             "",

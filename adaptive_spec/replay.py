@@ -156,8 +156,8 @@ class Replay:
 
 
 class Part(NamedTuple):
-    """Models at the end of a part of the trace. rates, errors: of conditional acceptance by position. measured: token counts
-    with data, ascending (padded); measured_s: their verify times.
+    """Models at the end of a part of the trace. rates, errors: of conditional acceptance by position. measured: padded token
+    counts with data, ascending; measured_s: their verify times. padded: what a token count is padded to.
     """
 
     forecast: Forecast
@@ -165,11 +165,13 @@ class Part(NamedTuple):
     errors: Floats
     measured: NDArray[np.int64]
     measured_s: Floats
+    padded: NDArray[np.int64]
 
     def verify_seconds(self, tokens: int) -> tuple[float, float]:
         """Verify time of a token count and its standard error."""
         at = min(tokens, len(self.forecast.verify_s) - 1)
         modelled, error = float(self.forecast.verify_s[at]), float(self.forecast.verify_error_s[at])
+        tokens = int(self.padded[at])
         above = int(np.searchsorted(self.measured, tokens))
         if above < len(self.measured) and self.measured[above] == tokens:
             return modelled, error
@@ -199,7 +201,9 @@ class Hindsight:
             fit = learner.verify.fit
             if learner.forecast is not None and fit is not None:
                 rates, errors = learner.acceptance.conditional_rates()
-                self.parts.append(Part(learner.forecast, rates, errors, fit.tokens, fit.mean_s))
+                largest = len(learner.forecast.verify_s) - 1
+                padded = learner.padding.table(largest) if self._ragged else np.arange(largest + 1)
+                self.parts.append(Part(learner.forecast, rates, errors, fit.tokens, fit.mean_s, padded))
 
     def value(self, index: int, record: StepRecord, plan: Plan) -> tuple[float, float, float, float, bool]:
         """(tokens, seconds, tokens that are not sure, relative error of the seconds, supported)."""

@@ -61,7 +61,8 @@ def replay_file(path: Path, asked: str, settings: ControllerSettings, json_file:
         raise BadInput(f"--json: '{json_file}' is not allowed: its folder does not exist")
     trace = load_trace(path)
     policies = policies_of(asked, trace.info)
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    errors = Console(stderr=True)
+    with Progress(console=errors, transient=True, disable=not errors.is_terminal) as progress:
         bar = progress.add_task("replaying", total=len(trace.records) * (len(policies) + 2))
         try:
             result = replay(trace.info, trace.records, policies, settings, lambda steps: progress.advance(bar, steps))

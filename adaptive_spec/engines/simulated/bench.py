@@ -135,9 +135,10 @@ def bench(paths: Sequence[Path], policies: str, seed: int | None, json_file: Pat
     names = {scenario.name: policy_names(policies, scenario) for scenario in scenarios}
     if json_file is not None and not json_file.parent.is_dir():
         raise BadInput(f"--json: {str(json_file)!r} cannot be written: there is no such folder")
+    errors = Console(stderr=True)
     progress = Progress(
         TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:,.0f} of {task.total:,.0f} simulated s"),
-        TimeElapsedColumn(), console=Console(stderr=True), transient=True,
+        TimeElapsedColumn(), console=errors, transient=True, disable=not errors.is_terminal,
     )  # fmt: skip
     total_s = sum(len(dict.fromkeys([*names[scenario.name], "oracle"])) * scenario.file.duration_s for scenario in scenarios)
     with progress:

@@ -115,6 +115,10 @@ class SimulatedServer:
             phase.seconds += self.time_s - begun_s
             if each is not None and self.steps % 1024 == 0:
                 each(self.time_s)
+        # An event during the last step begins a phase without steps: every policy has the same phases.
+        for at_s in self.scenario.phase_starts:
+            if self.time_s >= at_s < end_s:
+                self._begin_phase(at_s)
         tokens = sum(phase.tokens for phase in self.phases)
         return Run(
             tokens, self.time_s, self.steps, decider.swaps, tuple(self.phases), decider.probe_share, decider.failures

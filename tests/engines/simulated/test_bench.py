@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 
@@ -66,8 +65,13 @@ def test_an_oracle_that_was_not_asked_for_measures_all_the_same(small: Small) ->
     assert 0.0 < result.efficiency(result.runs["static-1"]) <= 1.01
 
 
-def test_two_scenarios_of_one_name_are_refused(tmp_path: Path) -> None:
-    scenario = written(tmp_path, {})
-    result = run_cli("bench", scenario, scenario)
-    assert result.returncode == 2
-    assert "same name" in result.stderr
+def test_variants_of_one_name_may_run_together(small: Small) -> None:
+    first, second = run_scenarios([small(), small(max_k=2)], "static", None, False, 1)
+    assert (len(first.runs), len(second.runs)) == (4, 3)
+
+
+def test_an_event_in_the_last_step_is_a_phase_for_every_policy(small: Small) -> None:
+    scenario = small(drift=[{"at_s": 9.999, "latency_scale": 1.1}, {"at_s": 9.9995, "latency_scale": 1.2}])
+    (result,) = run_scenarios([scenario], "adaptive,static", None, False, 1)
+    for policy in result.document()["policies"].values():
+        assert [phase["at_s"] for phase in policy["phases"]] == [0, 9.999, 9.9995]

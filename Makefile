@@ -6,11 +6,12 @@ STAMP := $(VENV)/.adaptive-spec-installed
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-sglang test lint bench docs clean
+.PHONY: help setup demo demo-sglang test lint bench benchmarks docs clean
 
 help:
 	@echo "make demo [ARGS=\"--duration 90 --compare\"]  see it work on a real engine"
 	@echo "make test | lint | bench | docs             check, measure, write docs/configuration.md anew"
+	@echo "make benchmarks                             policies against each other, simulated; writes docs/benchmarks.md"
 	@echo "make demo-sglang                            comes with the SGLang plugin"
 
 setup: $(STAMP)
@@ -38,6 +39,9 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.run $(ARGS)
+
+benchmarks: $(STAMP)
+	$(BIN)/python -m benchmarks.decisions --write $(ARGS)
 
 docs: $(STAMP)
 	$(BIN)/python -m adaptive_spec.config > docs/configuration.md

@@ -184,6 +184,35 @@ def bench(
     run_bench(scenarios, policies, seed, json_file, warm, jobs)
 
 
+@cli.command()
+@_runtime_dir
+@click.option("--out", type=PATH, required=True, help="Trace file to write.")
+@click.option("--steps", type=click.IntRange(2, 10_000_000), default=20_000, show_default=True, help="Newest steps to keep.")
+@click.option("--max-mb", type=click.IntRange(1, 65_536), default=256, show_default=True, help="Memory the trace may take.")
+@click.option("--duration", type=click.FloatRange(min=0.0, min_open=True), help="Seconds; until Ctrl-C when not given.")
+def record(runtime_dir: Path, out: Path, steps: int, max_mb: int, duration: float | None) -> None:
+    """Record what a live engine does, to judge policies on it with `replay`. The newest steps are kept."""
+    from adaptive_spec.record import record_trace
+
+    trace = record_trace(runtime_dir, out, steps, max_mb << 20, duration)
+    click.echo(f"{len(trace.records)} steps of {trace.info.name} {trace.info.model} written to {out}, {trace.lost} lost")
+
+
+@cli.command()
+@click.argument("trace", type=PATH)
+@click.option("--policies", default="adaptive,static,ema", show_default=True, help="Which to replay, separated by commas.")
+@click.option("--config", type=PATH, help="The sidecar's YAML configuration: the controller's settings are taken from it.")
+@click.option("--json", "json_file", type=PATH, help="Write the results to this file.")
+def replay(trace: Path, policies: str, config: Path | None, json_file: Path | None) -> None:
+    """Say what policies would have decided on a recorded TRACE, and what that would have given, before one goes active."""
+    from adaptive_spec.config import load_settings
+
+    settings = load_settings(config).controller
+    from adaptive_spec.replay_report import replay_file
+
+    replay_file(trace, policies, settings, json_file)
+
+
 def main() -> None:
     """Entry point of `adaptive-spec`."""
     try:

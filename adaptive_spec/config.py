@@ -124,9 +124,16 @@ def _section(root: type[BaseModel], location: tuple[int | str, ...]) -> type[Bas
     for part in location:
         info = section.model_fields.get(str(part))
         if info is not None:
-            inner = [kind for kind in get_args(info.annotation) if isinstance(kind, type) and issubclass(kind, BaseModel)]
-            section = _as_section(info) or next(iter(inner), section)
+            section = next(_sections_in(info.annotation), section)
     return section
+
+
+def _sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """Sections an annotation is made of: itself, or what it is a list, a dict or an option of."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in get_args(annotation):
+        yield from _sections_in(part)
 
 
 def _as_section(info: FieldInfo) -> type[BaseModel] | None:

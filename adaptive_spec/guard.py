@@ -169,7 +169,8 @@ class SwapWatch:
 
     def share(self, goodput: Floats) -> tuple[float, float]:
         """(measured tokens / tokens the previous table would have given, its standard error)."""
-        expected = self.bias * sum(float(goodput[b, c, self.previous[b, c]]) * s for (b, c), s in self.seconds.items())
+        last = goodput.shape[1] - 1  # context buckets may have been merged since the swap
+        expected = self.bias * sum(float(goodput[b, min(c, last), self.previous[b, c]]) * s for (b, c), s in self.seconds.items())
         variance = max(self.squared_tokens - self.measured_tokens**2 / max(self.steps, 1), 0.0)
         return self.measured_tokens / max(expected, 1e-9), math.sqrt(variance) / max(expected, 1e-9)
 

@@ -77,3 +77,11 @@ def test_steps_the_swap_did_not_change_are_not_judged() -> None:
 def test_table_keeps_its_k_when_context_buckets_appear() -> None:
     assert table_for(table(4), 3).shape == (3, 3)
     assert (table_for(table(4), 3) == 4).all()
+
+
+def test_a_verdict_survives_a_forecast_with_fewer_context_buckets() -> None:
+    two = np.zeros((3, 2), dtype=np.uint8)
+    watch = SwapWatch(two, two + 1, 0.05, 1.0)
+    for _ in range(SwapWatch.MIN_STEPS):
+        watch.add(1, 1, 10, 0.1)
+    assert not watch.failed(goodput(100, 100))

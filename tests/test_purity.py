@@ -13,8 +13,13 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "adaptive_spec"
 PURE = (
     "acceptance", "calibration", "cells", "controller", "drift", "forecast", "guard", "latency", "learner", "ledger", "padding",
-    "policy", "segments", "snapshot", "sweep",
+    "policy", "replay", "segments", "snapshot", "sweep",
 )  # fmt: skip
+VIRTUAL = (
+    "ablation", "adaptive", "catalogue", "deciders", "load_path", "plans", "requests", "server", "peers/goodput_bandit",
+    "peers/offline_files", "peers/startup_profile",
+)  # fmt: skip
+"""Modules of engines/simulated that live in virtual time."""
 IMPURE = {
     "time", "datetime", "os", "io", "socket", "threading", "asyncio", "subprocess", "pathlib", "mmap", "tempfile", "shutil",
     "logging", "random", "signal", "select", "http", "urllib", "multiprocessing", "prometheus_client", "sglang", "torch",
@@ -55,6 +60,13 @@ def test_pure_modules_have_no_clock_and_no_io(module: str) -> None:
     imports = _imports(module)
     assert not imports & IMPURE
     assert not imports & {f"ours:{name}" for name in OURS_IMPURE}
+
+
+@pytest.mark.parametrize("module", VIRTUAL)
+def test_the_simulated_server_has_no_clock_and_no_io(module: str) -> None:
+    imports = _imports(f"engines/simulated/{module}")
+    assert not imports & IMPURE
+    assert not imports & {f"ours:{name}" for name in OURS_IMPURE - {"engines"}}
 
 
 def test_open_is_not_called_in_pure_modules() -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,8 @@ def engine_info(scenario: Scenario) -> EngineInfo:
 class Adaptive:
     """Controller and planner with one step between decision and adoption; the cold-start sweep is in the clock.
 
-    profile: arrays of a profile to start from instead of a sweep.
+    profile: arrays of a profile to start from instead of a sweep. failures: calls of the controller that raised; as in the
+    sidecar, the engine is then back on its launch K until a refit succeeds.
     """
 
     reads_scores = True
@@ -55,13 +57,19 @@ class Adaptive:
         self.version = 0
         self.flags = int(StepFlag.FALLBACK)
         self._ragged = scenario.ragged
+        self.failures = 0
         self._step = 0
+        self._now_s = 0.0
         self._published: list[tuple[int, Policy]] = []
         self._publish(self.controller.tick(0.0))
 
     @property
     def swaps(self) -> int:
         return sum(self.controller.ledger.swaps.values())
+
+    @property
+    def probe_share(self) -> float | None:
+        return self.controller.snapshot(self._now_s).probe_share
 
     def draft_length(self, batch_size: int, kv_tokens: int) -> int:
         self._step += 1
@@ -79,10 +87,20 @@ class Adaptive:
         return self.planner.verify_lengths(confidences) if self._ragged else None
 
     def observe(self, record: StepRecord) -> None:
-        now_s = record.time_ns * 1e-9
-        self._publish(self.controller.observe(record, now_s))
+        self._now_s = now_s = record.time_ns * 1e-9
+        self._publish(self._guarded(lambda: self.controller.observe(record, now_s)))
         if self.controller.refit_due(now_s):
-            self._publish(self.controller.refit(now_s))
+            self._publish(self._guarded(lambda: self.controller.refit(now_s)))
+
+    def _guarded(self, call: Callable[[], Policy | None]) -> Policy | None:
+        """What the sidecar's session does around every call of the controller."""
+        try:
+            return call()
+        except Exception:
+            self.failures += 1
+        with contextlib.suppress(Exception):
+            return self.controller.fail("a call failed", self._now_s)
+        return None
 
     def _publish(self, policy: Policy | None) -> None:
         if policy is not None:

@@ -76,11 +76,11 @@ def run_scenarios(
     seed: in place of the scenarios' own. jobs: processes; the results do not depend on it. advance: called with simulated
     seconds that are done.
     """
-    names = {scenario.name: policy_names(asked, scenario) for scenario in scenarios}
+    names = [policy_names(asked, scenario) for scenario in scenarios]
     tasks = [
         (index, name, scenario.file.seed if seed is None else seed)
         for index, scenario in enumerate(scenarios)
-        for name in dict.fromkeys([*names[scenario.name], "oracle"])
+        for name in dict.fromkeys([*names[index], "oracle"])
     ]
     # The longest first, so that no process is left alone with one at the end.
     tasks.sort(key=lambda task: task[1] != "adaptive")
@@ -100,7 +100,7 @@ def run_scenarios(
                 if advance is not None:
                     advance(scenarios[index].file.duration_s)
     return [
-        Result(scenario, {name: runs[index, name] for name in names[scenario.name]}, runs[index, "oracle"])
+        Result(scenario, {name: runs[index, name] for name in names[index]}, runs[index, "oracle"])
         for index, scenario in enumerate(scenarios)
     ]
 
@@ -130,16 +130,18 @@ def bench(paths: Sequence[Path], policies: str, seed: int | None, json_file: Pat
     for variable in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(variable, "1")
     scenarios = [load_scenario(path) for path in paths]
-    if len({scenario.name for scenario in scenarios}) < len(scenarios):
-        raise BadInput("SCENARIO: two scenarios have the same name: names must differ")
-    names = {scenario.name: policy_names(policies, scenario) for scenario in scenarios}
-    if json_file is not None and not json_file.parent.is_dir():
+    names = [policy_names(policies, scenario) for scenario in scenarios]
+    if json_file is not None and not json_file.absolute().parent.is_dir():
         raise BadInput(f"--json: {str(json_file)!r} cannot be written: there is no such folder")
+    errors = Console(stderr=True)
     progress = Progress(
         TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:,.0f} of {task.total:,.0f} simulated s"),
-        TimeElapsedColumn(), console=Console(stderr=True), transient=True,
+        TimeElapsedColumn(), console=errors, transient=True, disable=not errors.is_terminal,
     )  # fmt: skip
-    total_s = sum(len(dict.fromkeys([*names[scenario.name], "oracle"])) * scenario.file.duration_s for scenario in scenarios)
+    total_s = sum(
+        len(dict.fromkeys([*asked, "oracle"])) * scenario.file.duration_s
+        for asked, scenario in zip(names, scenarios, strict=True)
+    )
     with progress:
         bar = progress.add_task("simulating", total=total_s)
         results = run_scenarios(
@@ -150,12 +152,15 @@ def bench(paths: Sequence[Path], policies: str, seed: int | None, json_file: Pat
         if not console.is_terminal:  # a file or a pipe has no width: no figure is cut
             console.width = 68 + 13 * min(len(result.oracle.phases), MANY_PHASES)
         console.print(result_table(result, seed, warm))
+        for name, run in result.runs.items():
+            if run.failures:
+                console.print(f"[red]{name}: {run.failures} calls of the controller failed; it fell back each time[/red]")
     for wide in (False, True):
         if any(("ema-wide" if wide else "ema") in result.runs for result in results):
             console.print(f"{'ema-wide' if wide else 'ema'}: {build_params(7, wide)[1]}", highlight=False)
     if json_file is not None:
         document = {"version": 1, "scenarios": [result.document() for result in results]}
         try:
-            write_atomically(json_file, json.dumps(document, indent=1).encode() + b"\n")
+            write_atomically(json_file.absolute(), json.dumps(document, indent=1).encode() + b"\n")
         except OSError as error:
             raise BadInput(f"--json: {str(json_file)!r} cannot be written: {error.strerror or error}") from error

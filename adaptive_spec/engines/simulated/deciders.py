@@ -26,16 +26,22 @@ class Decider(Protocol):
     """One policy in one run.
 
     reads_scores: wants the confidences (drawing them costs time). reads_records: `observe` is called. version, flags: go
-    into the next record. swaps: how often it changed its mind.
+    into the next record. swaps: how often it changed its mind. failures: calls inside it that raised and were caught.
     """
 
     reads_scores: bool
     reads_records: bool
     version: int
     flags: int
+    failures: int
 
     @property
     def swaps(self) -> int: ...
+
+    @property
+    def probe_share(self) -> float | None:
+        """Share of decode time lost to trials, None where that is not known."""
+        ...
 
     def draft_length(self, batch_size: int, kv_tokens: int) -> int:
         """Return K of the coming step, 0..max_k."""
@@ -57,6 +63,8 @@ class PlainDecider:
     reads_records = False
     version = 0
     flags = 0
+    failures = 0
+    probe_share: float | None = None
 
     def __init__(self) -> None:
         self.swaps = 0

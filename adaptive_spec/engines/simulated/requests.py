@@ -153,7 +153,8 @@ class Requests:
         x = np.log(inside / (1.0 - inside))
         x -= self.classes.score_bias[kind][:, None]
         x /= self.classes.score_slope[kind][:, None]
-        return np.maximum(_sigmoid(x), 1e-30).astype(np.float32)
+        # Beyond 60 a sigmoid is 1 in float32, and exp must not overflow.
+        return _sigmoid(np.clip(x, -60.0, 60.0)).astype(np.float32)
 
     def _acceptance(self, kind: NDArray[np.int64], quality: Floats) -> Floats:
         return _sigmoid(self.classes.accept_logit[kind] + quality[..., None])

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from adaptive_spec.config import read_yaml, validated
 from adaptive_spec.engines.simulated.curve import Curve, read_curve
 from adaptive_spec.errors import BadInput
 from adaptive_spec.records import MAX_BATCH_LIMIT, MAX_K_LIMIT
+from adaptive_spec.samples import MAX_NUM_TOKENS
 
 MS_LIMIT = 1e6
 
@@ -77,9 +78,12 @@ class Latency(_Part):
 
     @field_validator("graph_batch_sizes", "token_buckets")
     @classmethod
-    def check_buckets(cls, value: list[int] | None) -> list[int] | None:
+    def check_buckets(cls, value: list[int] | None, info: ValidationInfo) -> list[int] | None:
         if value is not None and (not value or value[0] < 1 or any(b <= a for a, b in itertools.pairwise(value))):
             raise PydanticCustomError("buckets", "must be ascending whole numbers >= 1, or null")
+        limit = MAX_BATCH_LIMIT if info.field_name == "graph_batch_sizes" else MAX_NUM_TOKENS
+        if value is not None and value[-1] > limit:
+            raise PydanticCustomError("buckets", f"must be <= {limit}")
         return value
 
 

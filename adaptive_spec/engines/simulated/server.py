@@ -57,13 +57,17 @@ class Phase:
 
 @dataclass(frozen=True)
 class Run:
-    """What a policy made of a scenario."""
+    """What a policy made of a scenario. probe_share: of decode time lost to trials, None where that is not known.
+    failures: calls inside the policy that raised and were caught.
+    """
 
     tokens: int
     seconds: float
     steps: int
     swaps: int
     phases: tuple[Phase, ...]
+    probe_share: float | None = None
+    failures: int = 0
 
     @property
     def goodput(self) -> float:
@@ -111,8 +115,14 @@ class SimulatedServer:
             phase.seconds += self.time_s - begun_s
             if each is not None and self.steps % 1024 == 0:
                 each(self.time_s)
+        # An event during the last step begins a phase without steps: every policy has the same phases.
+        for at_s in self.scenario.phase_starts:
+            if self.time_s >= at_s < end_s:
+                self._begin_phase(at_s)
         tokens = sum(phase.tokens for phase in self.phases)
-        return Run(tokens, self.time_s, self.steps, decider.swaps, tuple(self.phases))
+        return Run(
+            tokens, self.time_s, self.steps, decider.swaps, tuple(self.phases), decider.probe_share, decider.failures
+        )  # fmt: skip
 
     def _batch_step(self, decider: Decider, phase: Phase) -> int:
         """One K for all."""

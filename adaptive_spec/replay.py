@@ -1,0 +1,296 @@
+"""Replay: what policies would have decided on a recorded trace, and what that would have given.
+
+    goodput(policy) = mean over blocks of 50 steps, weighted by the seconds they took, of sum tokens(plan) / sum seconds(plan)
+
+tokens(plan): exact where the plan verifies no more than was verified, because acceptance of the first tokens does not depend on
+how many follow: min(accept_len, verify_len). Where it verifies more and everything verified was accepted, what would have
+come is added as an expectation: calibrated where the draft had been made, else by the rates of acceptance of those positions.
+seconds(plan): the measured step times the ratio of what the model, fitted to that part of the trace, says of both plans, so
+that noise and drift of the machine are in both. A token count far from all that were measured can cost anything between the
+same as its neighbour (memory-bound) and in proportion to its tokens (compute-bound): the middle is taken, and the width told.
+Traffic is taken as it came in time: a faster policy would have done more steps in the same seconds.
+
+Uncertainty, 90 %: a bootstrap over blocks of 50 steps (Kuensch, 1989) for the luck of the trace, and the models' own errors for
+what the trace does not hold, which do not average out. `supported` is the share of steps whose plan lay within what was
+verified and measured: below a half, believe the interval, not the figure. Pure: no clock, no files.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adaptive_spec.controller import Controller
+from adaptive_spec.engine_info import EngineInfo
+from adaptive_spec.forecast import Forecast
+from adaptive_spec.learner import Learner
+from adaptive_spec.policy import Granularity, Mode, Planner
+from adaptive_spec.records import StepFlag, StepRecord
+from adaptive_spec.settings import ControllerSettings
+from adaptive_spec.snapshot import Snapshot
+
+Floats = NDArray[np.float64]
+FIT_STEPS = 500
+"""Steps of a part of the trace that a model is fitted to."""
+BLOCK_STEPS = 50
+RESAMPLES = 300
+INTERVAL_SIGMAS = 1.645
+SURE_ERROR = 0.05
+"""Relative error of a step's time above which a plan counts as not measured."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a policy would do in one step. verify_len: [rows], or None for all k drafted tokens."""
+
+    k: int
+    verify_len: NDArray[np.uint8] | None = None
+
+
+class ReplayedPolicy(Protocol):
+    """Decides on steps that others made."""
+
+    def decide(self, record: StepRecord) -> Plan:
+        """What it would do in the step that became this record; may look at what was known before its outcome only."""
+        ...
+
+    def learn(self, record: StepRecord, plan: Plan) -> None:
+        """See the step's outcome; `plan` is what it decided."""
+        ...
+
+
+class ReplayedStatic:
+    """One K."""
+
+    def __init__(self, k: int) -> None:
+        self._plan = Plan(k)
+
+    def decide(self, record: StepRecord) -> Plan:
+        return self._plan
+
+    def learn(self, record: StepRecord, plan: Plan) -> None:
+        pass
+
+
+class ReplayedAdaptive:
+    """The sidecar's controller in shadow mode over the trace, its decisions carried out by the engine's planner."""
+
+    def __init__(self, info: EngineInfo, settings: ControllerSettings) -> None:
+        self.controller = Controller(settings.model_copy(update={"mode": "shadow"}), info)
+        self._planner = Planner(info.launch_k, info.max_k)
+        self._ragged = info.granularity is Granularity.REQUEST
+        self.step_errors: list[float] = []
+        """Relative errors of predicted against measured step times, each predicted before it was learnt."""
+
+    def decide(self, record: StepRecord) -> Plan:
+        k = self._planner.draft_length(record.batch_size, record.kv_tokens)
+        if not self._ragged or k == 0:
+            return Plan(k)
+        confidences = record.confidences[:, :k]
+        if k > record.k:  # what was not drafted is taken to look like the last token that was
+            last = confidences[:, -1:] if record.k else np.full((len(record.verify_len), 1), 0.5, dtype=np.float32)
+            confidences = np.concatenate((confidences, np.repeat(last, k - record.k, axis=1)), axis=1)
+        return Plan(k, self._planner.verify_lengths(confidences))
+
+    def learn(self, record: StepRecord, plan: Plan) -> None:
+        forecast = self.controller.learner.forecast
+        if forecast is not None and not record.flags & StepFlag.DISTURBED:
+            predicted = step_seconds(forecast, record, Plan(record.k, record.verify_len), self._ragged)
+            self.step_errors.append(predicted / record.step_s - 1.0)
+        now_s = record.time_ns * 1e-9
+        policy = self.controller.observe(record, now_s)
+        if self.controller.refit_due(now_s):
+            policy = self.controller.refit(now_s) or policy
+        if policy is not None:
+            self._planner.adopt(replace(policy, acting=True, mode=Mode.ACTIVE, trials=()))
+
+
+def plan_tokens(record: StepRecord, plan: Plan, ragged: bool) -> int:
+    """Tokens a plan would verify in a step: num_tokens at request granularity, padded as the step was at batch granularity."""
+    if not ragged:
+        return record.padded_tokens // (record.k + 1) * (plan.k + 1)
+    per_row = plan.k if plan.verify_len is None else float(plan.verify_len.mean())
+    return round(record.batch_size * (1.0 + per_row))
+
+
+def step_seconds(forecast: Forecast, record: StepRecord, plan: Plan, ragged: bool) -> float:
+    """Modelled seconds of a step with a plan."""
+    verify_s = float(forecast.verify_s[min(plan_tokens(record, plan, ragged), len(forecast.verify_s) - 1)])
+    return _beside_verification(forecast, record, plan.k) + verify_s
+
+
+def _beside_verification(forecast: Forecast, record: StepRecord, k: int) -> float:
+    return float(forecast.fixed_s[k, forecast.row(record.batch_size)]) + forecast.context_s_per_token * record.kv_tokens
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a policy would have given. gain: over what ran, relative; low and high: 90 % interval. supported: see the module."""
+
+    goodput: float
+    gain: float
+    gain_low: float
+    gain_high: float
+    mean_k: float
+    supported: float
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Result of a replay. goodput: of what ran. snapshot: of the controller after the trace. step_time_mape, step_time_bias:
+    predicted against measured step times, mean absolute and mean relative error, None before anything was predicted.
+    """
+
+    steps: int
+    seconds: float
+    goodput: float
+    snapshot: Snapshot
+    step_time_mape: float | None
+    step_time_bias: float | None
+    estimates: dict[str, Estimate]
+
+
+class Part(NamedTuple):
+    """Models at the end of a part of the trace. rates, errors: of conditional acceptance by position. measured: padded token
+    counts with data, ascending; measured_s: their verify times. padded: what a token count is padded to.
+    """
+
+    forecast: Forecast
+    rates: Floats
+    errors: Floats
+    measured: NDArray[np.int64]
+    measured_s: Floats
+    padded: NDArray[np.int64]
+
+    def verify_seconds(self, tokens: int) -> tuple[float, float]:
+        """Verify time of a token count and its standard error."""
+        at = min(tokens, len(self.forecast.verify_s) - 1)
+        modelled, error = float(self.forecast.verify_s[at]), float(self.forecast.verify_error_s[at])
+        tokens = int(self.padded[at])
+        above = int(np.searchsorted(self.measured, tokens))
+        if above < len(self.measured) and self.measured[above] == tokens:
+            return modelled, error
+        if above == len(self.measured):
+            low = float(self.measured_s[-1])
+            high = low * tokens / float(self.measured[-1])
+        elif above == 0:
+            high = float(self.measured_s[0])
+            low = high * tokens / float(self.measured[0])
+        else:
+            low, high = sorted((float(self.measured_s[above - 1]), float(self.measured_s[above])))
+            return min(max(modelled, low), high), max(error, (high - low) / math.sqrt(12.0))
+        return (low + high) / 2.0, max(error, (high - low) / math.sqrt(12.0))
+
+
+class Hindsight:
+    """Models fitted to each part of the trace, to say what other plans would have cost and given there."""
+
+    def __init__(self, info: EngineInfo, records: Sequence[StepRecord]) -> None:
+        self._ragged = info.granularity is Granularity.REQUEST
+        self.parts: list[Part] = []
+        learner = Learner(ControllerSettings(), info)
+        for start in range(0, len(records), FIT_STEPS):
+            for record in records[start : start + FIT_STEPS]:
+                learner.observe(record)
+            learner.fit()
+            fit = learner.verify.fit
+            if learner.forecast is not None and fit is not None:
+                rates, errors = learner.acceptance.conditional_rates()
+                largest = len(learner.forecast.verify_s) - 1
+                padded = learner.padding.table(largest) if self._ragged else np.arange(largest + 1)
+                self.parts.append(Part(learner.forecast, rates, errors, fit.tokens, fit.mean_s, padded))
+
+    def value(self, index: int, record: StepRecord, plan: Plan) -> tuple[float, float, float, float, bool]:
+        """(tokens, seconds, tokens that are not sure, relative error of the seconds, supported)."""
+        part = self.parts[min(index // FIT_STEPS, len(self.parts) - 1)]
+        rows, scale = len(record.verify_len), record.batch_size / len(record.verify_len)
+        wanted = np.full(rows, plan.k, dtype=np.uint8) if plan.verify_len is None else plan.verify_len
+        sure = np.minimum(record.accept_len, wanted)
+        beyond = (wanted > record.verify_len) & (record.accept_len == record.verify_len)
+        extra = doubt = 0.0
+        if beyond.any():
+            extra, doubt = self._beyond(record, wanted, np.flatnonzero(beyond), part)
+        seconds, error = record.step_s, 0.0
+        if plan.k != record.k or bool((wanted != record.verify_len).any()):
+            verify_s, error_s = part.verify_seconds(plan_tokens(record, replace(plan, verify_len=wanted), self._ragged))
+            ours = _beside_verification(part.forecast, record, plan.k) + verify_s
+            theirs = step_seconds(part.forecast, record, Plan(record.k, record.verify_len), self._ragged)
+            seconds, error = record.step_s * ours / theirs, error_s / ours
+        tokens = record.batch_size + scale * (float(sure.sum()) + extra)
+        supported = error < SURE_ERROR and not bool((wanted > record.verify_len).any())
+        return tokens, seconds, scale * doubt, error, supported
+
+    def _beyond(self, record: StepRecord, wanted: NDArray[np.uint8], rows: NDArray[np.int64], part: Part) -> tuple[float, float]:
+        """Expected tokens behind what was verified and accepted, and what of them is in doubt."""
+        survival = part.forecast.survival.survival(record.confidences) if record.k else np.zeros((len(wanted), 0))
+        extra = doubt = 0.0
+        for row in rows.tolist():
+            reached, error = 1.0, 0.0
+            verified = int(record.verify_len[row])
+            base = float(survival[row, verified - 1]) if verified else 1.0
+            for j in range(verified, int(wanted[row])):
+                if j < record.k:
+                    reached = float(survival[row, j]) / max(base, 1e-9)
+                else:
+                    reached *= float(part.rates[j])
+                error += float(part.errors[j]) / max(float(part.rates[j]), 0.05)
+                extra += reached
+                doubt += reached * min(error, 1.0)
+        return extra, doubt
+
+
+def replay(
+    info: EngineInfo, records: Sequence[StepRecord], policies: dict[str, ReplayedPolicy], settings: ControllerSettings,
+    progress: Callable[[int], None] = lambda steps: None,
+) -> Replay:  # fmt: skip
+    """Run the policies' decisions over the records. progress: called with steps done, `len(policies) + 2` times the trace's.
+
+    ValueError when there are fewer than two steps, or none whose times say anything.
+    """
+    if len(records) < 2:
+        raise ValueError(f"{len(records)} step(s) are too few: must be at least 2")
+    hindsight = Hindsight(info, records)
+    progress(len(records))
+    if not hindsight.parts:
+        raise ValueError("no step's times say anything about decoding")
+    adaptive = ReplayedAdaptive(info, settings)
+    ran_tokens = np.array([record.output_tokens for record in records], dtype=np.float64)
+    ran_seconds = np.array([record.step_s for record in records])
+    estimates: dict[str, Estimate] = {}
+    for name, policy in {"adaptive": adaptive, **policies}.items():
+        values, ks = [], []
+        for index, record in enumerate(records):
+            plan = policy.decide(record)
+            values.append(hindsight.value(index, record, plan))
+            ks.append(plan.k)
+            policy.learn(record, plan)
+        estimates[name] = _estimate(np.array(values, dtype=np.float64), ran_tokens, ran_seconds, float(np.mean(ks)))
+        progress(len(records))
+    errors = np.array(adaptive.step_errors)
+    return Replay(
+        steps=len(records),
+        seconds=float(ran_seconds.sum()),
+        goodput=float(ran_tokens.sum() / ran_seconds.sum()),
+        snapshot=adaptive.controller.snapshot(records[-1].time_ns * 1e-9),
+        step_time_mape=float(np.abs(errors).mean()) if len(errors) else None,
+        step_time_bias=float(errors.mean()) if len(errors) else None,
+        estimates=estimates,
+    )
+
+
+def _estimate(values: Floats, ran_tokens: Floats, ran_seconds: Floats, mean_k: float) -> Estimate:
+    tokens, seconds, doubt, error, supported = values.T
+    blocks = np.arange(0, len(tokens), BLOCK_STEPS)
+    t, s, ran_t, ran_s = (np.add.reduceat(column, blocks) for column in (tokens, seconds, ran_tokens, ran_seconds))
+    given = ran_s * t / s  # tokens the policy would have given in the seconds of each block
+    ratio = given.sum() / ran_t.sum()
+    drawn = np.random.default_rng(0).integers(len(blocks), size=(RESAMPLES, len(blocks)))
+    luck = float(np.std(given[drawn].sum(axis=1) / ran_t[drawn].sum(axis=1)))
+    unsure = ratio * math.hypot(float(doubt.sum() / tokens.sum()), float((error * seconds).sum() / seconds.sum()))
+    half, gain = INTERVAL_SIGMAS * math.hypot(luck, unsure), float(ratio) - 1.0
+    return Estimate(float(given.sum() / ran_s.sum()), gain, max(gain - half, -1.0), gain + half, mean_k, float(supported.mean()))

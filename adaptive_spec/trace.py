@@ -1,0 +1,92 @@
+"""A trace: the StepRecords of a live engine, kept in one archive to be looked at again.
+
+Arrays: `counts` int64 [n, 10] (step, time_ns, kv_tokens, policy_version, num_tokens, padded_tokens, batch_size, rows, k, flags),
+`seconds` float64 [n, 4] (draft, verify, draft_extend, step), and confidences, request_ids, verify_len, accept_len of all steps
+one after another. Meta: what the engine said of itself, and how many records were lost under way.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adaptive_spec.archive import ArchiveError, load_archive, save_archive
+from adaptive_spec.engine_info import EngineInfo
+from adaptive_spec.errors import BadInput
+from adaptive_spec.records import StepRecord
+
+TRACE = "trace"
+_COUNTS = 10
+_PACKED = {"confidences": np.float32, "request_ids": np.uint32, "verify_len": np.uint8, "accept_len": np.uint8}
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Records in the order they were written, of one engine. lost: records that were overwritten before they were read."""
+
+    info: EngineInfo
+    records: tuple[StepRecord, ...]
+    lost: int
+
+
+def save_trace(path: Path, trace: Trace) -> None:
+    """Write a trace whole or not at all. Raises OSError."""
+    records = trace.records
+    counts = [
+        (
+            r.step, r.time_ns, r.kv_tokens, r.policy_version, r.num_tokens, r.padded_tokens, r.batch_size, len(r.verify_len), r.k,
+            r.flags,
+        )
+        for r in records
+    ]  # fmt: skip
+    arrays: dict[str, NDArray[Any]] = {
+        "counts": np.array(counts, dtype=np.int64).reshape(-1, _COUNTS),
+        "seconds": np.array([(r.draft_s, r.verify_s, r.draft_extend_s, r.step_s) for r in records]).reshape(-1, 4),
+    }
+    for name, dtype in _PACKED.items():
+        parts = [np.asarray(getattr(r, name), dtype=dtype).ravel() for r in records]
+        arrays[name] = np.concatenate(parts) if parts else np.zeros(0, dtype)
+    save_archive(path, TRACE, arrays, {"engine": json.loads(trace.info.to_json()), "lost": trace.lost})
+
+
+def load_trace(path: Path) -> Trace:
+    """Read a trace and check every record. Raises BadInput with one line: file and what is wrong with it."""
+    try:
+        archive = load_archive(path, TRACE)
+        info = EngineInfo.from_json(json.dumps(archive.meta["engine"]).encode())
+        records = _records(archive.arrays)
+        return Trace(info, tuple(records), int(archive.meta["lost"]))
+    except FileNotFoundError as error:
+        raise BadInput(f"TRACE: '{path}' is not allowed: there is no such file") from error
+    except OSError as error:
+        raise BadInput(f"TRACE: '{path}' cannot be read: {error.strerror or error}") from error
+    except (ArchiveError, KeyError, ValueError, TypeError) as error:
+        raise BadInput(f"TRACE: '{path}' is not allowed: must be a trace of adaptive-spec record: {error}") from error
+
+
+def _records(arrays: dict[str, NDArray[Any]]) -> Sequence[StepRecord]:
+    counts, seconds = arrays["counts"], arrays["seconds"]
+    if counts.ndim != 2 or counts.shape[1] != _COUNTS or seconds.shape != (len(counts), 4):
+        raise ValueError("its tables do not fit each other")
+    records = []
+    cell = row = 0
+    for numbers, times in zip(counts.tolist(), seconds.tolist(), strict=True):
+        step, time_ns, kv, version, num_tokens, padded, batch, rows, k, flags = numbers
+        record = StepRecord(
+            step, time_ns, kv, version, num_tokens, padded, batch, k, flags, times[0], times[1], times[2], times[3],
+            arrays["confidences"][cell : cell + rows * k].reshape(rows, k), arrays["verify_len"][row : row + rows],
+            arrays["accept_len"][row : row + rows], arrays["request_ids"][row : row + rows],
+        )  # fmt: skip
+        if (reason := record.invalid_reason()) is not None:
+            raise ValueError(f"step {step} says the impossible ({reason})")
+        records.append(record)
+        cell, row = cell + rows * k, row + rows
+    if cell != len(arrays["confidences"]) or any(row != len(arrays[n]) for n in ("verify_len", "accept_len", "request_ids")):
+        raise ValueError("its tables do not fit each other")
+    return records

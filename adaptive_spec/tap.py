@@ -209,6 +209,11 @@ class EngineTap:
         except Exception:
             self._hook_failures += 1
 
+    def detach_ring(self) -> RingWriter | None:
+        """Give the ring away, to a tap of another kind."""
+        ring, self._ring = self._ring, None
+        return ring
+
     def close(self) -> None:
         """Let go of ring and page; later steps run on the launch K and are not recorded."""
         ring, page, self._ring, self._page = self._ring, self._page, None, None

@@ -80,6 +80,22 @@ def sidecar(config: Path | None, **overrides: Any) -> None:
 
 
 @cli.command()
+@click.option("--mode", type=click.Choice(["active", "shadow"]), help="Decide K, or only observe; default: the configuration's.")
+@click.option("--config", type=PATH, help="YAML configuration, see docs/configuration.md; for sidecar and plugin.")
+@click.option("--runtime-dir", type=PATH, help="Overrides runtime_dir of the configuration.")
+@click.option("--profile-dir", type=PATH, help="Overrides profile_dir.")
+@click.option("--host", help="Overrides host, of the sidecar's HTTP server.")
+@click.option("--port", type=click.IntRange(0, 65535), help="Overrides port, of the sidecar's HTTP server; 0 takes a free one.")
+@click.argument("flags", nargs=-1, type=click.UNPROCESSED)
+def serve(mode: str | None, config: Path | None, flags: tuple[str, ...], **overrides: Any) -> int:
+    """Run an SGLang server with the sidecar beside it: adaptive-spec serve [OPTIONS] -- SGLANG SERVER FLAGS."""
+    from adaptive_spec.serve import ServeOptions, run_serve
+
+    given = {key: value for key, value in overrides.items() if value is not None}
+    return run_serve(ServeOptions(mode, config, given, flags))
+
+
+@cli.command()
 @_url
 @_runtime_dir
 @_token_file
@@ -120,6 +136,34 @@ def ctl(command: str, k: int | None, url: str | None, runtime_dir: Path, token_f
     from adaptive_spec.tables import status_table
 
     Console().print(status_table(document))
+
+
+@cli.command()
+@click.argument("profile", type=PATH)
+@click.option("--states", type=click.IntRange(1, 33), default=4, show_default=True, help="Most K to capture; each costs memory.")
+@click.option("--max-batch", type=click.IntRange(1, 4096), help="Largest batch size to plan for; default: the profile's.")
+@click.option("--out", type=PATH, help="Write the file for --speculative-adaptive-config.")
+@click.option("--json", "as_json", is_flag=True, help="Print the choice as JSON.")
+def candidates(profile: Path, states: int, max_batch: int | None, out: Path | None, as_json: bool) -> None:
+    """Choose the K an SGLang server should capture, from what a sweep measured (PROFILE: a folder of profile_dir)."""
+    from adaptive_spec.candidates_report import candidates_of, choice_tables, write_config
+
+    choice = candidates_of(profile, states, max_batch)
+    if out is not None:
+        write_config(choice, out)
+    if as_json:
+        from adaptive_spec.candidates import config_document
+
+        dropping = {str(k): {"mean": mean, "worst": worst} for k, (mean, worst) in choice.dropping.items()}
+        document = {"states": list(choice.ks), "loss": choice.loss, "dropping": dropping, "config": config_document(choice)}
+        click.echo(json.dumps(document, indent=1))
+        return
+    from rich.console import Console
+
+    for table in choice_tables(choice):
+        Console().print(table)
+    if out is not None:
+        Console().print(f"written to {out}", highlight=False)
 
 
 @cli.command()

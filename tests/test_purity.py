@@ -12,8 +12,8 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "adaptive_spec"
 PURE = (
-    "acceptance", "batch_scores", "calibration", "cells", "controller", "drift", "forecast", "guard", "latency", "learner",
-    "ledger", "padding", "policy", "segments", "snapshot", "sweep",
+    "acceptance", "batch_scores", "calibration", "candidates", "cells", "controller", "drift", "forecast", "guard", "latency",
+    "learner", "ledger", "padding", "policy", "segments", "snapshot", "sweep",
 )  # fmt: skip
 IMPURE = {
     "time", "datetime", "os", "io", "socket", "threading", "asyncio", "subprocess", "pathlib", "mmap", "tempfile", "shutil",

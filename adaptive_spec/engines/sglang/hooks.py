@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 import os
 import pkgutil
 from collections import Counter
@@ -18,7 +19,8 @@ from typing import Any, NamedTuple
 TESTED_VERSIONS = ("0.5.23",)
 FAILURES_IN_A_ROW = 8
 FAULT_VARIABLE = "ADAPTIVE_SPEC_INJECT_FAULT"
-"""For tests: names of hooks, `draft` or `draft/after`, separated by commas, that raise each time."""
+"""For tests: hooks that raise, `draft` or `draft/after`, separated by commas; `@FILE`: they stand in a file, which may change, as
+`draft:3` with how often."""
 
 _SPECULATIVE = "sglang.srt.speculative."
 _EAGLE = _SPECULATIVE + "eagle_worker_v2."
@@ -78,6 +80,32 @@ def missing_targets() -> list[str]:
     return wrong
 
 
+class InjectedFaults:
+    """See FAULT_VARIABLE."""
+
+    def __init__(self, text: str) -> None:
+        self._file = text[1:] if text.startswith("@") else None
+        self._text = ""
+        self._left: dict[str, float] = {}
+        self._read("" if self._file else text)
+
+    def due(self, name: str) -> bool:
+        if self._file is not None:
+            with open(self._file, encoding="utf-8") as file:
+                self._read(file.read())
+        left = self._left.get(name, 0.0)
+        self._left[name] = left - 1.0
+        return left >= 1.0
+
+    def _read(self, text: str) -> None:
+        if text == self._text:
+            return
+        self._text, self._left = text, {}
+        for entry in text.split(","):
+            name, _, times = entry.strip().partition(":")
+            self._left[name] = float(times) if times else math.inf
+
+
 Before = Callable[..., Any]
 After = Callable[..., None]
 
@@ -87,7 +115,7 @@ class Guard:
 
     def __init__(self, faults: str | None = None) -> None:
         text = os.environ.get(FAULT_VARIABLE, "") if faults is None else faults
-        self._faults = frozenset(name.strip() for name in text.split(",") if name.strip())
+        self._faults = InjectedFaults(text) if text else None
         self._row: Counter[str] = Counter()
         self.failures: Counter[str] = Counter()
         self.closed: str | None = None
@@ -111,7 +139,7 @@ class Guard:
 
     def fault(self, name: str) -> None:
         """Raise if a test asked for it."""
-        if self._faults and name in self._faults:
+        if self._faults is not None and self._faults.due(name):
             raise RuntimeError(f"fault injected into {name} by {FAULT_VARIABLE}")
 
     def around(self, hook: str, before: Before | None, after: After | None) -> Callable[..., Any]:

@@ -1,11 +1,11 @@
 """The book of decode steps in flight: what was measured of a step, matched with the result that belongs to it.
 
 Under SGLang's overlap scheduler step n + 1 is launched before the result of step n is looked at, and requests join and leave in
-between. So a step travels with its own result object, never by position or batch, and a record is written when three things are
-known: the result, the step's end and, on a GPU, all its event times.
+between. So a step travels with its own result object, never by position or batch, and a record is written as soon as its result
+and, on a GPU, all its event times are known.
 
-    step_s = start of the next step - start of this one     where the scheduler went straight from one to the other
-           = end - start + the usual pause between steps    where a prefill or an idle time came between
+    step_s = start of the next step - start of this one          where the next one has begun already (overlap scheduler)
+           = end - start + the usual pause behind such a batch   otherwise; a prefill or an idle time is no pause
 
 No clock of its own, no torch, no SGLang: moments and confidences come in as objects that know, or do not know yet.
 """
@@ -67,15 +67,10 @@ class OpenStep:
     stages: dict[str, tuple[Moment, Moment]] = field(default_factory=dict)
     ended: Moment | None = None
     next_started: Moment | None = None
-    interrupted: bool = False
     confidences: Confidences | None = None
     accept_len: NDArray[np.uint8] | None = None
     counted: NDArray[np.bool_] | None = None
     """[b], which rows SGLang counts: not those of requests that had already ended when the step was launched."""
-
-    @property
-    def continues(self) -> bool:
-        return self.interrupted or self.next_started is not None
 
 
 @dataclass(frozen=True)
@@ -102,17 +97,16 @@ class StepBook:
     def __init__(self, write: Callable[[FinishedStep], None]) -> None:
         self._write = write
         self._open: deque[OpenStep] = deque()
-        self._pause_s = 0.0
+        self._last: OpenStep | None = None
+        self._pauses_s: dict[int, float] = {}
         self.lost = 0
 
     def begin(self, step: OpenStep) -> None:
-        """A decode step starts; the one before it ends here unless something else came between."""
-        previous = self._open[-1] if self._open else None
-        if previous is not None and not previous.continues:
-            if previous.ended is not None and _share(previous.request_ids, step.request_ids):
-                previous.next_started = step.started
-            else:
-                previous.interrupted = True
+        """A decode step starts; the one before it ends here if the scheduler came straight from it."""
+        previous, self._last = self._last, step
+        if previous is not None and previous.ended is not None and _share(previous.request_ids, step.request_ids):
+            previous.next_started = step.started
+            self._learn_pause(len(previous.request_ids), previous.ended.seconds_to(step.started))
         self._open.append(step)
         if len(self._open) > MOST_OPEN:
             self._open.popleft()
@@ -126,8 +120,7 @@ class StepBook:
 
     def interrupt(self) -> None:
         """Something else than decoding runs now: a prefill, an idle time."""
-        if self._open and not self._open[-1].continues:
-            self._open[-1].interrupted = True
+        self._last = None
         self.settle()
 
     def result(self, step: OpenStep, accept_len: Sequence[int], counted: Sequence[bool]) -> None:
@@ -143,7 +136,7 @@ class StepBook:
         """Write the oldest steps of which everything is known, in order."""
         while self._open:
             step = self._open[0]
-            if step.accept_len is None or not step.continues:
+            if step.accept_len is None:
                 return
             finished = self._finish(step)
             if finished is None:
@@ -166,11 +159,8 @@ class StepBook:
         if forward_s is None or whole_s is None or values is None or None in seconds.values():
             return None
         stages = {name: s or 0.0 for name, s in seconds.items()}
-        if step.next_started is not None:
-            pause_s = min(max(whole_s - forward_s, 0.0), LONGEST_PAUSE_S)
-            self._pause_s += PAUSE_RATE * (pause_s - self._pause_s)
-        else:
-            whole_s = forward_s + self._pause_s
+        if step.next_started is None:
+            whole_s = forward_s + self._pause_s(len(step.request_ids))
         flags = 0
         if values.shape != (len(step.request_ids), step.k):
             values, flags = np.ones((len(step.request_ids), step.k), np.float32), int(StepFlag.CENSORED)
@@ -190,6 +180,17 @@ class StepBook:
             stages["draft_extend"], max(whole_s, sum(stages.values())), np.ascontiguousarray(values, np.float32),
             np.full(len(accept_len), step.k, np.uint8), accept_len, step.request_ids[rows], flags,
         )  # fmt: skip
+
+    def _learn_pause(self, rows: int, pause_s: float | None) -> None:
+        if pause_s is not None:
+            pause_s = min(max(pause_s, 0.0), LONGEST_PAUSE_S)
+            usual_s = self._pauses_s.get(rows)
+            self._pauses_s[rows] = pause_s if usual_s is None else usual_s + PAUSE_RATE * (pause_s - usual_s)
+
+    def _pause_s(self, rows: int) -> float:
+        """The usual pause behind a batch of so many requests; of the nearest size known, 0 before there is one."""
+        nearest = min(self._pauses_s, key=lambda known: abs(known - rows), default=None)
+        return 0.0 if nearest is None else self._pauses_s[nearest]
 
 
 def _share(a: NDArray[np.uint32], b: NDArray[np.uint32]) -> bool:

@@ -47,9 +47,10 @@ def test_one_after_another(book: StepBook, written: list[FinishedStep]) -> None:
         book.begin(step)
         _end(step, 0.010 * number + 0.007)
         book.result(step, [3, 1], [True, True])
-    assert [w.begun.step for w in written] == [1, 2]
+    assert [w.begun.step for w in written] == [1, 2, 3]
+    assert written[0].step_s == pytest.approx(0.007), "no pause is known yet"
+    assert written[1].step_s == pytest.approx(0.010), "the usual pause included"
     first = written[0]
-    assert first.step_s == pytest.approx(0.010), "to the start of the next one, the pause included"
     assert (first.draft_s, first.verify_s, first.draft_extend_s) == pytest.approx((0.002, 0.003, 0.001))
     assert (first.num_tokens, first.padded_tokens, first.flags) == (8, 8, 0)
     assert first.accept_len.tolist() == [3, 1]
@@ -70,6 +71,7 @@ def test_overlap_matches_results_with_their_own_step(book: StepBook, written: li
     # Request 2 ended with the result of step 1; its row of step 2 was computed for nothing and is not counted.
     book.result(two, [1, 0, 1], [False, True, True])
     book.interrupt()
+    assert written[0].step_s == pytest.approx(0.010), "to the start of the next one"
     book.result(three, [0, 0], [True, True])
     assert [w.begun.step for w in written] == [1, 2, 3]
     assert written[0].request_ids.tolist() == [1, 2]
@@ -92,19 +94,20 @@ def test_a_prefill_between_steps_is_not_decode_time(book: StepBook, written: lis
     assert written[-1].step_s == pytest.approx(0.009)
     book.interrupt()
     assert written[-1].begun.step == 199
-    assert written[-1].step_s == pytest.approx(0.009, abs=1e-5), "the usual pause stands in for the one nobody saw"
-    late = _step(200, [1], 3, at_s + 5.0)
+    late = _step(200, [1, 2, 3], 3, at_s + 5.0)
     book.begin(late)
-    assert len(written) == 199
+    _end(late, at_s + 5.008)
+    book.result(late, [1, 1, 1], [True] * 3)
+    assert written[-1].step_s == pytest.approx(0.010), "neither before nor behind it: the usual pause of the nearest batch size"
 
 
 def test_an_idle_time_is_not_decode_time(book: StepBook, written: list[FinishedStep]) -> None:
-    one, two = _step(1, [1, 2], 3, 0.0), _step(2, [3], 3, 60.0)
-    book.begin(one)
-    _end(one, 0.007)
-    book.result(one, [0, 0], [True, True])
-    book.begin(two)
-    assert written[0].step_s == pytest.approx(0.007)
+    for number, ids, at_s in ((1, [1, 2], 0.0), (2, [3], 60.0), (3, [4], 120.0)):
+        step = _step(number, ids, 3, at_s)
+        book.begin(step)
+        _end(step, at_s + 0.007)
+        book.result(step, [0] * len(ids), [True] * len(ids))
+    assert [w.step_s for w in written] == pytest.approx([0.007] * 3)
 
 
 def test_padding(book: StepBook, written: list[FinishedStep]) -> None:

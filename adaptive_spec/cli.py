@@ -96,18 +96,31 @@ def serve(mode: str | None, config: Path | None, flags: tuple[str, ...], **overr
 
 
 @cli.command()
-@_url
+@click.option("--url", help="Address of an SGLang server, whose batches are then held; or of a sidecar.")
 @_runtime_dir
 @_token_file
 @click.option(
     "--timeout", type=click.FloatRange(min=0.0, min_open=True), default=900.0, show_default=True, help="Seconds to wait."
 )
-def sweep(url: str | None, runtime_dir: Path, token_file: Path | None, timeout: float) -> None:
-    """Ask a running sidecar for a (new) sweep and wait until it is over."""
+@click.option("--batch-sizes", help="With a server: sizes to hold, like 1,2,4,8; default: powers of two.")
+@click.option("--prompts", type=PATH, help="With a server: file of prompts, one a line, like your traffic's.")
+@click.option("--api-key", envvar="SGLANG_API_KEY", default="", help="With a server that asks for one.")
+def sweep(
+    url: str | None, runtime_dir: Path, token_file: Path | None, timeout: float, batch_sizes: str | None, prompts: Path | None,
+    api_key: str,
+) -> None:  # fmt: skip
+    """A (new) sweep in a running sidecar, watched to its end; with --url of a server, batch size by batch size."""
     from adaptive_spec.control import ControlClient
+    from adaptive_spec.server_sweep import is_sidecar, read_prompts, sweep_server
     from adaptive_spec.sweep_watch import watch_sweep
 
-    watch_sweep(ControlClient.find(runtime_dir, url, token_file), timeout)
+    if url is None or is_sidecar(url):
+        watch_sweep(ControlClient.find(runtime_dir, url, token_file), timeout)
+        return
+    from adaptive_spec.http_traffic import ServerApi
+
+    client = ControlClient.find(runtime_dir, None, token_file)
+    sweep_server(ServerApi(url, api_key), client, batch_sizes, read_prompts(prompts), timeout)
 
 
 @cli.command()
@@ -204,10 +217,12 @@ def demo(
 ) -> None:  # fmt: skip
     """See it work: a real engine on real text, the sidecar beside it, and what they decide."""
     if engine == "sglang":
-        raise BadInput("--engine: 'sglang' is not allowed: it comes with the SGLang plugin; must be embedded")
+        from adaptive_spec.engines.sglang.cpu_kit import CpuKit
+
+        CpuKit().install()  # before anything is shown: it takes minutes the first time
     from adaptive_spec.demo import DemoOptions, run_demo
 
-    run_demo(DemoOptions(duration, host, port, json_file, compare, seed, profile_dir))
+    run_demo(DemoOptions(duration, host, port, json_file, compare, seed, profile_dir, engine))
 
 
 def main() -> None:

@@ -46,7 +46,7 @@ class Attachment:
         self._settings, self._guard, self._engine = settings, guard, engine
         guard.on_close = self._closed
         self._state: State = "refused"
-        self._reason = "the server has not started"
+        self._reason = ""
         self._supported = False
         self._policy: SidecarDraftPolicy | None = None
         self._worker: Any = None

@@ -2,7 +2,8 @@
 
 A hook is a pair `before(...) -> note` and `after(note, result, ...)` around one function of SGLang, which is always called
 exactly once with the arguments it was given. Whatever of ours raises is counted and left out. A hook that fails
-`FAILURES_IN_A_ROW` times in a row closes the guard: from then on SGLang's functions are called and nothing else.
+`FAILURES_IN_A_ROW` times in a row, or once while the server starts, closes the guard: from then on SGLang's functions are called
+and nothing else.
 """
 
 from __future__ import annotations
@@ -49,6 +50,8 @@ TARGETS = (
     Target("results", _RESULTS + "SchedulerBatchResultProcessor._resolve_spec_v2_tokens", ("self", "result", "batch")),
 )
 """All of them, or the plugin leaves SGLang alone."""
+ONCE = frozenset({"worker", "controller", "attach"})
+"""Hooks that run while the server starts: one failure there is final, for a half attached plugin is none."""
 
 NEEDED = (
     *(_SPECULATIVE + "adaptive_spec_params." + name for name in ("adaptive_unsupported_reason",)),
@@ -134,7 +137,9 @@ class Guard:
         self._row[hook] += 1
         if self.failures[hook] == 1:
             log.exception("adaptive-spec: hook %s failed; further failures are only counted", hook)
-        if self._row[hook] >= FAILURES_IN_A_ROW:
+        if hook in ONCE:
+            self.close(f"hook {hook} failed while the server started")
+        elif self._row[hook] >= FAILURES_IN_A_ROW:
             self.close(f"hook {hook} failed {FAILURES_IN_A_ROW} times in a row")
 
     def fault(self, name: str) -> None:

@@ -62,6 +62,12 @@ def test_failures_in_a_row_close_the_guard() -> None:
     assert len(calls) == 4 * FAILURES_IN_A_ROW
 
 
+def test_one_failure_while_the_server_starts_is_final() -> None:
+    guard = Guard("attach")
+    assert guard.around("attach", None, None)(_original([])) == "result"
+    assert guard.closed == "hook attach failed while the server started"
+
+
 @pytest.mark.parametrize("name", ["draft", "draft/after"])
 def test_faults_can_be_injected(name: str) -> None:
     guard, calls = Guard(f"verify, {name}"), list[Any]()

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -16,9 +17,10 @@ import pytest
 
 from adaptive_spec.engines.sglang.cpu_kit import CpuKit
 from adaptive_spec.policy_page import PolicyPageReader
-from adaptive_spec.records import StepRecord
+from adaptive_spec.records import StepFlag, StepRecord
 from adaptive_spec.tap import PAGE_NAME
 from tests.engines.sglang.server import SglangServer, some_prompts, trace
+from tests.processes import assert_one_line, run_cli
 
 CONFIG = "controller: {policy: {max_age_s: 1, min_dwell_s: 0.2}}\ncheckpoint_interval_s: 1\n"
 CANDIDATES = {0, 1, 3, 5}
@@ -124,6 +126,26 @@ def test_metrics_say_what_page_and_trace_say(server: SglangServer) -> None:
         if len(own) > 30:
             assert np.median(own) == pytest.approx(ms, rel=0.35), tokens
     server.control("resume")
+
+
+def test_sweep_through_the_servers_own_api(server: SglangServer) -> None:
+    """Batch sizes are held by so many streaming requests; every captured K is tried at each."""
+    url = f"http://127.0.0.1:{server.port}"
+    before = {tokens: weight for tokens, _, weight in server.status()["latency_points"]}
+    with trace(server) as records:
+        result = run_cli("sweep", "--url", url, "--runtime-dir", server.runtime_dir, "--batch-sizes", "1,3,7")
+    assert result.returncode == 0, result.stderr
+    assert "sweep over: batch sizes 1, 3, 7" in result.stdout
+    tried = {(r.batch_size, r.k) for r in records if r.flags & StepFlag.TRIAL}
+    assert tried >= {(size, k) for size in (1, 3, 7) for k in CANDIDATES}
+    after = {tokens: weight for tokens, _, weight in server.status()["latency_points"]}
+    assert {7, 14, 28, 42} <= set(after)
+    assert after[42] > before.get(42, 0.0)
+    assert all(answer.exact for answer in server.load(some_prompts(8), 4)), "the requests it left behind are gone"
+    assert_one_line(
+        run_cli("sweep", "--url", url, "--runtime-dir", server.runtime_dir, "--batch-sizes", "17"), "--batch-sizes", "1..16"
+    )
+    assert_one_line(run_cli("sweep", "--url", "http://127.0.0.1:1", "--runtime-dir", server.runtime_dir), "--url", "127.0.0.1:1")
 
 
 def test_pinned(server: SglangServer) -> None:
@@ -234,3 +256,18 @@ def test_sigterm_ends_everything(server: SglangServer, tmp_path: Path) -> None:
     for pid in (sidecar, engine):
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+
+
+def test_what_to_capture_follows_from_the_profile(server: SglangServer, tmp_path: Path) -> None:
+    """The file that `candidates` writes is read by SGLang's own loader."""
+    folder = next(server.profile_dir.iterdir())
+    out = tmp_path / "adaptive.json"
+    result = run_cli("candidates", folder, "--states", "3", "--out", out, "--json")
+    assert result.returncode == 0, result.stderr
+    states = json.loads(result.stdout)["states"]
+    code = (
+        "import sys; from sglang.srt.speculative.adaptive_spec_params import resolve_candidate_steps_from_config as r;"
+        f"print('states', r({str(out)!r}), file=sys.stderr)"
+    )
+    loaded = subprocess.run(server.kit.command("python", "-c", code), capture_output=True, text=True, timeout=120, check=True)
+    assert f"states {states}" in loaded.stderr

@@ -109,7 +109,7 @@ def test_the_running_planner_follows_the_swap() -> None:
         refitted = policy(version, tile=8, jump_s=jump_s)
         swap.at_step(iter([refitted]).__next__)
         found.append(budget())
-        survival: NDArray[np.float64] = np.cumprod(np.full((4, GAMMA), np.float32(0.8), np.float64), axis=1)
+        survival = np.asarray(np.float64(np.float32(0.8)) ** np.tile(np.arange(1, GAMMA + 1), (4, 1)), np.float64)
         assert found[-1] == best_verified(survival, float(refitted.fixed_s[GAMMA, 4]), refitted.verify_s)[0]
     assert found[0] == 4 * GAMMA
     assert found[0] > found[1] >= found[2] == 4, "to the end of the tile that the bonus tokens begin"

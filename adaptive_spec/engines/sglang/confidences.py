@@ -27,13 +27,13 @@ def top_probability(logits: Tensor) -> Tensor:
 
 
 class LogitsTap:
-    """Collects the logits outputs of one function of one object while somebody listens.
-
-    The function is shadowed on the instance, once. pick: logits output of what the function returns. Never raises.
+    """Collects something of what one function of one object returns while somebody listens. The function is shadowed on the
+    instance, once; what it returns is SGLang's as it was.
     """
 
-    def __init__(self, owner: Any, name: str, pick: Callable[[Any], Any]) -> None:
-        self._function, self._pick = getattr(owner, name), pick
+    def __init__(self, owner: Any, name: str) -> None:
+        self._function = getattr(owner, name)
+        self._pick: Callable[[Any], Any] = lambda result: result
         self.collected: list[Any] | None = None
         setattr(owner, name, self._call)
 
@@ -46,8 +46,9 @@ class LogitsTap:
                 self.collected.append(None)
         return result
 
-    def listen(self) -> None:
-        self.collected = []
+    def listen(self, pick: Callable[[Any], Any]) -> None:
+        """Collect `pick(result)` of every call from now on; None where that raises."""
+        self._pick, self.collected = pick, []
 
     def take(self) -> list[Any]:
         """What was collected since `listen`; nobody listens any more."""
@@ -55,12 +56,13 @@ class LogitsTap:
         return collected or []
 
 
-def later_positions(outputs: list[Any]) -> Tensor | None:
-    """Logits outputs of K - 1 draft forwards -> float32 [b, K - 1]; None when one of them is unknown."""
-    logits: list[Tensor] = [output.next_token_logits for output in outputs if output is not None]
-    if not outputs or len(logits) < len(outputs):
-        return None
-    return top_probability(torch.stack(logits, dim=1))
+def _logits(result: Any) -> Tensor:
+    logits: Tensor = result.logits_output.next_token_logits
+    return logits
+
+
+def _probabilities(result: Any) -> Tensor:
+    return top_probability(_logits(result))
 
 
 def host_confidences(first: Tensor, later: Tensor | None) -> Confidences:
@@ -130,7 +132,7 @@ class ConfidenceTap:
 
     def __init__(self, draft_worker: Any, max_batch: int, max_k: int, device: torch.device) -> None:
         self._worker = draft_worker
-        self._forward = LogitsTap(draft_worker.draft_runner, "forward", lambda result: result.logits_output)
+        self._forward = LogitsTap(draft_worker.draft_runner, "forward")
         self._replays: dict[int, LogitsTap] = {}
         self._static: StaticBuffers | None = None
         self._ring: PinnedRing | None = None
@@ -145,17 +147,21 @@ class ConfidenceTap:
     def before_draft_forward(self) -> None:
         if self._static is not None and not torch.cuda.is_current_stream_capturing():
             self._static.prepare(self._worker.speculative_num_steps)
-        self._forward.listen()
+        # On a GPU at once: a graph may use one logits buffer for all forwards. On a CPU all together, which is quicker.
+        self._forward.listen(_logits if self._static is None else _probabilities)
 
     def after_draft_forward(self) -> None:
         k = self._worker.speculative_num_steps
-        outputs = self._forward.take()
-        if len(outputs) != k - 1:
-            raise ValueError(f"{len(outputs)} draft forwards for K = {k}")
-        self._later = later_positions(outputs)
-        if self._static is not None and self._later is not None:
-            self._static.store(k, self._later)
-            self._later = None
+        self._later = None
+        found = self._forward.take()
+        if len(found) != k - 1 or any(one is None for one in found):
+            raise ValueError(f"{sum(one is not None for one in found)} draft forwards for K = {k}")
+        if not found:
+            return
+        if self._static is not None:
+            self._static.store(k, torch.stack(found, dim=1))
+        else:
+            self._later = top_probability(torch.stack(found, dim=1))
 
     def after_draft(self, first: Tensor, k: int) -> Confidences:
         """Confidences of the drafted tokens. first: topk_p [b, 1] as it came with the batch."""
@@ -165,14 +171,14 @@ class ConfidenceTap:
         return self._ring.send(first, self._static.of(k, len(first)))
 
     def before_extend(self) -> None:
-        self._forward.listen()
+        self._forward.listen(lambda result: result.logits_output)
         runner = getattr(self._worker, "cuda_graph_runner_for_draft_extend", None)
         self._extend_replay = None
         if runner is not None:
             if id(runner) not in self._replays:  # one per captured state, and those live as long as the server
-                self._replays[id(runner)] = LogitsTap(runner, "execute", lambda result: result)
+                self._replays[id(runner)] = LogitsTap(runner, "execute")
             self._extend_replay = self._replays[id(runner)]
-            self._extend_replay.listen()
+            self._extend_replay.listen(lambda result: result)
 
     def after_extend(self, next_draft_input: Any) -> None:
         """Put the confidence of the next step's first token where it travels with its request."""

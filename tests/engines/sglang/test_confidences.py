@@ -15,7 +15,6 @@ from adaptive_spec.engines.sglang.confidences import (
     LogitsTap,
     PinnedRing,
     StaticBuffers,
-    later_positions,
     top_probability,
 )
 from adaptive_spec.engines.sglang.step_book import MOST_OPEN
@@ -108,14 +107,49 @@ def test_first_position_of_a_replayed_graph() -> None:
 
 def test_a_tap_nobody_listens_to_changes_nothing() -> None:
     runner = Runner()
-    tap = LogitsTap(runner, "forward", lambda result: result.no_such_field)
+    tap = LogitsTap(runner, "forward")
     runner.outputs = [_output(torch.zeros(1, 2))] * 2
     assert runner.forward(object()).logits_output is not None
     assert tap.take() == []
-    tap.listen()
+    tap.listen(lambda result: result.no_such_field)
     assert runner.forward(object()).logits_output is not None, "what cannot be picked is SGLang's result all the same"
     assert tap.take() == [None]
-    assert later_positions([None]) is None
+
+
+class Capture:
+    """A ConfidenceTap as on a GPU: static buffers, pinned copies, and one logits buffer that every forward writes into."""
+
+    def __init__(self, k: int) -> None:
+        self.buffer = torch.zeros(2, 50)
+        self.runner = SimpleNamespace(forward=self._forward)
+        self.worker = SimpleNamespace(draft_runner=self.runner, speculative_num_steps=k, cuda_graph_runner_for_draft_extend=None)
+        self.tap = ConfidenceTap(self.worker, 8, 5, torch.device("cpu"))
+        self.event = Event()
+        self.tap._static = StaticBuffers(8, torch.device("cpu"))
+        self.tap._ring = PinnedRing(8, 5, lambda rows, columns: torch.zeros(rows, columns), lambda: self.event)
+        self.tap._static.prepare(k)
+
+    def _forward(self, logits: Tensor) -> Any:
+        self.buffer.copy_(logits)
+        return SimpleNamespace(logits_output=_output(self.buffer))
+
+
+def test_captured_forwards_are_read_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    capture = Capture(4)
+    logits = [torch.randn(2, 50) for _ in range(3)]
+    capture.tap.before_draft_forward()
+    for x in logits:
+        capture.runner.forward(x)
+    capture.tap.after_draft_forward()
+    sent = capture.tap.after_draft(torch.tensor([[0.25], [0.5]]), 4)
+    assert sent.ready() is None
+    capture.event.done = True
+    values = sent.ready()
+    assert values is not None
+    assert values[:, 0].tolist() == [0.25, 0.5]
+    for column, x in enumerate(logits, start=1):
+        np.testing.assert_allclose(values[:, column], torch.softmax(x, -1).max(-1).values, rtol=1e-6)
 
 
 def test_static_buffers_keep_their_address() -> None:

@@ -3,7 +3,11 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
+import pytest
+
 from adaptive_spec.engines.sglang.cpu_kit import CpuKit
+
+pytestmark = pytest.mark.server
 
 
 def test_real_planner_classes(kit: CpuKit) -> None:

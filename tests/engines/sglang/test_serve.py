@@ -15,6 +15,8 @@ from adaptive_spec.engines.sglang.hooks import TARGETS
 from tests.engines.sglang.server import SglangServer
 from tests.processes import assert_one_line, run_cli
 
+pytestmark = pytest.mark.server
+
 
 def _run(kit: CpuKit, *arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(

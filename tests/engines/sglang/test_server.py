@@ -22,6 +22,8 @@ from adaptive_spec.tap import PAGE_NAME
 from tests.engines.sglang.server import SglangServer, some_prompts, trace
 from tests.processes import assert_one_line, run_cli
 
+pytestmark = pytest.mark.server
+
 CONFIG = "controller: {policy: {max_age_s: 1, min_dwell_s: 0.2}}\ncheckpoint_interval_s: 1\n"
 CANDIDATES = {0, 1, 3, 5}
 

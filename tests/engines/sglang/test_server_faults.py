@@ -11,6 +11,8 @@ from adaptive_spec.engines.sglang.cpu_kit import CpuKit
 from adaptive_spec.engines.sglang.hooks import FAILURES_IN_A_ROW, FAULT_VARIABLE, ONCE, TARGETS
 from tests.engines.sglang.server import SglangServer, some_prompts, trace
 
+pytestmark = pytest.mark.server
+
 STEPPING = [t.hook for t in TARGETS if t.hook not in ONCE]
 
 

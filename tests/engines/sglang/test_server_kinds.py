@@ -10,6 +10,8 @@ import pytest
 from adaptive_spec.engines.sglang.cpu_kit import CpuKit
 from tests.engines.sglang.server import SglangServer, some_prompts, trace
 
+pytestmark = pytest.mark.server
+
 
 def test_eagle3(kit: CpuKit, tmp_path: Path) -> None:
     with SglangServer(tmp_path, algorithm="EAGLE3") as server:

@@ -77,7 +77,7 @@ def _children(pid: int) -> list[int]:
 
 
 def start(kit: CpuKit, folder: Path, name: str, models: str, candidates: Sequence[int], mode: str | None) -> Arm:
-    """Start a server; mode None: without the plugin."""
+    """Start a server; mode None: without the plugin. candidates: K it captures, none for no speculation."""
     folder = folder / name
     folder.mkdir()
     (folder / "adaptive.json").write_text(
@@ -85,8 +85,8 @@ def start(kit: CpuKit, folder: Path, name: str, models: str, candidates: Sequenc
     )
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    k = 3 if 3 in candidates else max(candidates)
-    flags = kit.server_flags(port, models=models, adaptive=str(folder / "adaptive.json"), k=max(k, 1))
+    k = 3 if 3 in candidates else max(candidates, default=0)
+    flags = kit.server_flags(port, "EAGLE" if candidates else "", models, str(folder / "adaptive.json"), k)
     command = ["python", "-m", "sglang.launch_server", *flags]
     if mode is not None:
         command = [
@@ -233,7 +233,7 @@ def adaptive(count: int, models: str) -> None:
     with tempfile.TemporaryDirectory() as folder, servers(started):
         for name, candidates, mode in (
             ("adaptive", (0, 1, 3, 5), "active"), ("sglang-own", (0, 1, 3, 5), None),
-            *((f"static-{k}", (k,), None) for k in (0, 1, 3, 5)),
+            ("no-speculation", (), None), *((f"static-{k}", (k,), None) for k in (1, 3, 5)),
         ):  # fmt: skip
             started.append(start(kit, Path(folder), name, models, candidates, mode))
             if mode is not None:  # the first sweep, at each concurrency

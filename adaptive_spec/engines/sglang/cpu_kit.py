@@ -65,8 +65,10 @@ class CpuKit:
         adaptive: str | None = "adaptive.json",
         k: int = LAUNCH_K,
     ) -> list[str]:
-        """SGLang's flags. models: "models" (tiny) or "models-64m". adaptive: file of candidate K, in the kit or anywhere; None
-        for one K. k: K at launch."""
+        """SGLang's flags. algorithm: "" for no speculation. models: "models" (tiny) or "models-64m". k: K at launch.
+
+        adaptive: file of candidate K, in the kit or anywhere; None for one K.
+        """
         folder = self.home / models
         flags = [
             *(self.folder / "server_flags.txt").read_text().split(),
@@ -75,6 +77,8 @@ class CpuKit:
             "--model-path",
             str(folder / "target"),
         ]
+        if not algorithm:
+            return flags
         flags += ["--speculative-algorithm", algorithm]
         if algorithm == "NGRAM":
             return [*flags, "--speculative-num-draft-tokens", str(k + 1)]

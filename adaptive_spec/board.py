@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from adaptive_spec.engine_info import EngineInfo
+from adaptive_spec.engine_report import EngineReport
 from adaptive_spec.snapshot import Snapshot
 
 
@@ -15,7 +16,7 @@ class View:
 
     time_s: CLOCK_MONOTONIC seconds. snapshot, info: None until an engine was attached. attached: its ring is open and the
     engine lives. failures: controller calls that raised, by kind of call. profile: where it came from ("sweep", "profile",
-    "checkpoint"). checkpoint_s: time of the last checkpoint, None before the first.
+    "checkpoint"). checkpoint_s: time of the last checkpoint, None before the first. report: what the engine says of itself.
     """
 
     time_s: float
@@ -26,6 +27,7 @@ class View:
     origin: str = "sweep"
     checkpoint_s: float | None = None
     position: int = 0
+    report: EngineReport | None = None
 
 
 class Board:

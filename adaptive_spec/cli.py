@@ -80,18 +80,47 @@ def sidecar(config: Path | None, **overrides: Any) -> None:
 
 
 @cli.command()
-@_url
+@click.option("--mode", type=click.Choice(["active", "shadow"]), help="Decide K, or only observe; default: the configuration's.")
+@click.option("--config", type=PATH, help="YAML configuration, see docs/configuration.md; for sidecar and plugin.")
+@click.option("--runtime-dir", type=PATH, help="Overrides runtime_dir of the configuration.")
+@click.option("--profile-dir", type=PATH, help="Overrides profile_dir.")
+@click.option("--host", help="Overrides host, of the sidecar's HTTP server.")
+@click.option("--port", type=click.IntRange(0, 65535), help="Overrides port, of the sidecar's HTTP server; 0 takes a free one.")
+@click.argument("flags", nargs=-1, type=click.UNPROCESSED)
+def serve(mode: str | None, config: Path | None, flags: tuple[str, ...], **overrides: Any) -> int:
+    """Run an SGLang server with the sidecar beside it: adaptive-spec serve [OPTIONS] -- SGLANG SERVER FLAGS."""
+    from adaptive_spec.serve import ServeOptions, run_serve
+
+    given = {key: value for key, value in overrides.items() if value is not None}
+    return run_serve(ServeOptions(mode, config, given, flags))
+
+
+@cli.command()
+@click.option("--url", help="Address of an SGLang server, whose batches are then held; or of a sidecar.")
 @_runtime_dir
 @_token_file
 @click.option(
     "--timeout", type=click.FloatRange(min=0.0, min_open=True), default=900.0, show_default=True, help="Seconds to wait."
 )
-def sweep(url: str | None, runtime_dir: Path, token_file: Path | None, timeout: float) -> None:
-    """Ask a running sidecar for a (new) sweep and wait until it is over."""
+@click.option("--batch-sizes", help="With a server: sizes to hold, like 1,2,4,8; default: powers of two.")
+@click.option("--prompts", type=PATH, help="With a server: file of prompts, one a line, like your traffic's.")
+@click.option("--api-key", envvar="SGLANG_API_KEY", default="", help="With a server that asks for one.")
+def sweep(
+    url: str | None, runtime_dir: Path, token_file: Path | None, timeout: float, batch_sizes: str | None, prompts: Path | None,
+    api_key: str,
+) -> None:  # fmt: skip
+    """A (new) sweep in a running sidecar, watched to its end; with --url of a server, batch size by batch size."""
     from adaptive_spec.control import ControlClient
+    from adaptive_spec.server_sweep import is_sidecar, read_prompts, sweep_server
     from adaptive_spec.sweep_watch import watch_sweep
 
-    watch_sweep(ControlClient.find(runtime_dir, url, token_file), timeout)
+    if url is None or is_sidecar(url):
+        watch_sweep(ControlClient.find(runtime_dir, url, token_file), timeout)
+        return
+    from adaptive_spec.http_traffic import ServerApi
+
+    client = ControlClient.find(runtime_dir, None, token_file)
+    sweep_server(ServerApi(url, api_key), client, batch_sizes, read_prompts(prompts), timeout)
 
 
 @cli.command()
@@ -120,6 +149,34 @@ def ctl(command: str, k: int | None, url: str | None, runtime_dir: Path, token_f
     from adaptive_spec.tables import status_table
 
     Console().print(status_table(document))
+
+
+@cli.command()
+@click.argument("profile", type=PATH)
+@click.option("--states", type=click.IntRange(1, 33), default=4, show_default=True, help="Most K to capture; each costs memory.")
+@click.option("--max-batch", type=click.IntRange(1, 4096), help="Largest batch size to plan for; default: the profile's.")
+@click.option("--out", type=PATH, help="Write the file for --speculative-adaptive-config.")
+@click.option("--json", "as_json", is_flag=True, help="Print the choice as JSON.")
+def candidates(profile: Path, states: int, max_batch: int | None, out: Path | None, as_json: bool) -> None:
+    """Choose the K an SGLang server should capture, from what a sweep measured (PROFILE: a folder of profile_dir)."""
+    from adaptive_spec.candidates_report import candidates_of, choice_tables, write_config
+
+    choice = candidates_of(profile, states, max_batch)
+    if out is not None:
+        write_config(choice, out)
+    if as_json:
+        from adaptive_spec.candidates import config_document
+
+        dropping = {str(k): {"mean": mean, "worst": worst} for k, (mean, worst) in choice.dropping.items()}
+        document = {"states": list(choice.ks), "loss": choice.loss, "dropping": dropping, "config": config_document(choice)}
+        click.echo(json.dumps(document, indent=1))
+        return
+    from rich.console import Console
+
+    for table in choice_tables(choice):
+        Console().print(table)
+    if out is not None:
+        Console().print(f"written to {out}", highlight=False)
 
 
 @cli.command()
@@ -160,10 +217,12 @@ def demo(
 ) -> None:  # fmt: skip
     """See it work: a real engine on real text, the sidecar beside it, and what they decide."""
     if engine == "sglang":
-        raise BadInput("--engine: 'sglang' is not allowed: it comes with the SGLang plugin; must be embedded")
+        from adaptive_spec.engines.sglang.cpu_kit import CpuKit
+
+        CpuKit().install()  # before anything is shown: it takes minutes the first time
     from adaptive_spec.demo import DemoOptions, run_demo
 
-    run_demo(DemoOptions(duration, host, port, json_file, compare, seed, profile_dir))
+    run_demo(DemoOptions(duration, host, port, json_file, compare, seed, profile_dir, engine))
 
 
 @cli.command()

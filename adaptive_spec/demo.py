@@ -37,6 +37,7 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
 SWEEP_TOKENS, SWEEP_STEPS = 32, 500
 CHECKPOINT_INTERVAL_S = 2.0
 PR_SET_PDEATHSIG = 1
+WORKERS = {"embedded": "adaptive_spec.engines.embedded.worker", "sglang": "adaptive_spec.engines.sglang.demo_worker"}
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class DemoOptions:
     compare: bool
     seed: int
     profile_dir: Path | None
+    engine: str = "embedded"
 
 
 def run_demo(options: DemoOptions) -> int:
@@ -57,7 +59,7 @@ def run_demo(options: DemoOptions) -> int:
 
     Raises BadInput when something needed is missing, and when the engine dies.
     """
-    if importlib.util.find_spec("torch") is None or importlib.util.find_spec("safetensors") is None:
+    if options.engine == "embedded" and not all(importlib.util.find_spec(name) for name in ("torch", "safetensors")):
         raise BadInput("demo: torch or safetensors is missing: install the extra, pip install 'adaptive-spec[engine]'")
     if options.json_file and not options.json_file.absolute().parent.is_dir():
         raise BadInput(f"--json: '{options.json_file}' is not allowed: its folder does not exist")
@@ -80,7 +82,7 @@ def result_document(state: DemoState) -> dict[str, Any]:
     engine, sidecar = state.engine, state.sidecar
     decode_s = engine.get("decode_s") or 0.0
     return {
-        "engine": "embedded",
+        "engine": engine.get("engine", "embedded"),
         "duration_s": engine.get("elapsed_s", 0.0),
         "sweep_s": (sidecar.get("sweep") or {}).get("duration_s", 0.0),
         "decode_steps": engine.get("decode_steps", 0),
@@ -161,7 +163,7 @@ class _Demo:
             arguments += ["--duration", str(options.duration_s)]
         if options.compare:
             arguments.append("--compare")
-        self._engine = self._start("adaptive_spec.engines.embedded.worker", arguments, "engine.log")
+        self._engine = self._start(WORKERS[options.engine], arguments, "engine.log")
         self.view = DemoView(self._client.url if self._client else "")
 
     def watch(self, stopping: list[int]) -> DemoState:

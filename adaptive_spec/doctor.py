@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import platform
 import shutil
 import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -21,6 +23,7 @@ from adaptive_spec.errors import BadInput
 from adaptive_spec.tap import PAGE_NAME, RING_NAME
 
 LIBRARIES = ("numpy", "pydantic", "PyYAML", "click", "rich", "prometheus-client", "river", "bottle", "waitress", "matplotlib")
+SGLANG_PATIENCE_S = 120.0
 RING_BYTES = 32 << 20
 """What a large engine's ring takes, see tap.py."""
 
@@ -98,9 +101,19 @@ def _torch() -> Iterator[Finding]:
 
 def _sglang() -> Iterator[Finding]:
     try:
-        yield Finding("ok", "sglang", metadata.version("sglang"))
+        metadata.version("sglang")
     except metadata.PackageNotFoundError:
         yield Finding("note", "sglang", "not installed: needed only beside an SGLang server")
+        return
+    command = [sys.executable, "-m", "adaptive_spec.engines.sglang.examine"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=SGLANG_PATIENCE_S, check=False)
+    lines = (result.stdout if result.returncode == 0 else result.stderr).split("\n")
+    last = next((line for line in reversed(lines) if line.strip()), "it said nothing")
+    if result.returncode != 0:
+        yield Finding("note", "sglang", f"{metadata.version('sglang')} cannot be imported: {last.strip()[:200]}")
+        return
+    for state, subject, text in json.loads(last):
+        yield Finding(state, subject, text)
 
 
 def _runtime_folder(folder: Path) -> Iterator[Finding]:

@@ -105,6 +105,11 @@ def _about_sidecar(family: _Families, view: View) -> Iterable[Metric]:
         _by_name(view.failures),
         ("call",),
     )
+    report = view.report
+    text = "Calls of ours that raised inside the engine, which went on without them."
+    yield family.counter("engine_failures", text, _by_name(report.failures if report else {}), ("hook",))
+    text = "What the engine's tap counted: records and pages it could not use, policies adopted, steps on the launch K."
+    yield family.counter("engine_events", text, _by_name(report.counters if report else {}), ("event",))
     age = None if view.checkpoint_s is None else max(time.monotonic() - view.checkpoint_s, 0.0)
     yield family.gauge("checkpoint_age_seconds", "Seconds since the last checkpoint.", _one(age))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -20,6 +21,7 @@ from adaptive_spec.archive import ArchiveError, load_archive, save_archive, writ
 from adaptive_spec.controller import Controller
 from adaptive_spec.engine_info import EngineInfo
 from adaptive_spec.errors import BadInput
+from adaptive_spec.policy import Granularity
 from adaptive_spec.snapshot import Snapshot
 
 if TYPE_CHECKING:  # plots imports matplotlib, which must stay out of the sidecar
@@ -79,6 +81,23 @@ def save_profile(folder: Path, info: EngineInfo, controller: Controller) -> None
     policy = {"format_version": POLICY_VERSION, "engine": identity(info), "policy": controller.policy_summary()}
     document = {**policy, "sha256": _checksum(policy)}
     write_atomically(folder / "policy.json", (json.dumps(document, indent=1) + "\n").encode())
+
+
+def profiled_engine(folder: Path) -> EngineInfo:
+    """Return the engine a profile was made of, as far as a profile knows it. Raises ProfileError."""
+    _check_policy_file(folder / "policy.json")
+    document = json.loads((folder / "policy.json").read_bytes())
+    found = re.fullmatch(r"(\S+) (.+) tp(\d+)", str(document["engine"]))
+    try:
+        candidates = tuple(int(k) for k in document["policy"]["candidates"])
+        max_batch = len(document["policy"]["table"]) - 1
+    except (KeyError, TypeError, ValueError) as error:
+        raise ProfileError(f"policy.json is damaged: {error}") from error
+    if found is None or not candidates or max_batch < 1:
+        raise ProfileError(f"policy.json is damaged: it is of engine {document['engine']!r}")
+    # Where the model's name ends is not told; the identity is the same wherever it is cut.
+    model, _, gpu = found[2].partition(" ")
+    return EngineInfo(found[1], model, gpu, int(found[3]), candidates[0], candidates, max_batch, Granularity.BATCH, False, 0)
 
 
 def identity(info: EngineInfo) -> str:

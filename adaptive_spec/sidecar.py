@@ -12,12 +12,14 @@ import stat
 import subprocess
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from adaptive_spec import __version__, mapped_file
 from adaptive_spec.archive import write_atomically
 from adaptive_spec.board import Board, View
 from adaptive_spec.control import ADDRESS_NAME, TOKEN_NAME
+from adaptive_spec.engine_report import read_report
 from adaptive_spec.errors import BadInput
 from adaptive_spec.profile import check_writable, start_plots
 from adaptive_spec.session import Session
@@ -121,8 +123,10 @@ class Sidecar:
             answered.append(command.done)
 
     def _show(self) -> None:
-        if self._session:
-            self._board.view = self._session.view(self._checkpoint_s)
+        report = read_report(self.settings.runtime_dir)
+        view = self._session.view(self._checkpoint_s) if self._session else View(time.monotonic())
+        attached = view.attached and (report is None or view.info is None or report.pid != view.info.pid or report.records_come)
+        self._board.view = replace(view, report=report, attached=attached)
 
     def _keep(self, session: Session, now_s: float) -> None:
         """Write checkpoint, profile and pictures when it is time."""

@@ -27,6 +27,13 @@ def status_document(view: View, beat_s: float, now_s: float) -> dict[str, Any]:
         "failures": dict(view.failures),
         "origin": view.origin,
     }
+    if (report := view.report) is not None:
+        document["engine_report"] = {
+            "pid": report.pid, "engine": report.engine, "state": report.state, "reason": report.reason,
+            "failures": dict(report.failures), "counters": dict(report.counters),
+        }  # fmt: skip
+        if not info and report.reason:
+            document["reason"] = report.reason
     if info:
         document["engine"] = {
             "name": info.name, "model": info.model, "gpu": info.gpu, "tp": info.tp, "launch_k": info.launch_k,

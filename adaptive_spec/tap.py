@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from adaptive_spec import mapped_file
 from adaptive_spec.engine_info import EngineInfo
-from adaptive_spec.policy import Granularity, Planner
+from adaptive_spec.policy import Granularity, Planner, Policy
 from adaptive_spec.policy_page import PolicyPageReader
 from adaptive_spec.records import MAX_BATCH_LIMIT, MAX_K_LIMIT, SlotLayout, StepFlag
 from adaptive_spec.ring import MIN_SLOTS, RingWriter
@@ -141,10 +141,8 @@ class EngineTap:
         k, version, flags = self._launch_k, 0, _FALLBACK
         self._fallback = True
         try:
-            if self._step >= self._look_at:
-                self._look()
             planner = self.planner
-            policy = self._page.poll(now_ns) if self._page is not None else None
+            policy = self.newest_policy(now_ns)
             if policy is not None:
                 if policy is not planner.policy:
                     planner.adopt(policy)
@@ -158,6 +156,13 @@ class EngineTap:
             self._fallback_steps += 1
         self.begun = BegunStep(self._step, k, batch_size, kv_tokens, version, flags)
         return k
+
+    def newest_policy(self, now_ns: int) -> Policy | None:
+        """Return the policy to act on in the step just begun, None for the launch K. Called by `begin_step` once a step; an
+        engine of several ranks overrides it, so that all of them see the same one."""
+        if self._step >= self._look_at:
+            self._look()
+        return self._page.poll(now_ns) if self._page is not None else None
 
     def verify_lengths(self, confidences: NDArray[np.float32]) -> NDArray[np.uint8]:
         """Return verify_len uint8 [b], draft tokens to verify per request, for the step just begun.
@@ -203,6 +208,11 @@ class EngineTap:
             )  # fmt: skip
         except Exception:
             self._hook_failures += 1
+
+    def detach_ring(self) -> RingWriter | None:
+        """Give the ring away, to a tap of another kind."""
+        ring, self._ring = self._ring, None
+        return ring
 
     def close(self) -> None:
         """Let go of ring and page; later steps run on the launch K and are not recorded."""

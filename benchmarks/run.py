@@ -10,6 +10,7 @@ BENCHMARKS = {
     "hot_path": "in the server's process; wanted: write p50 <= 5 us, p99 <= 25 us; read the policy p50 <= 1 us; plan <= 1 ms",
     "refit": "in the sidecar",
     "ingestion": "in the sidecar, one core",
+    "ranks": "four tensor-parallel ranks, gloo",
     "memory": "a sidecar process fed an hour's worth of records",
 }
 

@@ -12,8 +12,8 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "adaptive_spec"
 PURE = (
-    "acceptance", "calibration", "cells", "controller", "drift", "forecast", "guard", "latency", "learner", "ledger", "padding",
-    "policy", "replay", "segments", "snapshot", "sweep",
+    "acceptance", "batch_scores", "calibration", "candidates", "cells", "controller", "drift", "forecast", "guard", "latency",
+    "learner", "ledger", "padding", "policy", "recent", "replay", "segments", "snapshot", "sweep", "tempo",
 )  # fmt: skip
 VIRTUAL = (
     "ablation", "adaptive", "catalogue", "deciders", "load_path", "plans", "requests", "server", "peers/goodput_bandit",
@@ -85,6 +85,19 @@ def _loaded_by(module: str) -> set[str]:
 def test_the_tap_brings_numpy_and_the_standard_library_only() -> None:
     extra = _loaded_by("adaptive_spec.tap") - _loaded_by("numpy") - sys.stdlib_module_names
     assert extra == {"adaptive_spec"}
+
+
+def test_the_plugin_brings_numpy_and_the_standard_library_only() -> None:
+    """What else it needs (torch, SGLang) is there when a hook runs; nothing of the sidecar's ever is."""
+    for module in ("plugin", "attachment"):
+        extra = _loaded_by(f"adaptive_spec.engines.sglang.{module}") - _loaded_by("numpy") - sys.stdlib_module_names
+        assert extra == {"adaptive_spec"}, module
+
+
+def test_only_the_plugin_imports_sglang() -> None:
+    for path in PACKAGE.rglob("*.py"):
+        module = str(path.relative_to(PACKAGE).with_suffix(""))
+        assert module.startswith("engines/sglang/") or "sglang" not in _imports(module), module
 
 
 def test_the_sidecar_brings_neither_torch_nor_matplotlib() -> None:

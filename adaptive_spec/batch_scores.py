@@ -1,0 +1,114 @@
+"""K of one step from the batch's own scores, where every request of a step must use the same K (SGLang's EAGLE at topk = 1).
+
+    S[i, 1] = P(accept | confidence of request i's first draft token), calibrated; from its history where that is not known
+    S[i, j] = S[i, j-1] * c[i, j],   c[i, j] = (accepted[i, j] + m c[j]) / (reached[i, j] + m)
+    goodput(K) = (b + sum over i and j <= K of S[i, j]) / (fixed_s[K, b] + verify_s[b (K + 1)] + context share)
+
+c[i, j] is how often request i's own draft was right at position j once everything before it was, shrunk towards c[j] of all
+requests with the weight of m steps. Regimes: a batch of sure first tokens and good histories drafts longer than the table says,
+a batch that will not be believed shorter; a batch like the average one stays on the table's K, because another one must promise
+`min_gain` more. Runs in the server's process, numpy only; no decision looks at the outcome of its own step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adaptive_spec.policy import Floats, Policy, SurvivalMap, grid_position
+
+PRIOR_STEPS = 6.0
+REQUEST_DECAY, POPULATION_DECAY = 0.94, 0.998
+"""What a step still weighs one step later: a request is remembered for some 16 of its steps, the population for some 500."""
+MIN_GAIN = 0.02
+
+
+class AcceptanceHistory:
+    """Forgetting counts per request and draft position. max_k: positions. capacity: requests remembered, oldest dropped first."""
+
+    def __init__(self, max_k: int, capacity: int) -> None:
+        self._position = np.arange(max_k)
+        self._reached = np.zeros((capacity, max_k))
+        self._accepted = np.zeros((capacity, max_k))
+        self._all_reached = np.full(max_k, 1.0)
+        self._all_accepted = np.full(max_k, 0.5)
+        self._row: dict[int, int] = {}
+        self._free = list(range(capacity - 1, -1, -1))
+
+    def __len__(self) -> int:
+        return len(self._row)
+
+    def observe(self, request_ids: Sequence[int], accept_len: NDArray[np.uint8], k: int) -> None:
+        """Learn one step: request_ids [b], accept_len [b], k drafted. Positions behind the first error say nothing."""
+        if k == 0 or len(accept_len) == 0:
+            return
+        rows = self._rows(request_ids)
+        accepted = self._position < accept_len[:, None]
+        reached = self._position < np.minimum(accept_len + 1, k)[:, None]
+        decay = np.where(reached, REQUEST_DECAY, 1.0)
+        self._reached[rows] = self._reached[rows] * decay + reached
+        self._accepted[rows] = self._accepted[rows] * decay + accepted
+        steps = reached.sum(axis=0)
+        self._all_reached = self._all_reached * POPULATION_DECAY**steps + steps
+        self._all_accepted = self._all_accepted * POPULATION_DECAY**steps + accepted.sum(axis=0)
+
+    def conditional(self, request_ids: Sequence[int]) -> Floats:
+        """P(accept j | all before j accepted) of every request, [b, max_k]; of one never seen, the population's."""
+        everybody = (self._all_accepted / self._all_reached) * PRIOR_STEPS
+        rows = np.fromiter((self._row.get(i, -1) for i in request_ids), np.int64, len(request_ids))
+        known = rows >= 0
+        reached = np.where(known[:, None], self._reached[rows], 0.0)
+        accepted = np.where(known[:, None], self._accepted[rows], 0.0)
+        return np.asarray((accepted + everybody) / (reached + PRIOR_STEPS))
+
+    def _rows(self, request_ids: Sequence[int]) -> NDArray[np.int64]:
+        rows = np.empty(len(request_ids), np.int64)
+        for i, request in enumerate(request_ids):
+            row = self._row.pop(request, None)
+            if row is None:
+                row = self._free.pop() if self._free else self._row.pop(next(iter(self._row)))
+                self._reached[row] = self._accepted[row] = 0.0
+            self._row[request] = rows[i] = row  # at the end of the order: lately used
+        return rows
+
+
+def survival(history: Floats, first_confidence: NDArray[np.floating] | None, calibration: SurvivalMap) -> Floats:
+    """P(draft position j is accepted) before anything but the first token is drafted, [b, max_k].
+
+    history: `AcceptanceHistory.conditional`. first_confidence: [b] in (0, 1], not in it where unknown; None: all unknown.
+    """
+    chances = history.copy()
+    if first_confidence is not None:
+        known = (first_confidence > 0.0) & (first_confidence <= 1.0)
+        if known.any():
+            at = grid_position(np.where(known, first_confidence, 0.5))
+            row = calibration.table[0]
+            chances[:, 0] = np.where(known, row[at.low] + (row[at.low + 1] - row[at.low]) * at.weight, chances[:, 0])
+    return np.asarray(np.cumprod(chances, axis=1))
+
+
+def best_k(
+    chances: Floats, policy: Policy, table_k: int, kv_tokens: int, candidates: Sequence[int], min_gain: float = MIN_GAIN
+) -> int:
+    """Return the candidate with the best goodput if it promises min_gain more than `table_k`, else `table_k`.
+
+    chances: [b, max_k], see `survival`. candidates: K allowed at this batch size, `table_k` among them.
+    """
+    b = len(chances)
+    expected = b + np.concatenate(([0.0], np.cumsum(chances.sum(axis=0))))
+    row = min(b, policy.fixed_s.shape[1] - 1)
+    context_s = policy.context_s_per_token * kv_tokens
+    best, promised = table_k, 0.0
+    for k in candidates:
+        tokens = b * (k + 1)
+        if k > policy.max_k or k >= len(expected) or tokens >= len(policy.verify_s):
+            continue
+        step_s = float(policy.fixed_s[k, row]) + float(policy.verify_s[tokens]) + context_s
+        goodput = expected[k] / step_s if step_s > 0.0 else 0.0
+        if k == table_k:
+            goodput *= 1.0 + min_gain
+        if goodput > promised:
+            best, promised = k, goodput
+    return best

@@ -1,0 +1,193 @@
+"""Draft confidences, which SGLang does not keep at topk = 1: the probability of the most likely token, from the draft's logits.
+
+    confidence = max softmax(logits) = exp(max logit - logsumexp(logits))
+
+Positions 2..K come from the logits of the forwards inside `draft_forward`; position 1 from those of draft-extend (or prefill) of
+the step before, carried in `next_draft_input.topk_p`, which SGLang filters and merges with the batch and does not read at
+topk = 1. On a GPU `draft_forward` runs only while a CUDA graph is captured: what is computed there becomes part of the graph and
+is written into a static buffer per K; after each replay buffer and position 1 are copied to pinned memory without waiting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from adaptive_spec.engines.sglang.step_book import MOST_OPEN, Confidences, KnownConfidences
+
+
+def top_probability(logits: Tensor) -> Tensor:
+    """Logits [..., V] -> float32 [...], the probability of the most likely token."""
+    return torch.softmax(logits.float(), dim=-1).amax(dim=-1)
+
+
+class LogitsTap:
+    """Collects something of what one function of one object returns while somebody listens. The function is shadowed on the
+    instance, once; what it returns is SGLang's as it was.
+    """
+
+    def __init__(self, owner: Any, name: str) -> None:
+        self._function = getattr(owner, name)
+        self._pick: Callable[[Any], Any] = lambda result: result
+        self.collected: list[Any] | None = None
+        setattr(owner, name, self._call)
+
+    def _call(self, *args: Any, **kwargs: Any) -> Any:
+        result = self._function(*args, **kwargs)
+        if self.collected is not None:
+            try:
+                self.collected.append(self._pick(result))
+            except Exception:  # then the count of outputs is wrong, which the collector sees
+                self.collected.append(None)
+        return result
+
+    def listen(self, pick: Callable[[Any], Any]) -> None:
+        """Collect `pick(result)` of every call from now on; None where that raises."""
+        self._pick, self.collected = pick, []
+
+    def take(self) -> list[Any]:
+        """What was collected since `listen`; nobody listens any more."""
+        collected, self.collected = self.collected, None
+        return collected or []
+
+
+def _logits(result: Any) -> Tensor:
+    logits: Tensor = result.logits_output.next_token_logits
+    return logits
+
+
+def _probabilities(result: Any) -> Tensor:
+    return top_probability(_logits(result))
+
+
+def host_confidences(first: Tensor, later: Tensor | None) -> Confidences:
+    """Confidences on the CPU: first [b, 1], later [b, K - 1] or None for K = 1."""
+    columns = [first.reshape(-1, 1).float()] + ([later] if later is not None else [])
+    return KnownConfidences(torch.cat(columns, dim=1).numpy())
+
+
+class StaticBuffers:
+    """One buffer [max_batch, K - 1] per K, at an address a CUDA graph may keep."""
+
+    def __init__(self, max_batch: int, device: torch.device) -> None:
+        self._max_batch, self._device = max_batch, device
+        self._buffers: dict[int, Tensor] = {}
+
+    def prepare(self, k: int) -> None:
+        """Make the buffer of K, outside any capture: memory taken inside one belongs to the graph."""
+        if k > 1 and k not in self._buffers:
+            self._buffers[k] = torch.zeros((self._max_batch, k - 1), dtype=torch.float32, device=self._device)
+
+    def store(self, k: int, later: Tensor) -> None:
+        """Write [b, K - 1] into the buffer, inside a capture or not. Raises KeyError for a K not prepared."""
+        self._buffers[k][: len(later)].copy_(later)
+
+    def of(self, k: int, rows: int) -> Tensor | None:
+        """The first rows of the buffer of K; None for K <= 1."""
+        return self._buffers[k][:rows] if k > 1 else None
+
+
+class PinnedRing:
+    """Pinned host memory for confidences on their way: slots used in turn, never more in flight than there are slots.
+
+    allocate: makes a [rows, columns] host tensor; new_event: an event with record() and query().
+    """
+
+    def __init__(self, max_batch: int, max_k: int, allocate: Callable[[int, int], Tensor], new_event: Callable[[], Any]) -> None:
+        self._slots = [(allocate(max_batch, max(max_k, 1)), new_event()) for _ in range(MOST_OPEN + 2)]
+        self._next = 0
+
+    def send(self, first: Tensor, later: Tensor | None) -> Confidences:
+        """Start copying first [b, 1] and later [b, K - 1]."""
+        memory, event = self._slots[self._next]
+        self._next = (self._next + 1) % len(self._slots)
+        rows, k = len(first), 1 + (later.shape[1] if later is not None else 0)
+        memory[:rows, :1].copy_(first.reshape(-1, 1), non_blocking=True)
+        if later is not None:
+            memory[:rows, 1:k].copy_(later, non_blocking=True)
+        event.record()
+        return _OnTheWay(memory[:rows, :k], event)
+
+
+class _OnTheWay:
+    """A copy that was started. Taken over at its first `ready`, before its slot is used again."""
+
+    def __init__(self, memory: Tensor, event: Any) -> None:
+        self._memory, self._event = memory, event
+        self._values: NDArray[np.float32] | None = None
+
+    def ready(self) -> NDArray[np.float32] | None:
+        if self._values is None and self._event.query():
+            self._values = self._memory.numpy().copy()
+        return self._values
+
+
+class ConfidenceTap:
+    """All of the above for one draft worker. device: of the draft model."""
+
+    def __init__(self, draft_worker: Any, max_batch: int, max_k: int, device: torch.device) -> None:
+        self._worker = draft_worker
+        self._forward = LogitsTap(draft_worker.draft_runner, "forward")
+        self._replays: dict[int, LogitsTap] = {}
+        self._static: StaticBuffers | None = None
+        self._ring: PinnedRing | None = None
+        self._later: Tensor | None = None
+        self._extend_replay: LogitsTap | None = None
+        if device.type == "cuda":
+            self._static = StaticBuffers(max_batch, device)
+            self._ring = PinnedRing(
+                max_batch, max_k, lambda rows, columns: torch.zeros((rows, columns)).pin_memory(), torch.cuda.Event
+            )
+
+    def before_draft_forward(self) -> None:
+        if self._static is not None and not torch.cuda.is_current_stream_capturing():
+            self._static.prepare(self._worker.speculative_num_steps)
+        # On a GPU at once: a graph may use one logits buffer for all forwards. On a CPU all together, which is quicker.
+        self._forward.listen(_logits if self._static is None else _probabilities)
+
+    def after_draft_forward(self) -> None:
+        k = self._worker.speculative_num_steps
+        self._later = None
+        found = self._forward.take()
+        if len(found) != k - 1 or any(one is None for one in found):
+            raise ValueError(f"{sum(one is not None for one in found)} draft forwards for K = {k}")
+        if not found:
+            return
+        if self._static is not None:
+            self._static.store(k, torch.stack(found, dim=1))
+        else:
+            self._later = top_probability(torch.stack(found, dim=1))
+
+    def after_draft(self, first: Tensor, k: int) -> Confidences:
+        """Confidences of the drafted tokens. first: topk_p [b, 1] as it came with the batch."""
+        if self._static is None or self._ring is None:
+            later, self._later = self._later, None
+            return host_confidences(first, later)
+        return self._ring.send(first, self._static.of(k, len(first)))
+
+    def before_extend(self) -> None:
+        self._forward.listen(lambda result: result.logits_output)
+        runner = getattr(self._worker, "cuda_graph_runner_for_draft_extend", None)
+        self._extend_replay = None
+        if runner is not None:
+            if id(runner) not in self._replays:  # one per captured state, and those live as long as the server
+                self._replays[id(runner)] = LogitsTap(runner, "execute")
+            self._extend_replay = self._replays[id(runner)]
+            self._extend_replay.listen(lambda result: result)
+
+    def after_extend(self, next_draft_input: Any) -> None:
+        """Put the confidence of the next step's first token where it travels with its request."""
+        outputs = self._forward.take()
+        if self._extend_replay is not None:
+            outputs += self._extend_replay.take()
+        if not outputs:
+            return  # skipped at K = 0: then it is not known
+        logits = outputs[-1].next_token_logits
+        carried = next_draft_input.topk_p
+        if carried is not None and carried.shape == (len(logits), 1):
+            next_draft_input.topk_p = top_probability(logits).reshape(-1, 1).to(carried.dtype)

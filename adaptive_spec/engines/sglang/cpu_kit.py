@@ -1,0 +1,96 @@
+"""The CPU kit of examples/sglang-cpu: how demonstration, tests and benchmarks start a real SGLang server on a CPU."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+from adaptive_spec.errors import BadInput
+
+KIT_VARIABLE = "ADAPTIVE_SPEC_SGLANG_KIT"
+REGIONS = "abcdef"
+REGION_TOKENS, SPECIAL_TOKENS = 128, 8
+LAUNCH_K = 3
+
+
+class Prompt(NamedTuple):
+    """Two neighbouring tokens of a region; the target goes on round the region's cycle. region: "a" (every draft token right)
+    to "f" (none). start: 0..127.
+    """
+
+    region: str
+    start: int
+
+    @property
+    def text(self) -> str:
+        return f"{self.region}{self.start} {self.region}{(self.start + 1) % REGION_TOKENS}"
+
+    def continuation(self, tokens: int) -> list[int]:
+        """Ids of the target's own greedy output."""
+        base = SPECIAL_TOKENS + REGIONS.index(self.region) * REGION_TOKENS
+        return [base + (self.start + 2 + i) % REGION_TOKENS for i in range(tokens)]
+
+
+class CpuKit:
+    """The kit of one checkout. Raises BadInput when there is none."""
+
+    def __init__(self) -> None:
+        given = os.environ.get(KIT_VARIABLE)
+        self.folder = Path(given) if given else Path(__file__).parents[3] / "examples" / "sglang-cpu"
+        if not (self.folder / "run.sh").is_file():
+            raise BadInput(
+                f"the SGLang CPU kit is not in '{self.folder}': run from a checkout of the project, or set {KIT_VARIABLE}"
+            )
+        default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "adaptive-spec-sglang"
+        self.home = Path(os.environ.get("ADAPTIVE_SPEC_SGLANG_HOME") or default)
+
+    def install(self, *arguments: str) -> None:
+        """Install what is missing; minutes the first time, half a second later. Raises BadInput."""
+        try:
+            subprocess.run([str(self.folder / "install.sh"), *arguments], check=True, stdin=subprocess.DEVNULL)
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise BadInput(f"the SGLang CPU kit could not be installed: {error}; see above") from error
+
+    def command(self, *arguments: str) -> list[str]:
+        """The command line that runs `arguments` where SGLang works."""
+        return [str(self.folder / "run.sh"), *arguments]
+
+    def server_flags(
+        self,
+        port: int,
+        algorithm: str = "EAGLE",
+        models: str = "models",
+        adaptive: str | None = "adaptive.json",
+        k: int = LAUNCH_K,
+    ) -> list[str]:
+        """SGLang's flags. algorithm: "" for no speculation. models: "models" (tiny) or "models-64m". k: K at launch.
+
+        adaptive: file of candidate K, in the kit or anywhere; None for one K.
+        """
+        folder = self.home / models
+        flags = [
+            *(self.folder / "server_flags.txt").read_text().split(),
+            "--port",
+            str(port),
+            "--model-path",
+            str(folder / "target"),
+        ]
+        if not algorithm:
+            return flags
+        flags += ["--speculative-algorithm", algorithm]
+        if algorithm == "NGRAM":
+            return [*flags, "--speculative-num-draft-tokens", str(k + 1)]
+        flags += ["--speculative-draft-model-path", str(folder / algorithm.lower())]
+        flags += [
+            "--speculative-num-steps",
+            str(k),
+            "--speculative-eagle-topk",
+            "1",
+            "--speculative-num-draft-tokens",
+            str(k + 1),
+        ]
+        if adaptive is not None:
+            flags += ["--speculative-adaptive", "--speculative-adaptive-config", str(self.folder / adaptive)]
+        return flags

@@ -1,0 +1,79 @@
+"""What the plugin is told, by environment: it lives in a process whose command line is SGLang's.
+
+| variable | meaning |
+|---|---|
+| ADAPTIVE_SPEC_MODE | off (default), shadow (observe and report) or active (decide K) |
+| ADAPTIVE_SPEC_CONFIG | the sidecar's YAML: its runtime_dir, and its controller.mode where ADAPTIVE_SPEC_MODE is not set |
+| ADAPTIVE_SPEC_RUNTIME_DIR | folder shared with the sidecar; beats the configuration |
+| ADAPTIVE_SPEC_BATCH_SCORES | auto (default: one rank only), on, off: K of a step from the batch's own scores |
+| ADAPTIVE_SPEC_RENDEZVOUS_STEPS | decode steps between meetings of the ranks, 1..10000, default 16. Larger: later swaps |
+| ADAPTIVE_SPEC_UNTESTED_SGLANG | 1: try another SGLang than the tested ones when all hook targets are there |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, cast
+
+from adaptive_spec.errors import BadInput
+
+PREFIX = "ADAPTIVE_SPEC_"
+DEFAULT_RUNTIME_DIR = Path("/dev/shm/adaptive-spec")
+MODES = ("off", "shadow", "active")
+
+
+@dataclass(frozen=True)
+class PluginSettings:
+    """See the module. k_min, k_max: the configuration's guard rails, for the choice of each step too."""
+
+    mode: Literal["off", "shadow", "active"] = "off"
+    runtime_dir: Path = DEFAULT_RUNTIME_DIR
+    max_age_s: float = 30.0
+    k_min: int = 0
+    k_max: int = 32
+    batch_scores: Literal["auto", "on", "off"] = "auto"
+    rendezvous_steps: int = 16
+    untested_sglang: bool = False
+
+
+def plugin_settings(environment: Mapping[str, str]) -> PluginSettings:
+    """Read the settings. Raises BadInput, one line, for a value that is not allowed or a configuration that cannot be read."""
+    mode = _choice(environment, "MODE", MODES, "")
+    config = environment.get(PREFIX + "CONFIG", "")
+    if mode == "off" or not (mode or config):
+        return PluginSettings()
+    runtime_dir, max_age_s, k_min, k_max = DEFAULT_RUNTIME_DIR, 30.0, 0, 32
+    if config:
+        from adaptive_spec.config import load_settings
+
+        settings = load_settings(Path(config))
+        mode = mode or settings.controller.mode
+        policy = settings.controller.policy
+        runtime_dir, max_age_s, k_min, k_max = settings.runtime_dir, policy.max_age_s, policy.k_min, policy.k_max
+    runtime_dir = Path(environment.get(PREFIX + "RUNTIME_DIR") or runtime_dir)
+    return PluginSettings(
+        cast(Literal["off", "shadow", "active"], mode), runtime_dir, max_age_s, k_min, k_max,
+        cast(Literal["auto", "on", "off"], _choice(environment, "BATCH_SCORES", ("auto", "on", "off"), "auto")),
+        _whole(environment, "RENDEZVOUS_STEPS", 1, 10_000, 16),
+        _choice(environment, "UNTESTED_SGLANG", ("0", "1"), "0") == "1",
+    )  # fmt: skip
+
+
+def _choice(environment: Mapping[str, str], name: str, allowed: tuple[str, ...], default: str) -> str:
+    value = environment.get(PREFIX + name, "").strip().lower()
+    if not value:
+        return default
+    if value not in allowed:
+        raise BadInput(f"{PREFIX}{name}: {value!r} is not allowed: must be one of {', '.join(allowed)}")
+    return value
+
+
+def _whole(environment: Mapping[str, str], name: str, low: int, high: int, default: int) -> int:
+    text = environment.get(PREFIX + name, "").strip()
+    if not text:
+        return default
+    if not text.isascii() or not text.isdigit() or not low <= int(text) <= high:
+        raise BadInput(f"{PREFIX}{name}: {text!r} is not allowed: must be a whole number in {low}..{high}")
+    return int(text)

@@ -1,0 +1,125 @@
+"""`adaptive-spec sweep --url`: a cold-start sweep of a running SGLang server, batch size by batch size.
+
+SGLang cannot be told to hold a batch size, but it has one when that many requests run: this holds 1, 2, 4, ... of them through
+the server's own HTTP API and lets the sidecar try every captured K at each size. What is learnt adds up in the sidecar.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from adaptive_spec.control import ControlClient
+from adaptive_spec.errors import BadInput
+from adaptive_spec.http_traffic import HeldBatch, ServerApi
+from adaptive_spec.policy import Mode
+
+LARGEST_DEFAULT = 64
+REQUEST_TOKENS = 256
+FILL_PATIENCE_S = 60.0
+SETTLE_S = 0.5
+"""Behind the last prefill, until the sidecar has seen a step of the full batch."""
+POLL_S = 0.1
+PROMPTS = (
+    "Explain step by step how a suspension bridge carries its load to the ground.",
+    "Write a Python function that merges two sorted lists, and its tests.",
+    "Summarise the causes of the industrial revolution in ten sentences.",
+    "List the planets of the solar system with their moons and distances.",
+)
+
+
+def is_sidecar(url: str) -> bool:
+    """Whether a sidecar of ours answers there, rather than an SGLang server."""
+    try:
+        return "sidecar_pid" in ControlClient(url, timeout_s=3.0).status()
+    except BadInput:
+        return False
+
+
+def default_batch_sizes(largest: int) -> list[int]:
+    """1, 2, 4, ... and the largest itself."""
+    limit = min(max(largest, 1), LARGEST_DEFAULT)
+    return sorted({size for size in (1 << e for e in range(limit.bit_length())) if size <= limit} | {limit})
+
+
+def parse_batch_sizes(text: str, largest: int) -> list[int]:
+    """Read "1,2,8". Raises BadInput."""
+    try:
+        sizes = sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        sizes = []
+    if not sizes or sizes[0] < 1 or sizes[-1] > largest:
+        raise BadInput(f"--batch-sizes: {text!r} is not allowed: must be numbers in 1..{largest}, like 1,2,4,8")
+    return sizes
+
+
+def read_prompts(path: Path | None) -> Sequence[str]:
+    """One prompt a line. Raises BadInput."""
+    if path is None:
+        return PROMPTS
+    try:
+        prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"--prompts: '{path}' is not allowed: cannot be read") from error
+    if not prompts:
+        raise BadInput(f"--prompts: '{path}' is not allowed: it is empty; must hold a prompt a line")
+    return prompts
+
+
+def sweep_server(
+    api: ServerApi,
+    client: ControlClient,
+    batch_sizes: str | None,
+    prompts: Sequence[str],
+    timeout_s: float,
+    tokens: int = REQUEST_TOKENS,
+) -> None:
+    """Sweep; raises BadInput when server or sidecar do not play, or a batch size takes longer than timeout_s."""
+    largest = int(api.info().get("max_running_requests") or LARGEST_DEFAULT)
+    engine = client.status().get("engine")
+    if engine is None:
+        raise BadInput(f"{client.url}: no engine is attached to this sidecar: the server must run with the plugin, see doctor")
+    largest = min(largest, int(engine["max_batch"]))
+    sizes = parse_batch_sizes(batch_sizes, largest) if batch_sizes else default_batch_sizes(largest)
+    columns = (
+        TextColumn("sweep"), BarColumn(), TextColumn("{task.completed} of {task.total} batch sizes, {task.fields[doing]}"),
+        TimeElapsedColumn(),
+    )  # fmt: skip
+    steps = 0
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("sweep", total=len(sizes), doing="")
+        for size in sizes:
+            progress.update(task, doing=f"filling a batch of {size}")
+            with HeldBatch(api, size, prompts, tokens) as batch:
+                if not batch.wait(FILL_PATIENCE_S):
+                    reason = batch.failure or f"{size} requests do not run at once within {FILL_PATIENCE_S:g} s"
+                    raise BadInput(f"--url: '{api.url}' is not allowed: {reason}; must be a server that takes requests")
+                time.sleep(SETTLE_S)
+                progress.update(task, doing=f"every K at batch size {size}")
+                client.send("resweep")
+                steps += _await_end(client, batch, timeout_s, size)
+            progress.advance(task)
+    status = client.status()
+    boundaries = ", ".join(map(str, status["boundaries"])) or "none"
+    table = ", ".join(f"{b}: {k}" for b, k in status["k_by_batch_size"].items())
+    console = Console(highlight=False)
+    console.print(f"sweep over: batch sizes {', '.join(map(str, sizes))}, {steps} steps, tile boundaries {boundaries}")
+    console.print(f"K by batch size {table}")
+
+
+def _await_end(client: ControlClient, batch: HeldBatch, timeout_s: float, size: int) -> int:
+    """Trial steps of this part of the sweep."""
+    deadline_s = time.monotonic() + timeout_s
+    while True:
+        status = client.status()
+        if status["mode"] != Mode.SWEEP:
+            return int(status["sweep"]["steps"])
+        if batch.failure is not None:
+            raise BadInput(f"--url: a request failed: {batch.failure}")
+        if time.monotonic() > deadline_s:
+            raise BadInput(f"--timeout: {timeout_s:g} is not enough at batch size {size}: must be longer")
+        time.sleep(POLL_S)

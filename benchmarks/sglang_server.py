@@ -1,0 +1,258 @@
+"""A real SGLang server on the CPU kit with and without us: what watching costs, and what deciding gives.
+
+    python -m benchmarks.sglang_server overhead [--rounds N] [--models models-64m]
+    python -m benchmarks.sglang_server adaptive [--rounds N] [--models models-64m]
+
+Every arm is a server of its own. One of them runs at a time, the others are stopped (SIGSTOP), and each round gives every arm the
+same prompts, beginning with another arm: a noisy minute hits all alike. Goodput is output tokens of the whole block over its wall
+time at the client, prefills, HTTP and the sidecar on the same cores included. Ratios are taken round by round; their median and
+quartiles are printed. Latencies are those of plain PyTorch on a CPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import click
+
+from adaptive_spec.control import ControlClient
+from adaptive_spec.engines.sglang.cpu_kit import CpuKit, Prompt
+from adaptive_spec.engines.sglang.ring_follower import RingFollower
+from adaptive_spec.errors import BadInput
+from adaptive_spec.http_traffic import ServerApi
+
+START_PATIENCE_S = 240.0
+PHASES = (("aab", 1), ("def", 1), ("aab", 8), ("eff", 8), ("abc", 4), ("cde", 4))
+"""Regions of the prompts, and requests at once."""
+WINDOW_S = 80.0
+LOCK_VARIABLE = "BENCH_LOCK"
+"""Names a file to lock exclusively while measuring, given up every WINDOW_S; for machines that are shared."""
+
+
+@dataclass
+class Arm:
+    """A server under one way of choosing K. rates: tokens/s by round."""
+
+    name: str
+    process: subprocess.Popen[bytes]
+    api: ServerApi
+    runtime_dir: Path
+    rates: list[float] = field(default_factory=list)
+    by_phase: dict[int, list[float]] = field(default_factory=dict)
+
+    def signal(self, number: int) -> None:
+        """To the server and everything it started."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, number)
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            os.kill(int(json.loads((self.runtime_dir / "sidecar.json").read_bytes())["pid"]), number)
+        # `serve` gives the server a session of its own.
+        for child in _children(self.process.pid):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(child, number)
+
+
+def _children(pid: int) -> list[int]:
+    found = []
+    with contextlib.suppress(OSError):
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            for child in (task / "children").read_text().split():
+                found += [int(child), *_children(int(child))]
+    return found
+
+
+def start(kit: CpuKit, folder: Path, name: str, models: str, candidates: Sequence[int], mode: str | None) -> Arm:
+    """Start a server; mode None: without the plugin. candidates: K it captures, none for no speculation."""
+    folder = folder / name
+    folder.mkdir()
+    (folder / "adaptive.json").write_text(
+        json.dumps({"1": {"candidate_steps": list(candidates), "warmup_batches": 5, "update_interval": 3}})
+    )
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    k = 3 if 3 in candidates else max(candidates, default=0)
+    flags = kit.server_flags(port, "EAGLE" if candidates else "", models, str(folder / "adaptive.json"), k)
+    command = ["python", "-m", "sglang.launch_server", *flags]
+    if mode is not None:
+        command = [
+            "adaptive-spec",
+            "serve",
+            "--mode",
+            mode,
+            "--runtime-dir",
+            str(folder / "run"),
+            "--profile-dir",
+            str(folder / "p"),
+        ]
+        command += ["--port", "0", "--", *flags]
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(
+            kit.command(*command), stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
+        )
+    arm = Arm(name, process, ServerApi(f"http://127.0.0.1:{port}"), folder / "run")
+    deadline_s = time.monotonic() + START_PATIENCE_S
+    while time.monotonic() < deadline_s:
+        if process.poll() is not None:
+            raise BadInput(f"{name}: the server ended: {(folder / 'log').read_text(errors='replace')[-500:]}")
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"{arm.api.url}/health", timeout=2):
+            break
+        time.sleep(0.5)
+    block(arm, prompts("abcdef", 6, 0), 2)
+    return arm
+
+
+def prompts(regions: str, count: int, seed: int, tokens: int = 48) -> list[tuple[Prompt, int]]:
+    dice = random.Random(seed)
+    return [(Prompt(dice.choice(regions), dice.randrange(128)), tokens) for _ in range(count)]
+
+
+def block(arm: Arm, requests: list[tuple[Prompt, int]], concurrency: int) -> float:
+    """Tokens per second of one block; every output must be the target's own."""
+
+    def one(request: tuple[Prompt, int]) -> int:
+        prompt, tokens = request
+        ids = arm.api.generate(prompt.text, tokens).ids
+        if ids != prompt.continuation(tokens):
+            raise BadInput(f"{arm.name}: an output is not the target's own")
+        return len(ids)
+
+    begun_s = time.perf_counter()
+    with ThreadPoolExecutor(concurrency) as pool:
+        total = sum(pool.map(one, requests))
+    return total / (time.perf_counter() - begun_s)
+
+
+@contextlib.contextmanager
+def measuring() -> Iterator[None]:
+    """Alone on the machine, where a lock says so."""
+    path = os.environ.get(LOCK_VARIABLE)
+    if not path:
+        yield
+        return
+    import fcntl
+
+    with open(path, "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def rounds(arms: Sequence[Arm], count: int, phases: Sequence[tuple[str, int]], requests: int) -> None:
+    """All phases on every arm in turn, `count` times."""
+    for arm in arms:
+        arm.signal(signal.SIGSTOP)
+    turn = 0
+    while turn < count:
+        with measuring():
+            until_s = time.monotonic() + WINDOW_S
+            while turn < count and time.monotonic() < until_s:
+                order = [*arms[turn % len(arms) :], *arms[: turn % len(arms)]]
+                for arm in order:
+                    arm.signal(signal.SIGCONT)
+                    tokens = seconds = 0.0
+                    for index, (regions, concurrency) in enumerate(phases):
+                        batch = prompts(regions, max(requests * concurrency // 2, 2), 1000 * turn + index)
+                        rate = block(arm, batch, concurrency)
+                        arm.by_phase.setdefault(index, []).append(rate)
+                        tokens += sum(n for _, n in batch)
+                        seconds += sum(n for _, n in batch) / rate
+                    arm.rates.append(tokens / seconds)
+                    arm.signal(signal.SIGSTOP)
+                turn += 1
+                click.echo(f"round {turn}: " + "  ".join(f"{arm.name} {arm.rates[-1]:.1f}" for arm in arms))
+
+
+def quartiles(ratios: Sequence[float]) -> str:
+    low, middle, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else [ratios[0]] * 3
+    return f"median {middle:.4f}, quartiles {low:.4f} .. {high:.4f}, n = {len(ratios)}"
+
+
+@contextlib.contextmanager
+def servers(started: list[Arm]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for arm in started:
+            arm.signal(signal.SIGCONT)
+            arm.process.terminate()
+        for arm in started:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                arm.process.wait(30)
+            if arm.process.poll() is None:
+                arm.signal(signal.SIGKILL)
+
+
+@click.group(help=__doc__)
+def main() -> None: ...
+
+
+_rounds = click.option("--rounds", "count", type=click.IntRange(1), default=12, show_default=True)
+_models = click.option("--models", type=click.Choice(["models", "models-64m"]), default="models-64m", show_default=True)
+
+
+@main.command()
+@_rounds
+@_models
+def overhead(count: int, models: str) -> None:
+    """SGLang alone against shadow and against active with one K: K is 3 on all arms, so that nothing but us differs."""
+    kit = CpuKit()
+    kit.install("--large")
+    started: list[Arm] = []
+    with tempfile.TemporaryDirectory() as folder, servers(started):
+        for name, mode in (("without", None), ("shadow", "shadow"), ("pinned", "active")):
+            started.append(start(kit, Path(folder), name, models, (3,), mode))
+            started[-1].signal(signal.SIGSTOP)
+        rounds(started, count, (("abcdef", 4),), 8)
+        base = started[0].rates
+        for arm in started[1:]:
+            click.echo(f"{arm.name} / without: {quartiles([a / b for a, b in zip(arm.rates, base, strict=True)])}")
+
+
+@main.command()
+@_rounds
+@_models
+def adaptive(count: int, models: str) -> None:
+    """On traffic that changes in kind and concurrency: us against every static K and against SGLang's own adaptive policy."""
+    kit = CpuKit()
+    kit.install("--large")
+    started: list[Arm] = []
+    with tempfile.TemporaryDirectory() as folder, servers(started):
+        for name, candidates, mode in (
+            ("adaptive", (0, 1, 3, 5), "active"), ("sglang-own", (0, 1, 3, 5), None),
+            ("no-speculation", (), None), *((f"static-{k}", (k,), None) for k in (1, 3, 5)),
+        ):  # fmt: skip
+            started.append(start(kit, Path(folder), name, models, candidates, mode))
+            if mode is not None:  # the first sweep, at each concurrency
+                for seed, (regions, concurrency) in enumerate(PHASES):
+                    block(started[-1], prompts(regions, 4 * concurrency, seed), concurrency)
+                click.echo(f"swept: {ControlClient.find(started[-1].runtime_dir, None, None).status()['k_by_batch_size']}")
+            started[-1].signal(signal.SIGSTOP)
+        follower = RingFollower(started[0].runtime_dir, ["all"])
+        follower.start()
+        rounds(started, count, PHASES, 2)
+        follower.stop()
+        mine = started[0].rates
+        for arm in started[1:]:
+            click.echo(f"adaptive / {arm.name}: {quartiles([a / b for a, b in zip(mine, arm.rates, strict=True)])}")
+        for index, (regions, concurrency) in enumerate(PHASES):
+            figures = "  ".join(f"{arm.name} {statistics.median(arm.by_phase[index]):.1f}" for arm in started)
+            click.echo(f"{regions} x{concurrency}: {figures} tokens/s")
+        click.echo(f"K switched {follower.switches} times in {follower.steps} steps")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,208 @@
+"""Confidences out of logits, and their way through static buffers and pinned memory, without a GPU."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from adaptive_spec.engines.sglang.confidences import (
+    ConfidenceTap,
+    LogitsTap,
+    PinnedRing,
+    StaticBuffers,
+    top_probability,
+)
+from adaptive_spec.engines.sglang.step_book import MOST_OPEN
+
+
+def _output(logits: Tensor) -> Any:
+    return SimpleNamespace(next_token_logits=logits)
+
+
+class Runner:
+    """A draft model runner that gives out what a test lays in."""
+
+    def __init__(self) -> None:
+        self.outputs: list[Any] = []
+
+    def forward(self, batch: object) -> Any:
+        return SimpleNamespace(logits_output=self.outputs.pop(0))
+
+
+def test_top_probability_is_the_softmax_maximum() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(3, 5, 100, dtype=torch.float64)
+    wanted = (logits.max(-1).values - torch.logsumexp(logits, -1)).exp()
+    torch.testing.assert_close(top_probability(logits).double(), wanted, atol=1e-6, rtol=1e-5)
+    assert top_probability(torch.full((2, 7), -1e9)).tolist() == pytest.approx([1 / 7, 1 / 7])
+    assert top_probability(torch.tensor([[1000.0, 0.0]]).half()).item() == 1.0
+
+
+def test_chain_of_a_step_comes_in_order() -> None:
+    torch.manual_seed(0)
+    runner, logits = Runner(), [torch.randn(2, 50) for _ in range(3)]
+    worker = SimpleNamespace(draft_runner=runner, speculative_num_steps=4, cuda_graph_runner_for_draft_extend=None)
+    tap = ConfidenceTap(worker, 8, 5, torch.device("cpu"))
+    runner.outputs = [_output(x) for x in logits]
+    tap.before_draft_forward()
+    for _ in logits:
+        runner.forward(object())
+    tap.after_draft_forward()
+    first = torch.tensor([[0.25], [0.5]])
+    values = tap.after_draft(first, 4).ready()
+    assert values is not None
+    assert values.shape == (2, 4)
+    assert values[:, 0].tolist() == [0.25, 0.5]
+    for column, x in enumerate(logits, start=1):
+        np.testing.assert_allclose(values[:, column], torch.softmax(x, -1).max(-1).values, rtol=1e-6)
+    worker.speculative_num_steps = 1
+    tap.before_draft_forward()
+    tap.after_draft_forward()
+    values = tap.after_draft(first, 1).ready()
+    assert values is not None
+    assert values.tolist() == [[0.25], [0.5]], "K = 1 drafts without a forward"
+    worker.speculative_num_steps = 3
+    tap.before_draft_forward()
+    with pytest.raises(ValueError, match="0 draft forwards for K = 3"):
+        tap.after_draft_forward()
+
+
+def test_first_position_travels_in_topk_p() -> None:
+    runner = Runner()
+    worker = SimpleNamespace(draft_runner=runner, speculative_num_steps=3, cuda_graph_runner_for_draft_extend=None)
+    tap = ConfidenceTap(worker, 8, 5, torch.device("cpu"))
+    whole, rows = torch.randn(8, 50), torch.tensor([1, 6])
+    output = _output(whole)
+    runner.outputs = [output]
+    tap.before_extend()
+    runner.forward(object())
+    output.next_token_logits = whole[rows]  # SGLang re-binds the output to the selected rows
+    following = SimpleNamespace(topk_p=torch.ones(2, 1))
+    tap.after_extend(following)
+    torch.testing.assert_close(following.topk_p.reshape(-1), torch.softmax(whole[rows], -1).max(-1).values)
+    tap.before_extend()
+    stub = torch.zeros(2, 1)
+    following = SimpleNamespace(topk_p=stub)
+    tap.after_extend(following)
+    assert following.topk_p is stub, "draft-extend was skipped"
+
+
+def test_first_position_of_a_replayed_graph() -> None:
+    logits = torch.randn(2, 50)
+    graph = SimpleNamespace(execute=lambda batch, rows: _output(logits))
+    worker = SimpleNamespace(draft_runner=Runner(), speculative_num_steps=3, cuda_graph_runner_for_draft_extend=graph)
+    tap = ConfidenceTap(worker, 8, 5, torch.device("cpu"))
+    for _ in range(2):
+        tap.before_extend()
+        graph.execute(object(), object())
+        following = SimpleNamespace(topk_p=torch.ones(2, 1))
+        tap.after_extend(following)
+        torch.testing.assert_close(following.topk_p.reshape(-1), torch.softmax(logits, -1).max(-1).values)
+
+
+def test_a_tap_nobody_listens_to_changes_nothing() -> None:
+    runner = Runner()
+    tap = LogitsTap(runner, "forward")
+    runner.outputs = [_output(torch.zeros(1, 2))] * 2
+    assert runner.forward(object()).logits_output is not None
+    assert tap.take() == []
+    tap.listen(lambda result: result.no_such_field)
+    assert runner.forward(object()).logits_output is not None, "what cannot be picked is SGLang's result all the same"
+    assert tap.take() == [None]
+
+
+class Capture:
+    """A ConfidenceTap as on a GPU: static buffers, pinned copies, and one logits buffer that every forward writes into."""
+
+    def __init__(self, k: int) -> None:
+        self.buffer = torch.zeros(2, 50)
+        self.runner = SimpleNamespace(forward=self._forward)
+        self.worker = SimpleNamespace(draft_runner=self.runner, speculative_num_steps=k, cuda_graph_runner_for_draft_extend=None)
+        self.tap = ConfidenceTap(self.worker, 8, 5, torch.device("cpu"))
+        self.event = Event()
+        self.tap._static = StaticBuffers(8, torch.device("cpu"))
+        self.tap._ring = PinnedRing(8, 5, lambda rows, columns: torch.zeros(rows, columns), lambda: self.event)
+        self.tap._static.prepare(k)
+
+    def _forward(self, logits: Tensor) -> Any:
+        self.buffer.copy_(logits)
+        return SimpleNamespace(logits_output=_output(self.buffer))
+
+
+def test_captured_forwards_are_read_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    capture = Capture(4)
+    logits = [torch.randn(2, 50) for _ in range(3)]
+    capture.tap.before_draft_forward()
+    for x in logits:
+        capture.runner.forward(x)
+    capture.tap.after_draft_forward()
+    sent = capture.tap.after_draft(torch.tensor([[0.25], [0.5]]), 4)
+    assert sent.ready() is None
+    capture.event.done = True
+    values = sent.ready()
+    assert values is not None
+    assert values[:, 0].tolist() == [0.25, 0.5]
+    for column, x in enumerate(logits, start=1):
+        np.testing.assert_allclose(values[:, column], torch.softmax(x, -1).max(-1).values, rtol=1e-6)
+
+
+def test_static_buffers_keep_their_address() -> None:
+    buffers = StaticBuffers(8, torch.device("cpu"))
+    for k in (1, 3, 5):
+        buffers.prepare(k)
+    assert buffers.of(1, 4) is None
+    view = buffers.of(5, 8)
+    assert view is not None
+    address = view.data_ptr()
+    for value in (0.25, 0.75):
+        buffers.store(5, torch.full((6, 4), value))
+        buffers.prepare(5)
+        now = buffers.of(5, 6)
+        assert now is not None
+        assert now.data_ptr() == address, "a graph would write here"
+        assert (now == value).all()
+    other = buffers.of(3, 8)
+    assert other is not None
+    assert (other == 0).all()
+    with pytest.raises(KeyError):
+        buffers.store(7, torch.zeros(2, 6))
+
+
+class Event:
+    """Done when the test says so."""
+
+    done = False
+
+    def record(self) -> None:
+        self.done = False
+
+    def query(self) -> bool:
+        return self.done
+
+
+def test_pinned_copies_are_taken_over_before_their_slot_is_used_again() -> None:
+    events: list[Event] = []
+
+    def new_event() -> Event:
+        events.append(Event())
+        return events[-1]
+
+    ring = PinnedRing(4, 5, lambda rows, columns: torch.zeros(rows, columns), new_event)
+    assert len(events) > MOST_OPEN, "every step the book keeps open has a slot of its own"
+    sent = [ring.send(torch.full((2, 1), i / 10), torch.full((2, 2), i / 20)) for i in range(MOST_OPEN)]
+    assert all(one.ready() is None for one in sent)
+    for event in events:
+        event.done = True
+    first = sent[0].ready()
+    assert first is not None
+    again = [ring.send(torch.full((1, 1), 9.0), None) for _ in range(3 * MOST_OPEN)]
+    assert again
+    assert first.tolist() == [[0.0, 0.0, 0.0]] * 2
+    last = sent[0].ready()
+    assert last is first

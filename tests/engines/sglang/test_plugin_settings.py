@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from adaptive_spec.engines.sglang.plugin_settings import PluginSettings, plugin_settings
+from adaptive_spec.errors import BadInput
+
+
+def test_inert_unless_asked() -> None:
+    assert plugin_settings({}) == PluginSettings()
+    assert plugin_settings({"ADAPTIVE_SPEC_MODE": "off", "ADAPTIVE_SPEC_CONFIG": "/no/such/file"}).mode == "off"
+    assert plugin_settings({"ADAPTIVE_SPEC_MODE": ""}).mode == "off"
+
+
+def test_environment_and_configuration(tmp_path: Path) -> None:
+    config = tmp_path / "config.yaml"
+    config.write_text("runtime_dir: /dev/shm/here\ncontroller: {mode: shadow, policy: {k_min: 1, k_max: 3, max_age_s: 5}}\n")
+    settings = plugin_settings({"ADAPTIVE_SPEC_CONFIG": str(config)})
+    assert (settings.mode, settings.runtime_dir) == ("shadow", Path("/dev/shm/here"))
+    assert (settings.k_min, settings.k_max, settings.max_age_s) == (1, 3, 5.0)
+    settings = plugin_settings({
+        "ADAPTIVE_SPEC_CONFIG": str(config), "ADAPTIVE_SPEC_MODE": "Active", "ADAPTIVE_SPEC_RUNTIME_DIR": "/dev/shm/there",
+        "ADAPTIVE_SPEC_RENDEZVOUS_STEPS": "4", "ADAPTIVE_SPEC_BATCH_SCORES": "off", "ADAPTIVE_SPEC_UNTESTED_SGLANG": "1",
+    })  # fmt: skip
+    assert (settings.mode, settings.runtime_dir) == ("active", Path("/dev/shm/there"))
+    assert (settings.rendezvous_steps, settings.batch_scores, settings.untested_sglang) == (4, "off", True)
+    assert plugin_settings({"ADAPTIVE_SPEC_MODE": "active"}).runtime_dir == Path("/dev/shm/adaptive-spec")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("MODE", "on", "must be one of off, shadow, active"),
+        ("BATCH_SCORES", "yes", "must be one of auto, on, off"),
+        ("RENDEZVOUS_STEPS", "0", "must be a whole number in 1..10000"),
+        ("RENDEZVOUS_STEPS", "ten", "must be a whole number in 1..10000"),
+        ("CONFIG", "/no/such/file", "cannot be read"),
+    ],
+)
+def test_bad_values_are_named(name: str, value: str, allowed: str) -> None:
+    environment = {"ADAPTIVE_SPEC_MODE": "active", f"ADAPTIVE_SPEC_{name}": value}
+    with pytest.raises(BadInput, match=allowed) as error:
+        plugin_settings(environment)
+    assert "\n" not in str(error.value)
+    assert value in str(error.value)

@@ -1,0 +1,97 @@
+"""Algorithms, and servers the plugin must leave alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from adaptive_spec.engines.sglang.cpu_kit import CpuKit
+from tests.engines.sglang.server import SglangServer, some_prompts, trace
+
+pytestmark = pytest.mark.server
+
+
+def test_eagle3(kit: CpuKit, tmp_path: Path) -> None:
+    with SglangServer(tmp_path, algorithm="EAGLE3") as server:
+        server.wait_status(lambda s: s["engine_attached"], "the sidecar to attach")
+        with trace(server) as records:
+            answers = server.load(some_prompts(60, seed=1), 8)
+        assert all(answer.exact for answer in answers)
+        assert len({record.k for record in records}) >= 3
+        assert sum(int(r.accept_len.sum()) for r in records) == sum(a.meta.get("spec_num_correct_drafts", 0) for a in answers)
+        confidences = np.concatenate([r.confidences.ravel() for r in records if r.k])
+        assert len(np.unique(confidences)) > 20
+        assert not any(record.flags & 8 for record in records)
+
+
+@pytest.mark.parametrize("algorithm", ["STANDALONE", "NGRAM"])
+def test_sglang_says_why_not(kit: CpuKit, tmp_path: Path, algorithm: str) -> None:
+    with SglangServer(tmp_path, algorithm=algorithm) as server:
+        answers = server.load(some_prompts(12, seed=1), 4)
+        assert all(answer.exact for answer in answers)
+        report = server.report()
+        assert report is not None
+        assert report.state == "refused"
+        assert report.reason == f"speculative_algorithm={algorithm} (only EAGLE/EAGLE3 are supported)"
+        status = server.wait_status(lambda s: s.get("engine_report"), "the sidecar to hear of it")
+        assert status["reason"] == report.reason
+        assert server.metrics()["engine_attached"] == {(): 0.0}
+        assert f"K is not decided here: {report.reason}" in server.log.read_text(errors="replace")
+
+
+def test_one_k_can_be_watched(kit: CpuKit, tmp_path: Path) -> None:
+    with SglangServer(tmp_path, adaptive=None) as server:
+        server.wait_status(lambda s: s["engine_attached"], "the sidecar to attach")
+        with trace(server) as records:
+            answers = server.load(some_prompts(24, seed=1), 6)
+        assert all(answer.exact for answer in answers)
+        assert {record.k for record in records} == {3}
+        report = server.report()
+        assert report is not None
+        assert report.state == "observing"
+        assert report.reason.startswith("speculative_adaptive=False")
+        assert sum(int(r.verify_len.sum()) for r in records) == sum(a.meta["spec_num_proposed_drafts"] for a in answers)
+
+
+def test_shadow_leaves_k_to_sglang(kit: CpuKit, tmp_path: Path) -> None:
+    with SglangServer(tmp_path, mode="shadow") as server:
+        status = server.wait_status(lambda s: s["engine_attached"], "the sidecar to attach")
+        assert status["mode"] == "shadow"
+        with trace(server) as records:
+            answers = server.load(some_prompts(60, seed=1), 6)
+        assert all(answer.exact for answer in answers)
+        assert {record.policy_version for record in records} == {0}
+        assert len({record.k for record in records}) >= 2, "SGLang's own policy moves"
+        assert sum(int(r.accept_len.sum()) for r in records) == sum(a.meta.get("spec_num_correct_drafts", 0) for a in answers)
+        assert "Adaptive spec params updated" in server.log.read_text(errors="replace")
+
+
+def test_inert_unless_asked(kit: CpuKit, tmp_path: Path) -> None:
+    environment = {"ADAPTIVE_SPEC_RUNTIME_DIR": str(tmp_path / "run")}
+    with SglangServer(tmp_path, direct=True, environment=environment) as server:
+        answers = server.load(some_prompts(12, seed=1), 4)
+        assert all(answer.exact for answer in answers)
+        assert not (tmp_path / "run").exists()
+        log = server.log.read_text(errors="replace")
+        assert "Executed general plugin: adaptive_spec" in log or "adaptive-spec:" not in log
+        assert "adaptive-spec:" not in log
+
+
+def test_another_sglang_is_left_alone(kit: CpuKit, tmp_path: Path) -> None:
+    """The installed one, under the version number of a later one."""
+    site = tmp_path / "site" / "sglang-99.0.dist-info"
+    site.mkdir(parents=True)
+    (site / "METADATA").write_text("Metadata-Version: 2.1\nName: sglang\nVersion: 99.0\n")
+    environment = {
+        "PYTHONPATH": str(site.parent), "ADAPTIVE_SPEC_MODE": "active", "ADAPTIVE_SPEC_RUNTIME_DIR": str(tmp_path / "run"),
+    }  # fmt: skip
+    with SglangServer(tmp_path, direct=True, environment=environment) as server:
+        answers = server.load(some_prompts(12, seed=1), 4)
+        assert all(answer.exact for answer in answers)
+        log = server.log.read_text(errors="replace")
+        assert "left SGLang alone: SGLang 99.0 is not one of the tested versions" in log
+        report = server.report()
+        assert report is not None
+        assert report.state == "refused"

@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from adaptive_spec.batch_scores import AcceptanceHistory, best_k, survival
+from adaptive_spec.policy import GRID_POINTS, LOGIT_LIMIT, Granularity, Mode, Policy, SurvivalMap
+
+MAX_K = 5
+CANDIDATES = (0, 1, 3, 5)
+GRID = 1.0 / (1.0 + np.exp(-np.linspace(-LOGIT_LIMIT, LOGIT_LIMIT, GRID_POINTS)))
+IDENTITY = SurvivalMap(np.tile(GRID, (MAX_K, 1)).astype(np.float32), conditional=True)
+
+
+def _policy(per_draft_s: float = 0.2, per_token_s: float = 0.02) -> Policy:
+    fixed = np.tile(np.arange(MAX_K + 1)[:, None] * per_draft_s, (1, 9))
+    verify = 1.0 + per_token_s * np.arange(8 * (MAX_K + 1) + 1)
+    table = np.full((9, 1), 3, np.uint8)
+    return Policy(
+        1, Mode.ACTIVE, True, Granularity.BATCH, MAX_K, table, np.zeros(0, np.float32), fixed.astype(np.float32),
+        verify.astype(np.float32), 0.0, IDENTITY, True,
+    )  # fmt: skip
+
+
+def _seen(rates: dict[int, float], steps: int = 400, k: int = MAX_K) -> AcceptanceHistory:
+    random = np.random.default_rng(0)
+    history = AcceptanceHistory(MAX_K, 16)
+    for _ in range(steps):
+        right = random.random((len(rates), k)) < np.array(list(rates.values()))[:, None]
+        history.observe(list(rates), np.cumprod(right, axis=1).sum(axis=1).astype(np.uint8), k)
+    return history
+
+
+def test_history_finds_each_requests_own_rate() -> None:
+    rates = history_rates = {1: 0.95, 2: 0.5, 3: 0.1}
+    chance = np.mean([_seen(rates, steps).conditional([1, 2, 3])[:, 0] for steps in range(100, 400, 20)], axis=0)
+    # Shrunk towards the population by PRIOR_STEPS of some 22 remembered.
+    assert chance[0] > 0.75
+    assert chance[1] == pytest.approx(0.5, abs=0.12)
+    assert chance[2] < 0.3
+    assert list(history_rates) == [1, 2, 3]
+
+
+def test_unknown_request_is_the_population() -> None:
+    history = _seen({1: 0.9, 2: 0.9})
+    assert history.conditional([99])[0, 0] == pytest.approx(0.9, abs=0.06)
+
+
+def test_positions_behind_the_first_error_say_nothing() -> None:
+    history = AcceptanceHistory(MAX_K, 4)
+    before = history.conditional([1])[0]
+    for _ in range(50):
+        history.observe([1], np.array([1], np.uint8), 5)
+    after = history.conditional([1])[0]
+    assert after[0] > 0.9
+    assert after[1] < 0.2
+    assert after[2:] == pytest.approx(before[2:])
+
+
+def test_memory_is_bounded_and_the_oldest_goes_first() -> None:
+    history = AcceptanceHistory(MAX_K, 4)
+    for request in range(100):
+        history.observe([request, 7_000], np.array([5, 0], np.uint8), 5)
+    assert len(history) == 4
+    assert history.conditional([7_000])[0, 0] < 0.2, "used in every step, so never dropped"
+
+
+def test_a_sure_batch_drafts_longer_and_a_doubtful_one_shorter() -> None:
+    policy = _policy()
+    history = _seen({1: 0.7, 2: 0.7})
+    chances = history.conditional([1, 2])
+
+    def k_for(*first: float) -> int:
+        return best_k(survival(chances, np.array(first), IDENTITY), policy, 3, 100, CANDIDATES)
+
+    assert k_for(0.02, 0.03) < 3
+    assert k_for(0.02, 0.03) == 0
+    assert k_for(0.99, 0.99) >= 3
+    # The same first tokens with another past.
+    believed = _seen({1: 0.97, 2: 0.97}).conditional([1, 2])
+    assert best_k(survival(believed, None, IDENTITY), policy, 3, 100, CANDIDATES) == 5
+
+
+def test_choice_is_the_best_of_all_candidates() -> None:
+    random = np.random.default_rng(1)
+    policy = _policy()
+    for _ in range(200):
+        chances: NDArray[np.float64] = np.cumprod(
+            random.random((int(random.integers(1, 9)), MAX_K)) ** 0.3, axis=1, dtype=np.float64
+        )
+        b = len(chances)
+        goodput: dict[int, float] = {}
+        for k in CANDIDATES:
+            tokens = b + chances[:, :k].sum()
+            goodput[k] = tokens / (float(policy.fixed_s[k, b]) + float(policy.verify_s[b * (k + 1)]))
+        chosen = best_k(chances, policy, 3, 100, CANDIDATES, min_gain=0.0)
+        assert goodput[chosen] == pytest.approx(max(goodput.values()))
+        stays = best_k(chances, policy, 3, 100, CANDIDATES, min_gain=10.0)
+        assert stays == 3
+
+
+@pytest.mark.parametrize("first", [np.array([0.0, 1.5]), np.array([np.nan, -1.0])])
+def test_confidences_that_cannot_be_are_unknown(first: NDArray[np.float64]) -> None:
+    chances = _seen({1: 0.7}).conditional([1, 1])
+    assert np.array_equal(survival(chances, first, IDENTITY), survival(chances, None, IDENTITY))
+
+
+def test_never_a_k_the_policy_has_no_prediction_for() -> None:
+    sure = np.ones((8, MAX_K))
+    assert best_k(sure, _policy(0.0, 0.0), 3, 0, (0, 1, 3, 5, 7)) == 5

@@ -1,0 +1,51 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from adaptive_spec.policy import Granularity, Mode
+from adaptive_spec.profile import save_profile
+from tests.processes import assert_one_line, run_cli
+from tests.simulated_server import SimulatedServer, engine_info, staircase
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    server = SimulatedServer(engine_info(Granularity.BATCH, max_batch=16, holds_batch=True), staircase(16), batch_size=4)
+    for _ in range(60):
+        server.run(50)
+        if server.controller.mode is Mode.ACTIVE:
+            break
+    server.run(200)
+    folder = tmp_path_factory.mktemp("profiles") / server.info.profile_name
+    save_profile(folder, server.info, server.controller)
+    return folder
+
+
+def test_command_writes_what_sglang_reads(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "adaptive.json"
+    result = run_cli("candidates", folder, "--states", "3", "--out", out, "--json")
+    assert result.returncode == 0, result.stderr
+    document = json.loads(result.stdout)
+    config = json.loads(out.read_text())
+    assert config == document["config"]
+    assert len(document["states"]) <= 3
+    assert {k for entry in config.values() for k in entry["candidate_steps"]} <= set(document["states"])
+    assert min(map(int, config)) == 1
+    assert 0.0 <= document["loss"] < 0.2
+    assert set(document["dropping"]) == {str(k) for k in document["states"]}
+    more = json.loads(run_cli("candidates", folder, "--states", "8", "--json").stdout)
+    assert more["loss"] <= document["loss"]
+    words = run_cli("candidates", folder)
+    assert words.returncode == 0, words.stderr
+    assert "loses on average" in words.stdout
+
+
+def test_bad_input_is_one_line(folder: Path, tmp_path: Path) -> None:
+    assert_one_line(run_cli("candidates", tmp_path), "PROFILE", "policy.json is missing")
+    assert_one_line(run_cli("candidates", folder, "--states", "0"), "--states", "1<=x<=33")
+    assert_one_line(run_cli("candidates", folder, "--out", tmp_path / "no" / "such" / "file"), "--out", "No such file")
+    (tmp_path / "policy.json").write_text("{}")
+    assert_one_line(run_cli("candidates", tmp_path), "PROFILE", "damaged")

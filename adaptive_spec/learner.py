@@ -164,6 +164,7 @@ class Learner:
         change = self._traffic_drift.update(confidence)
         if change is None:
             return []
+        self.acceptance.recent.forget_decks(self.acceptance.steps)
         words = f"the draft's mean confidence moved from {change.before:.0%} to {change.after:.0%}"
         return [Noticed("calibration", words)]
 

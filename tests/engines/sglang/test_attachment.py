@@ -110,9 +110,12 @@ class Rank:
             spec_info=SimpleNamespace(topk_p=torch.full((rows, 1), 0.9)),
         )  # fmt: skip
         found: list[int] = []
-        self._step(
-            lambda worker, batch: found.append(self.policy.get_steps_for_batch(rows)) or SimpleNamespace(), self.worker, batch
-        )
+
+        def forward(worker: Any, batch: Any) -> Any:
+            found.append(self.policy.get_steps_for_batch(rows))
+            return SimpleNamespace()
+
+        self._step(forward, self.worker, batch)
         return found[0]
 
 

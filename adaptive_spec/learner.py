@@ -183,7 +183,7 @@ class Learner:
             limit = CLIP_SIGMAS * self.verify.table.sigma
             self._latency_bias += 0.05 * (min(max(residual, -limit), limit) - self._latency_bias)
             alarm = self._latency_drift.update(residual / self.verify.table.sigma) and (
-                abs(self._latency_bias) >= max(MATERIAL_BIAS, self.verify.table.sigma)
+                abs(self._latency_bias) >= max(MATERIAL_BIAS, self.tempo.jump_limit(self.verify.table.sigma))
             )
             if shift is not None:
                 self._latency_drift.restart()

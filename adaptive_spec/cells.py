@@ -38,6 +38,8 @@ UNSEEN_DOUBT = 0.5
 JUMP_DOUBT = 0.1
 """Relative standard error of a cell after a jump of the tempo it did not see: a kernel may have changed, not the machine."""
 MOST_DOUBT = 0.3
+MOST_MOVED, FAR = 0.7, 1.5
+"""Change of tempo (log) that a cell is believed to have followed unseen, and the one after which it begins again."""
 CHANGES = 8
 """Late changes of the curve's shape that are remembered."""
 CLIP_SIGMAS = 4.0
@@ -135,8 +137,8 @@ class CellTable:
         cell = self.cells.get(key)
         if cell is None:
             cell = self.cells[key] = Cell()
-        if step - cell.last_step >= STALE_STEPS // 2:
-            cell.begin()  # too old to be believed
+        if step - cell.last_step >= STALE_STEPS // 2 or abs(self.tempo.value - cell.tempo) > FAR:
+            cell.begin()  # too old, or of another world
         if cell.samples and cell.last_y > 0.0:
             self._neighbours(cell, x, y, step)
         comparable = cell.samples >= COMPARABLE
@@ -163,6 +165,11 @@ class CellTable:
         moved = abs(self.tempo.value - cell.tempo) - 0.5 * self.sigma  # the tempo itself is known no better
         changed = max((doubt for step, doubt in self._changes if step > cell.last_step), default=0.0)
         return min(math.hypot(UNSEEN_DOUBT * max(moved, 0.0), changed), MOST_DOUBT)
+
+    def _now_s(self, cell: Cell) -> float:
+        """Mean seconds at the present tempo. In turmoil the tempo of a cell that was not seen is a guess: it is bounded."""
+        moved = self.tempo.value - cell.tempo
+        return cell.mean_y * math.exp(cell.tempo + min(max(moved, -MOST_MOVED), MOST_MOVED))
 
     def _believed(self, cell: Cell, doubt: float) -> float:
         """Effective samples that a doubtful cell is worth."""
@@ -211,13 +218,12 @@ class CellTable:
         Columns: key, weight (as believed at this tempo), mean_x, mean_y, samples, age in steps, `doubt`.
         """
         cells = [
-            (k, self._believed(c, doubt := self.doubt(c)), c.mean_x, c.mean_y, c.samples, c.last_step, doubt)
+            (k, self._believed(c, doubt := self.doubt(c)), c.mean_x, self._now_s(c), c.samples, c.last_step, doubt)
             for k, c in self.cells.items()
             if c.weight > 0.0
         ]
         rows = np.array(cells, dtype=np.float64).reshape(-1, 7)
         rows = rows[np.argsort(rows[:, 0])]
-        rows[:, 3] *= math.exp(self.tempo.value)
         rows[:, 5] = rows[:, 5].max(initial=-np.inf) - rows[:, 5]
         return rows
 

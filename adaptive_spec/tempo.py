@@ -28,6 +28,8 @@ ANNOUNCED = 0.08
 LASTING = 48
 """Samples a new tempo must last to be announced."""
 LEAST_JUMP = 0.04
+FARTHEST = 20.0
+"""Tempo (log) at which counting begins anew: on a machine in turmoil it may walk away, and numbers must stay numbers."""
 SCALE_OF_MEDIAN = 0.6745
 """Median of |N(0, 1)|."""
 MIN_SIGMA, MAX_SIGMA = 0.004, 0.25
@@ -77,6 +79,8 @@ class Tempo:
                 self._window.clear()
                 self._lean = 0.0
         self.value += moved
+        if abs(self.value) > FARTHEST:
+            self.value = self._announced = 0.0  # every cell begins again when it is measured
         return moved
 
     def news(self) -> Shift | None:

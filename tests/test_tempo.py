@@ -91,3 +91,27 @@ def test_a_cell_that_changes_alone_makes_the_others_doubtful() -> None:
         table.observe(key, 0.0, 0.001 * key * slower * float(np.exp(rng.normal(0.0, 0.01))), step)
     assert table.doubt(table.cells[24]) > 0.1
     assert table.cells[16].mean_y * math.exp(table.tempo.value) == pytest.approx(1.4 * 0.016, rel=0.03)
+
+
+def test_on_a_machine_in_turmoil_counts_not_seen_keep_a_sane_price() -> None:
+    """Bursts of up to ten times, again and again, while only some counts are measured: none may walk away with the tempo."""
+    rng = np.random.default_rng(6)
+    table = CellTable(64)
+    for step in range(300):
+        key = (8, 16, 24, 64)[step % 4]
+        table.observe(key, 0.0, 0.001 * key * float(np.exp(rng.normal(0.0, 0.03))), step)
+    step, slower = 300, 1.0
+    for _ in range(400):
+        slower = 1.0 if slower > 1.0 else float(rng.uniform(1.5, 10.0))
+        for _ in range(int(rng.integers(5, 60))):
+            step += 1
+            key = int(rng.choice([8, 16, 24]))
+            table.observe(key, 0.0, 0.001 * key * slower * float(np.exp(rng.normal(0.0, 0.1))), step)
+    seconds = {int(row[0]): row[3] for row in table.rows()}
+    assert 0.064 / 2.5 < seconds[64] < 0.064 * 2.5
+    for _ in range(300):
+        step += 1
+        key = int(rng.choice([8, 16, 24]))
+        table.observe(key, 0.0, 0.001 * key * float(np.exp(rng.normal(0.0, 0.03))), step)
+    seconds = {int(row[0]): row[3] for row in table.rows()}
+    assert [seconds[k] / k for k in (8, 16, 24)] == pytest.approx([0.001] * 3, rel=0.1)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from adaptive_spec.engine_info import EngineInfo
 from adaptive_spec.engine_report import EngineReport
+from adaptive_spec.history import Moment
 from adaptive_spec.snapshot import Snapshot
 
 
@@ -28,6 +29,7 @@ class View:
     checkpoint_s: float | None = None
     position: int = 0
     report: EngineReport | None = None
+    history: tuple[Moment, ...] = ()
 
 
 class Board:

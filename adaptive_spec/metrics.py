@@ -167,6 +167,8 @@ def _about_policy(family: _Families, s: Snapshot) -> Iterable[Metric]:
     yield family.gauge("policy_age_seconds", "Seconds since the newest policy was made.", _one(age))
     by_batch = [((str(b),), float(k)) for b, k in s.k_by_batch_size.items()]
     yield family.gauge("policy_draft_tokens", "K of the policy by batch size.", by_batch, ("batch_size",))
+    text = "Requests in the newest decode step."
+    yield family.gauge("batch_size_requests", text, _one(s.batch_size or None))
     yield family.counter("policy_swaps", "Policies swapped in.", _by_name(s.swaps), ("reason",))
     text = "Predicted goodput gain over the launch K, 0 = none."
     yield family.gauge("policy_predicted_gain_ratio", text, _one(s.predicted_gain))

@@ -24,6 +24,7 @@ from adaptive_spec.profile import identity, load_profile, save_profile
 from adaptive_spec.ring import RingLayoutError, RingReader
 from adaptive_spec.settings import SidecarSettings
 from adaptive_spec.snapshot import Snapshot
+from adaptive_spec.story import Story
 from adaptive_spec.tap import PAGE_NAME, RING_NAME
 
 CHECKPOINT = "checkpoint"
@@ -52,6 +53,7 @@ class Session:
         self._dropped: Counter[str] = Counter()
         self._record_s = -SILENT_S
         self._snapshot: Snapshot | None = None
+        self._story = Story()
 
     @classmethod
     def open(cls, settings: SidecarSettings) -> Session | None:
@@ -162,7 +164,8 @@ class Session:
         """What the board shows."""
         now_s = time.monotonic()
         try:
-            self._snapshot = self.controller.snapshot(now_s)
+            snapshot = self.controller.snapshot(now_s)
+            self._snapshot = replace(snapshot, events=self._story.tell(snapshot))
         except Exception:
             self._count_failure("snapshot")
         return View(now_s, self._snapshot, self.info, self.attached(now_s), dict(self.failures), self.origin, checkpoint_s)

@@ -21,6 +21,7 @@ from adaptive_spec.board import Board, View
 from adaptive_spec.control import ADDRESS_NAME, TOKEN_NAME
 from adaptive_spec.engine_report import read_report
 from adaptive_spec.errors import BadInput
+from adaptive_spec.history import History
 from adaptive_spec.profile import check_writable, start_plots
 from adaptive_spec.session import Session
 from adaptive_spec.settings import SidecarSettings
@@ -48,6 +49,7 @@ class Sidecar:
         self._web = WebServer(self._board, settings.host, settings.port, _control_token(settings))
         self._stop = threading.Event()
         self._session: Session | None = None
+        self._history = History()
         self._plots: subprocess.Popen[bytes] | None = None
         self._checkpoint_s: float | None = None
         self._swept = False
@@ -93,6 +95,7 @@ class Sidecar:
     def _open_session(self, now_s: float) -> None:
         self._session = Session.open(self.settings)
         if self._session:
+            self._history = History()
             self._swept = self._session.origin == "profile"
             self._next["checkpoint"] = now_s + self.settings.checkpoint_interval_s
             self._next["profile"] = now_s + PROFILE_INTERVAL_S
@@ -126,7 +129,8 @@ class Sidecar:
         report = read_report(self.settings.runtime_dir)
         view = self._session.view(self._checkpoint_s) if self._session else View(time.monotonic())
         attached = view.attached and (report is None or view.info is None or report.pid != view.info.pid or report.records_come)
-        self._board.view = replace(view, report=report, attached=attached)
+        self._history.note(view.snapshot, view.time_s)
+        self._board.view = replace(view, report=report, attached=attached, history=self._history.moments)
 
     def _keep(self, session: Session, now_s: float) -> None:
         """Write checkpoint, profile and pictures when it is time."""

@@ -6,12 +6,13 @@ STAMP := $(VENV)/.adaptive-spec-installed
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-sglang test lint bench benchmarks docs clean
+.PHONY: help setup demo demo-sglang test lint bench benchmarks docs vendor clean
 
 help:
 	@echo "make demo [ARGS=\"--duration 90 --compare\"]  see it work on a real engine"
 	@echo "make test | lint | bench | docs             check, measure, write docs/configuration.md anew"
 	@echo "make benchmarks                             policies against each other, simulated; writes docs/benchmarks.md"
+	@echo "make vendor                                 the status page's plotting library anew (needs npm)"
 	@echo "make demo-sglang [ARGS=...]                 the same on a real SGLang server on the CPU (2.7 GB, once)"
 
 setup: $(STAMP)
@@ -44,6 +45,15 @@ benchmarks: $(STAMP)
 
 docs: $(STAMP)
 	$(BIN)/python -m adaptive_spec.config > docs/configuration.md
+
+# The plots of the status page; npm checks what it fetches against the registry's own checksum.
+UPLOT := 1.6.32
+VENDOR := adaptive_spec/status/vendor
+vendor:
+	fetched=$$(mktemp -d) && trap 'rm -rf "$$fetched"' EXIT && npm pack --silent --pack-destination "$$fetched" uplot@$(UPLOT) \
+		&& tar -xzf "$$fetched"/uplot-*.tgz -C "$$fetched" && cd $(VENDOR) \
+		&& cp "$$fetched"/package/dist/uPlot.iife.min.js "$$fetched"/package/dist/uPlot.min.css . \
+		&& cp "$$fetched"/package/LICENSE uPlot.LICENSE && sha256sum uPlot.* > SHA256SUMS
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist

@@ -1,6 +1,6 @@
 """The story of a swap: what the models learnt since the swap before, in words beside the controller's own.
 
-    "K 5→3 at batch 48: drift, +3.1% expected; boundary at 256 tokens moved to 192"
+"K 5→3 at batch 48: drift, +3.1% expected; boundary at 256 tokens moved to 192"
 """
 
 from __future__ import annotations

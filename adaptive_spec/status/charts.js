@@ -35,6 +35,7 @@ const axis = (c, more = {}) => ({
   size: 46, gap: 4, ...more,
 });
 const figure = (digits, unit = "") => (_, value) => (value == null ? "–" : value.toFixed(digits) + unit);
+const clock = (time_s) => new Date(1000 * time_s).toLocaleTimeString([], { hour12: false });
 const hover = (c) => ({ drag: { x: false, y: false }, points: { size: 7, fill: c.blue } });
 
 function inside(u, draw) {
@@ -79,18 +80,45 @@ function dots(u, series, colour, radius) {
   });
 }
 
+function steps(u, colour, segments) {
+  inside(u, (ctx) => {
+    ctx.strokeStyle = colour;
+    ctx.lineWidth = pixels(2);
+    for (const s of segments) {
+      const at = (tokens) => u.valToPos(s.intercept_ms + s.slope_ms_per_token * tokens, "y", true);
+      ctx.beginPath();
+      ctx.moveTo(u.valToPos(s.first - 0.4, "x", true), at(s.first - 0.4));
+      ctx.lineTo(u.valToPos(s.last + 0.4, "x", true), at(s.last + 0.4));
+      ctx.stroke();
+    }
+  });
+}
+
 const unlined = { paths: () => null, points: { show: false } };
 
 function staircasePlot() {
   let boundaries = [];
-  const seen = new Map();  // tokens -> {ms, weight, at}: a point is live while its measurements go on
+  let segments = [];
+  const seen = new Map();  // tokens -> {ms, weight, at}
+  // A point was measured since the last look if it gained weight, or moved otherwise than all the others did: they all move
+  // together with the clock rate, and weight has a limit.
+  const note = (points, now) => {
+    const factors = points.map(([tokens, ms]) => ms / seen.get(tokens)?.ms).filter(Number.isFinite).sort((a, b) => a - b);
+    const common = factors[factors.length >> 1] ?? 1;
+    const first = !seen.size;
+    for (const [tokens, ms, weight] of points) {
+      const before = seen.get(tokens);
+      const measured = !before || weight > before.weight || Math.abs(ms / before.ms / common - 1) > 1e-9;
+      seen.set(tokens, { ms, weight, at: measured && !first ? now : before?.at ?? -LIVE_MS });
+    }
+  };
   const show = plot("staircase", (c) => ({
     scales: { x: { time: false, range: (_, low, high) => [0, high * 1.03] }, y: { range: (_, low, high) => [0, high * 1.15] } },
     cursor: hover(c),
     axes: [axis(c, { size: 30 }), axis(c)],
     series: [
       { label: "tokens", value: figure(0) },
-      { label: "fit", stroke: c.ink, width: 2, points: { show: false }, value: figure(3, " ms") },
+      { label: "fit", stroke: c.ink, value: figure(3, " ms"), ...unlined },
       { label: "measured", stroke: c.faint, fill: c.faint, value: figure(3, " ms"), ...unlined },
       { label: "measured just now", stroke: c.blue, fill: c.blue, value: figure(3, " ms"), ...unlined },
     ],
@@ -99,31 +127,25 @@ function staircasePlot() {
         verticals(u, c.red, boundaries.map((tokens) => tokens + 0.5), boundaries.map(String));
         dots(u, 2, c.faint, () => 3);
         dots(u, 3, c.blue, () => 3.5);
+        steps(u, c.ink, segments);
       }],
     },
   }));
   return (status) => {
     const points = status.latency_points || [];
     if (!points.length) return;
-    boundaries = status.boundaries;
+    ({ boundaries, segments = [] } = status);
     const now = performance.now();
-    const first = !seen.size;
-    for (const [tokens, ms, weight] of points) {
-      const before = seen.get(tokens);
-      if (!before || before.ms !== ms || before.weight !== weight) seen.set(tokens, { ms, weight, at: first ? -LIVE_MS : now });
-    }
-    // One row per token count, and three around each end of a segment, so that the fit is a line with gaps.
-    const rows = new Map();
-    const row = (x) => rows.get(x) ?? rows.set(x, [x, null, null, null]).get(x);
-    for (const [tokens, ms] of points) row(tokens)[now - seen.get(tokens).at < LIVE_MS ? 3 : 2] = ms;
-    for (const s of status.segments || []) {
-      const at = (x) => s.intercept_ms + s.slope_ms_per_token * x;
-      for (const x of [s.first - 0.4, s.first, s.last, s.last + 0.4]) row(x)[1] = at(x);
-      row(s.last + 0.5);
-      for (const [tokens] of points) if (tokens > s.first && tokens < s.last) row(tokens)[1] = at(tokens);
-    }
-    const sorted = [...rows.values()].sort((a, b) => a[0] - b[0]);
-    show([0, 1, 2, 3].map((i) => sorted.map((r) => r[i])));
+    note(points, now);
+    const live = points.map(([tokens]) => now - seen.get(tokens).at < LIVE_MS);
+    const fit = ([tokens]) => {
+      const s = segments.find(({ first: from, last }) => from <= tokens && tokens <= last);
+      return s ? s.intercept_ms + s.slope_ms_per_token * tokens : null;
+    };
+    show([
+      points.map((p) => p[0]), points.map(fit), points.map((p, i) => (live[i] ? null : p[1])),
+      points.map((p, i) => (live[i] ? p[1] : null)),
+    ]);
   };
 }
 
@@ -166,12 +188,12 @@ function goodputPlot() {
     },
     cursor: hover(c),
     axes: [
-      axis(c, { size: 30, space: 70 }),
+      axis(c, { size: 30, space: 90, values: (_, at) => at.map(clock) }),
       axis(c),
       axis(c, { scale: "k", side: 1, size: 30, grid: { show: false }, incrs: [1, 2, 5, 10], values: (_, ks) => ks.map((k) => `K ${k}`) }),
     ],
     series: [
-      { label: "at", value: (_, s) => (s == null ? "–" : new Date(1000 * s).toLocaleTimeString()) },
+      { label: "at", value: (_, s) => (s == null ? "–" : clock(s)) },
       { label: "goodput", stroke: c.blue, width: 2, points: { show: false }, value: figure(0) },
       { label: "the launch K would give", stroke: c.dim, dash: [6, 4], points: { show: false }, value: figure(0) },
       {

@@ -55,6 +55,7 @@ function showControl(status) {
   const select = byId("pin-k");
   if ([...select.options].map((option) => option.value).join() !== candidates.join()) {
     select.replaceChildren(...candidates.map((k) => element("option", k)));
+    if (status.engine) select.value = status.engine.launch_k;
   }
   for (const control of byId("control").querySelectorAll("button, select")) control.disabled = !status.engine;
 }

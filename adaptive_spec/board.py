@@ -16,8 +16,9 @@ class View:
     """The sidecar at one moment.
 
     time_s: CLOCK_MONOTONIC seconds. snapshot, info: None until an engine was attached. attached: its ring is open and the
-    engine lives. failures: controller calls that raised, by kind of call. profile: where it came from ("sweep", "profile",
-    "checkpoint"). checkpoint_s: time of the last checkpoint, None before the first. report: what the engine says of itself.
+    engine lives. failures: controller calls that raised, by kind of call. origin: where the models came from ("sweep",
+    "profile", "store", "checkpoint"). checkpoint_s: time of the last checkpoint, None before the first. report: what the engine
+    says of itself. history: moments, oldest first. store: what came of the profile store, by (operation, result), None without.
     """
 
     time_s: float
@@ -30,6 +31,7 @@ class View:
     position: int = 0
     report: EngineReport | None = None
     history: tuple[Moment, ...] = ()
+    store: Mapping[tuple[str, str], int] | None = None
 
 
 class Board:

@@ -127,6 +127,15 @@ class SidecarSettings(_Section):
         Path("/dev/shm/adaptive-spec"), description="Folder of the ring and the policy page, shared with the engine."
     )
     profile_dir: Path = Field(Path("profiles"), description="Folder of profiles, one sub-folder per model, GPU and TP degree.")
+    profile_store: str | None = Field(
+        None,
+        min_length=1,
+        description=(
+            "fsspec URL of profiles shared by a fleet, as `file:///mnt/profiles` or `s3://bucket/profiles`: replicas of the same "
+            "model, GPU and TP degree start from the newest valid one. None: every replica sweeps for itself. Needs the extra "
+            "`store`, and the storage's own fsspec package."
+        ),
+    )
     host: str = Field("127.0.0.1", min_length=1, description="Address the HTTP server binds. Loopback unless told otherwise.")
     port: int = Field(9477, ge=0, le=65_535, description="Port of the HTTP server, 0..65535. 0 takes a free one.")
     control_token_file: Path | None = Field(

@@ -27,6 +27,7 @@ def status_document(view: View, beat_s: float, now_s: float) -> dict[str, Any]:
         "loop_age_s": round(now_s - beat_s, 3),
         "failures": dict(view.failures),
         "origin": view.origin,
+        "profile_store": None if view.store is None else {f"{what} {result}": n for (what, result), n in view.store.items()},
     }
     if (report := view.report) is not None:
         document["engine_report"] = {

@@ -10,7 +10,7 @@ ARGS ?=
 
 help:
 	@echo "make demo [ARGS=\"--duration 90 --compare\"]  see it work on a real engine"
-	@echo "make test | lint | bench | docs             check, measure, write docs/configuration.md anew"
+	@echo "make test | lint | bench | docs             check, measure, write docs/{configuration,metrics}.md anew"
 	@echo "make benchmarks                             policies against each other, simulated; writes docs/benchmarks.md"
 	@echo "make vendor                                 the status page's plotting library anew (needs npm)"
 	@echo "make demo-sglang [ARGS=...]                 the same on a real SGLang server on the CPU (2.7 GB, once)"
@@ -45,6 +45,7 @@ benchmarks: $(STAMP)
 
 docs: $(STAMP)
 	$(BIN)/python -m adaptive_spec.config > docs/configuration.md
+	$(BIN)/python -m adaptive_spec.metrics_page > docs/metrics.md
 
 # The plots of the status page; npm checks what it fetches against the registry's own checksum.
 UPLOT := 1.6.32

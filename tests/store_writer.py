@@ -5,9 +5,16 @@ from __future__ import annotations
 import sys
 import time
 
+import numpy as np
+
+from adaptive_spec.profile import Profile
 from adaptive_spec.profile_store import ProfileStore
-from tests.test_profile_store import numbered
 from tests.wire import engine
+
+
+def numbered(number: int) -> Profile:
+    """A profile that is whole only if all its arrays say the same."""
+    return Profile({"a": np.full(500, number), "head.b": np.full((3, 3), number)}, {"c": np.full(2000, number)})
 
 
 def main() -> None:

@@ -7,7 +7,6 @@ the checkpoint. Everything the run leaves in memory lies in one folder that is r
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import importlib.util
 import json
 import shutil
@@ -17,8 +16,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -29,14 +28,13 @@ from adaptive_spec.archive import write_atomically
 from adaptive_spec.control import ADDRESS_NAME, ControlClient
 from adaptive_spec.demo_view import DemoState, DemoView
 from adaptive_spec.errors import BadInput
+from adaptive_spec.keeper import Keeper, end, end_with_parent
 
 LOOK_S = 0.25
 END_PATIENCE_S = 30.0
 START_PATIENCE_S = 60.0
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
 SWEEP_TOKENS, SWEEP_STEPS = 32, 500
 CHECKPOINT_INTERVAL_S = 2.0
-PR_SET_PDEATHSIG = 1
 WORKERS = {"embedded": "adaptive_spec.engines.embedded.worker", "sglang": "adaptive_spec.engines.sglang.demo_worker"}
 
 
@@ -107,36 +105,6 @@ def result_document(state: DemoState) -> dict[str, Any]:
     }
 
 
-@dataclass
-class _Keeper:
-    """Starts the sidecar again when it has died, waiting longer each time it did not live long."""
-
-    start: Callable[[], subprocess.Popen[bytes]]
-    process: subprocess.Popen[bytes] = field(init=False)
-    restarts: int = 0
-    _pause_s: float = FIRST_PAUSE_S
-    _started_s: float = 0.0
-    _died_s: float | None = None
-
-    def __post_init__(self) -> None:
-        self.process = self.start()
-        self._started_s = time.monotonic()
-
-    def look(self, now_s: float) -> None:
-        """Restart the process if it is dead and has been for long enough."""
-        if self.process.poll() is None:
-            if now_s - self._started_s > LONGEST_PAUSE_S:
-                self._pause_s = FIRST_PAUSE_S
-            return
-        if self._died_s is None:
-            self._died_s = now_s
-        if now_s - self._died_s >= self._pause_s:
-            self._pause_s = min(2.0 * self._pause_s, LONGEST_PAUSE_S)
-            self._died_s, self._started_s = None, now_s
-            self.restarts += 1
-            self.process = self.start()
-
-
 class _Demo:
     """The two processes of one run and what they say."""
 
@@ -155,7 +123,7 @@ class _Demo:
         (folder / "config.yaml").write_text(yaml.safe_dump(settings))
         self.state = DemoState(options.duration_s)
         self._engine: subprocess.Popen[bytes] | None = None
-        self._keeper = _Keeper(self._start_sidecar)
+        self._keeper = Keeper(self._start_sidecar, time.monotonic())
         self._client: ControlClient | None = None
         self._await_sidecar()
         arguments = ["--runtime-dir", str(self._runtime_dir), "--status", str(self._status_file), "--seed", str(options.seed)]
@@ -190,14 +158,8 @@ class _Demo:
     def end(self) -> None:
         """Stop both processes, gently at first."""
         for process in (self._engine, self._keeper.process):
-            if process is None or process.poll() is not None:
-                continue
-            process.terminate()
-            try:
-                process.wait(10.0)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+            if process is not None:
+                end(process)
 
     def _look(self) -> None:
         self._keeper.look(time.monotonic())
@@ -231,18 +193,12 @@ class _Demo:
         with (self._folder / log).open("ab") as output:
             return subprocess.Popen(
                 [sys.executable, "-m", module, *arguments],
-                stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True, preexec_fn=_end_with_parent,
+                stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True, preexec_fn=end_with_parent,
             )  # fmt: skip
 
     def _last_line(self, log: str) -> str:
         lines = (self._folder / log).read_text(errors="replace").split("\n")
         return next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
-
-
-def _end_with_parent() -> None:
-    """In the child: ask Linux for a SIGTERM when the demo dies, however it dies."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _check_port(host: str, port: int) -> None:

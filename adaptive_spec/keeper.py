@@ -18,6 +18,17 @@ def end_with_parent() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
+def end(process: subprocess.Popen[bytes], patience_s: float = 10.0) -> None:
+    """Stop a process, gently at first."""
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(patience_s)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
 class Keeper:
     """Looks after one process. start: starts it. now_s: seconds on any steadily rising clock.
 

@@ -21,6 +21,7 @@ from adaptive_spec.forecast import Forecast, Models, forecast
 from adaptive_spec.latency import LatencyModel, PlanCostModel
 from adaptive_spec.ledger import Ledger
 from adaptive_spec.padding import Padding
+from adaptive_spec.policy import Granularity
 from adaptive_spec.records import StepFlag, StepRecord
 from adaptive_spec.settings import ControllerSettings
 
@@ -81,8 +82,8 @@ class Learner:
         noticed = [] if record.flags & StepFlag.DISTURBED else self._learn_times(record)
         if not record.flags & StepFlag.CENSORED:
             self.acceptance.observe(record)
-        if record.k and self.forecast is not None:
-            noticed += self._watch_traffic(float(record.confidences[:, 0].mean()))
+            if record.k and self.forecast is not None:
+                noticed += self._watch_traffic(float(record.confidences[:, 0].mean()))
         if self.acceptance.waiting_tokens >= LEARN_AT_TOKENS:
             noticed += self.learn_acceptance()
         return noticed
@@ -144,12 +145,9 @@ class Learner:
             best = float(plans.max())
             return record.step_s - record.output_tokens / best if best > 0.0 else 0.0
         self.ledger.window.append((record.output_tokens, record.step_s, float(plans[k]), float(plans[self.info.launch_k])))
-        if record.num_tokens < len(forecast_.verify_s):
-            self.ledger.predicted_s += float(
-                forecast_.fixed_s[k, row]
-                + forecast_.verify_s[record.num_tokens]
-                + forecast_.context_s_per_token * record.kv_tokens
-            )
+        verify_s = self._expected_verify_s(record)
+        if verify_s is not None:
+            self.ledger.predicted_s += float(forecast_.fixed_s[k, row]) + verify_s
             self.ledger.measured_s += record.step_s
         return 0.0
 
@@ -159,30 +157,39 @@ class Learner:
         seen = np.flatnonzero(self.batches > 0.0)
         return int(seen[-1]) if len(seen) else 0
 
+    def _expected_verify_s(self, record: StepRecord) -> float | None:
+        """Seconds of verification as of the last forecast, context included; None where it forecast none."""
+        forecast_ = self.forecast
+        # At request granularity the forecast's table has the padding in it.
+        at = record.num_tokens if self.info.granularity is Granularity.REQUEST else record.padded_tokens
+        if forecast_ is None or at >= len(forecast_.verify_s):
+            return None
+        return float(forecast_.verify_s[at]) + forecast_.context_s_per_token * record.kv_tokens
+
     def _watch_traffic(self, confidence: float) -> list[Noticed]:
         """Note other traffic by the draft's mean confidence in its first tokens, before enough of them were accepted or not."""
         change = self._traffic_drift.update(confidence)
         if change is None:
             return []
+        self.acceptance.recent.forget_decks(self.acceptance.steps)
         words = f"the draft's mean confidence moved from {change.before:.0%} to {change.after:.0%}"
         return [Noticed("calibration", words)]
 
     def _learn_times(self, record: StepRecord) -> list[Noticed]:
         step = self.ledger.steps
-        fit = self.verify.fit
         shift = self.verify.observe(record.padded_tokens, record.kv_tokens, record.verify_s, step)
         overhead_s = record.step_s - record.draft_s - record.verify_s - record.draft_extend_s
         times = {"draft": record.draft_s, "draft_extend": record.draft_extend_s, "overhead": overhead_s}
         for name, seconds in times.items():
             self.stages[name].observe(record.k, record.batch_size, seconds, step)
-        if fit is not None and self.forecast is not None and record.num_tokens < len(self.forecast.verify_s):
-            expected = float(self.forecast.verify_s[record.num_tokens]) + self.verify.context_s_per_token * record.kv_tokens
+        expected = self._expected_verify_s(record)
+        if expected is not None:
             # At the tempo of now: a tempo that changes for good is news of its own.
             residual = math.log(record.verify_s / expected) - (self.tempo.value - self._forecast_tempo)
             limit = CLIP_SIGMAS * self.verify.table.sigma
             self._latency_bias += 0.05 * (min(max(residual, -limit), limit) - self._latency_bias)
             alarm = self._latency_drift.update(residual / self.verify.table.sigma) and (
-                abs(self._latency_bias) >= max(MATERIAL_BIAS, self.verify.table.sigma)
+                abs(self._latency_bias) >= max(MATERIAL_BIAS, self.tempo.jump_limit(self.verify.table.sigma))
             )
             if shift is not None:
                 self._latency_drift.restart()

@@ -20,8 +20,8 @@ STEPS, NEWEST_ROWS = 100, 64
 """Rows are the drafts of so many steps, or the newest so many where there were fewer."""
 CARDS = 256
 """Pairs a position remembers."""
-FULL_DECK = 32
-"""Pairs from which on a deck is dealt from."""
+FULL_DECK, CARD_STEPS = 32, 400
+"""Pairs from which on a deck is dealt from, and the age from which on only so many of the newest are kept in it."""
 
 
 class RecentDrafts:
@@ -34,6 +34,7 @@ class RecentDrafts:
         self._step = np.full(ROWS, -np.inf)
         self._decks: Confidences = np.full((max_k, CARDS, 2), np.nan, dtype=np.float32)
         """Pairs by the second one's position, oldest first."""
+        self._card_step = np.full((max_k, CARDS), -np.inf)
 
     def remember(self, confidences: Confidences, drafted: NDArray[np.int64], step: int) -> None:
         """Take the drafts of a step or of several: confidences [rows, k], drafted [rows] tokens of each that are real."""
@@ -47,6 +48,11 @@ class RecentDrafts:
             pairs = rows[count > j][-CARDS:, j - 1 : j + 1]
             if len(pairs):
                 self._decks[j] = np.concatenate((self._decks[j, len(pairs) :], pairs))
+                self._card_step[j] = np.concatenate((self._card_step[j, len(pairs) :], np.full(len(pairs), float(step))))
+
+    def forget_decks(self, step: int) -> None:
+        """After other traffic was noticed: deal only what followed in the last `STEPS` steps."""
+        self._decks[self._card_step <= step - STEPS] = np.nan
 
     def rows(self, step: int) -> Confidences:
         """The drafts of late [rows, max_k], newest first, missing positions dealt; NaN where no deck is full enough."""
@@ -55,8 +61,9 @@ class RecentDrafts:
         rows = self._rows[filled][::-1][: max(young, NEWEST_ROWS)].copy()
         for j in range(1, self.max_k):
             missing = np.flatnonzero(np.isnan(rows[:, j]) & ~np.isnan(rows[:, j - 1]))
-            deck = self._decks[j]
-            deck = deck[~np.isnan(deck[:, 0])]
+            kept = ~np.isnan(self._decks[j, :, 0])
+            kept[:-FULL_DECK] &= self._card_step[j, :-FULL_DECK] > step - CARD_STEPS
+            deck = self._decks[j, kept]
             if not len(missing) or len(deck) < FULL_DECK:
                 continue
             deck = deck[np.argsort(deck[:, 0], kind="stable")]
@@ -83,3 +90,4 @@ class RecentDrafts:
             found[name] = array
         self._rows, self._decks = found["recent"], found["decks"]
         self._step = np.where(np.isnan(self._rows[:, 0]), -np.inf, 0.0)
+        self._card_step = np.where(np.isnan(self._decks[:, :, 0]), -np.inf, 0.0)

@@ -183,8 +183,9 @@ class Part(NamedTuple):
             low = high * tokens / float(self.measured[0])
         else:
             low, high = sorted((float(self.measured_s[above - 1]), float(self.measured_s[above])))
-            return min(max(modelled, low), high), max(error, (high - low) / math.sqrt(12.0))
-        return (low + high) / 2.0, max(error, (high - low) / math.sqrt(12.0))
+            return min(max(modelled, low), high), math.hypot(error, (high - low) / 2.0 / INTERVAL_SIGMAS)
+        # Either end of what is possible must lie within the interval.
+        return (low + high) / 2.0, math.hypot(error, (high - low) / 2.0 / INTERVAL_SIGMAS)
 
 
 class Hindsight:

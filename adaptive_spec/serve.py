@@ -29,7 +29,7 @@ import yaml
 from adaptive_spec.config import load_settings
 from adaptive_spec.control import ADDRESS_NAME
 from adaptive_spec.errors import BadInput
-from adaptive_spec.keeper import Keeper, end_with_parent
+from adaptive_spec.keeper import Keeper, end, end_with_parent
 from adaptive_spec.settings import SidecarSettings
 
 LOOK_S = 0.2
@@ -99,7 +99,7 @@ class _Service:
                 self._server.send_signal(number)
             status = self._watch(self._server, keeper)
         finally:
-            _end(keeper.process)
+            end(keeper.process)
         log.info("the server ended with status %d", status)
         return status if status >= 0 else 128 - status
 
@@ -147,13 +147,3 @@ class _Service:
         }
         command = [sys.executable, "-m", "sglang.launch_server", *self._flags]
         return subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=end_with_parent)
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    if process.poll() is None:
-        process.terminate()
-        try:
-            process.wait(10.0)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()

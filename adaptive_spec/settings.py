@@ -70,7 +70,7 @@ class PolicySettings(_Section):
         ),
     )
     probe_budget: float = Field(
-        0.01,
+        0.008,
         ge=0.0,
         le=0.2,
         description=(

@@ -6,14 +6,13 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
-from adaptive_spec.demo import _Keeper, result_document
+from adaptive_spec.demo import result_document
 from adaptive_spec.demo_view import DemoState, DemoView, compare_table, picture, plain_line
 from tests.processes import PATIENCE_S, assert_one_line, run_cli, wait_for
 
@@ -99,23 +98,6 @@ def test_compare_table_names_the_best_fixed_k() -> None:
     assert "static-2 (best fixed)" in text
     assert "x 1.200" in text
     assert "x 2.000" in text
-
-
-def test_keeper_starts_again_after_a_growing_pause() -> None:
-    def start() -> subprocess.Popen[bytes]:
-        process = subprocess.Popen([sys.executable, "-c", ""])
-        process.wait()
-        return process
-
-    keeper = _Keeper(start)
-    begun_s = time.monotonic()
-    restarts = []
-    for look in range(400):  # forty seconds in steps of 0.1 s, on a clock of its own
-        keeper.look(begun_s + 0.1 * look)
-        restarts.append(keeper.restarts)
-    assert restarts[4] == 0
-    assert restarts[6] == 1
-    assert 4 <= restarts[-1] <= 6, "0.5 + 1 + 2 + 4 + 8 + 16 s"
 
 
 def test_port_in_use() -> None:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from adaptive_spec.recent import CARDS, FULL_DECK, NEWEST_ROWS, ROWS, RecentDrafts
+from adaptive_spec.recent import CARD_STEPS, CARDS, FULL_DECK, NEWEST_ROWS, ROWS, RecentDrafts
 
 
 def drafts(rng: np.random.Generator, rows: int, k: int, sure: float) -> np.ndarray:
@@ -35,6 +35,19 @@ def test_nothing_is_dealt_from_a_thin_deck() -> None:
     rows = recent.rows(2)
     assert np.isnan(rows[:8, 1:]).all()
     assert not np.isnan(rows[8:]).any()
+
+
+def test_old_cards_are_dealt_only_for_want_of_newer_ones() -> None:
+    rng = np.random.default_rng(3)
+    recent = RecentDrafts(2)
+    recent.remember(np.column_stack((rng.uniform(0.4, 0.6, CARDS), np.full(CARDS, 0.1))).astype(np.float32), np.full(CARDS, 2), 1)
+    new = np.column_stack((rng.uniform(0.4, 0.6, 2 * FULL_DECK), np.full(2 * FULL_DECK, 0.9))).astype(np.float32)
+    recent.remember(new, np.full(len(new), 2), CARD_STEPS)
+    recent.remember(np.full((ROWS, 1), 0.5, dtype=np.float32), np.full(ROWS, 1), CARD_STEPS)
+    assert 0.1 < recent.rows(CARD_STEPS)[:, 1].mean() < 0.9
+    assert recent.rows(CARD_STEPS + 2)[:, 1].mean() == pytest.approx(0.9)
+    recent.forget_decks(3 * CARD_STEPS)
+    assert np.isnan(recent.rows(3 * CARD_STEPS)[:, 1]).all()
 
 
 def test_old_drafts_are_left_out_unless_there_are_few() -> None:

@@ -12,18 +12,20 @@ import logging
 import os
 import time
 import zlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from adaptive_spec import __version__
 from adaptive_spec.batch_scores import AcceptanceHistory, best_k, survival
 from adaptive_spec.engine_info import EngineInfo
 from adaptive_spec.engine_report import EngineReport, State, write_report
 from adaptive_spec.engines.sglang.draft_policy import SidecarDraftPolicy
 from adaptive_spec.engines.sglang.hooks import Guard
 from adaptive_spec.engines.sglang.plugin_settings import PluginSettings
-from adaptive_spec.engines.sglang.ranks import RankedTap, Rendezvous, TorchGroup
+from adaptive_spec.engines.sglang.ranks import Group, RankedTap, Rendezvous, TorchGroup, agree
 from adaptive_spec.engines.sglang.stage_clock import HostClock, StageClock, clock_for
 from adaptive_spec.engines.sglang.step_book import FinishedStep, OpenStep, StepBook
 from adaptive_spec.policy import Granularity, Mode
@@ -39,6 +41,14 @@ LAUNCH = -1
 log = logging.getLogger("sglang.adaptive_spec")
 
 
+class Place(NamedTuple):
+    """One of `ranks` tensor-parallel ranks. group: theirs, None for a single one."""
+
+    rank: int
+    ranks: int
+    group: Group | None
+
+
 class Attachment:
     """One per process. active: decide K; otherwise watch only (shadow, or a server whose K cannot change)."""
 
@@ -48,6 +58,8 @@ class Attachment:
         self._state: State = "refused"
         self._reason = ""
         self._supported = False
+        self._refused = False
+        self._rendezvous: Rendezvous | None = None
         self._policy: SidecarDraftPolicy | None = None
         self._worker: Any = None
         self._tap: EngineTap | None = None
@@ -73,6 +85,7 @@ class Attachment:
             return
         log.warning("adaptive-spec: K is not decided here: %s", reason)
         if not can_observe(server_args):
+            self._refused = True
             self._guard.closed = reason
         self.report("refused", reason)
 
@@ -84,41 +97,75 @@ class Attachment:
         self._policy = SidecarDraftPolicy(stock, int(worker.speculative_num_steps), self._k_decided)
         return self._policy
 
-    def attach_before(self, worker: Any) -> None:
+    def attach(self, original: Callable[..., None], worker: Any) -> None:
+        """Around the capture of all states. Guards itself: with several ranks each must reach `agree`, whatever failed here."""
+        guard = self._guard
+        well = guard.closed is None and self._guarded("attach", self._before_capture, worker)
+        original(worker)
+        if self._refused:
+            return
+        try:
+            place = self._place()
+        except Exception:
+            guard.failed("attach")
+            return
+        well = well and self._guarded("attach/after", self._begin, worker, place)
+        if place.group is None:
+            return
+        try:
+            guard.lockstep = agree(place.group, place.rank, place.ranks, self._terms() if well else 0)
+        except Exception:
+            guard.failed("attach")
+        if not guard.lockstep:
+            self._tap = None
+            guard.close("the ranks do not agree: a hook failed on one of them, or they were told different things")
+
+    def _guarded(self, name: str, call: Callable[..., None], *args: Any) -> bool:
+        try:
+            self._guard.fault(name)
+            call(*args)
+        except Exception:
+            self._guard.failed("attach")
+            return False
+        return True
+
+    def _before_capture(self, worker: Any) -> None:
         """Before the CUDA graphs are captured: what computes confidences must become part of them."""
         import torch
 
         from adaptive_spec.engines.sglang.confidences import ConfidenceTap
 
-        draft_worker = worker._draft_worker
         captured = self._policy.captured if self._policy is not None else (int(worker.speculative_num_steps),)
         device = torch.device(str(worker.device))
         self._clock = clock_for(device.type)
-        self._confidences = ConfidenceTap(draft_worker, _max_batch(worker), max(captured), device)
+        self._confidences = ConfidenceTap(worker._draft_worker, _max_batch(worker), max(captured), device)
 
-    def attach_after(self, note: None, result: Any, worker: Any) -> None:
-        """All states are captured: tell the sidecar what this engine can do, and begin."""
+    def _place(self) -> Place:
+        """Which of the tensor-parallel ranks this is."""
         from sglang.srt.runtime_context import get_parallel
 
-        if self._confidences is None:
-            raise RuntimeError("the draft worker could not be tapped before its graphs were captured")
+        parallel = get_parallel()
+        rank, ranks = int(parallel.tp_rank), int(parallel.tp_size)
+        group = TorchGroup(parallel.tp_group.cpu_group, parallel.tp_group.first_rank) if ranks > 1 else None
+        return Place(rank, ranks, group)
+
+    def _begin(self, worker: Any, place: Place) -> None:
+        """All states are captured: tell the sidecar what this engine can do, and begin."""
         controller = worker.adaptive_controller
         launch_k = int(worker.speculative_num_steps)
         candidates = tuple(sorted(int(k) for k in controller._states)) if controller is not None else (launch_k,)
         if self._policy is not None:
             self._policy.captured = candidates
-        parallel = get_parallel()
-        rank, ranks = int(parallel.tp_rank), int(parallel.tp_size)
         model, gpu = Path(str(worker.server_args.model_path)).name, _device_name(str(worker.device))
         info = EngineInfo(
-            name="sglang", model=model, gpu=gpu, tp=ranks, launch_k=launch_k, candidates=candidates,
+            name="sglang", model=model, gpu=gpu, tp=place.ranks, launch_k=launch_k, candidates=candidates,
             max_batch=_max_batch(worker), granularity=Granularity.BATCH, holds_batch=False, pid=os.getpid(),
         )  # fmt: skip
-        self._first_rank = rank == 0
-        self._tap = self._open_tap(info, rank, ranks, parallel)
+        self._first_rank = place.rank == 0
         scores = self._settings.batch_scores
-        if scores == "on" or (scores == "auto" and ranks == 1):
+        if scores == "on" or (scores == "auto" and place.ranks == 1):
             self._history = AcceptanceHistory(max(candidates[-1], 1), REQUESTS_REMEMBERED)
+        self._tap = self._open_tap(info, place)
         self._worker = worker
         if self._policy is not None:
             self.report("attached", "")
@@ -126,15 +173,24 @@ class Attachment:
         else:
             self.report("observing", self._reason)
 
-    def _open_tap(self, info: EngineInfo, rank: int, ranks: int, parallel: Any) -> EngineTap:
+    def _open_tap(self, info: EngineInfo, place: Place) -> EngineTap:
         settings = self._settings
-        if ranks == 1:
+        if place.group is None:
             return EngineTap.open(settings.runtime_dir, info, settings.max_age_s)
-        group = TorchGroup(parallel.tp_group.cpu_group, parallel.tp_group.first_rank)
-        rendezvous = Rendezvous(group, rank, settings.rendezvous_steps)
+        self._rendezvous = Rendezvous(place.group, place.rank, settings.rendezvous_steps)
         # Only the ring of an opened tap is needed, and only on rank 0: the others have nothing to write and nothing to read.
-        first = EngineTap.open(settings.runtime_dir, info, settings.max_age_s) if rank == 0 else None
-        return RankedTap(settings.runtime_dir, info, first.detach_ring() if first else None, rendezvous, settings.max_age_s)
+        first = EngineTap.open(settings.runtime_dir, info, settings.max_age_s) if place.rank == 0 else None
+        ring = first.detach_ring() if first is not None else None
+        return RankedTap(settings.runtime_dir, info, ring, self._rendezvous, settings.max_age_s)
+
+    def _terms(self) -> int:
+        """A number that says all that K depends on beside the policy; never 0."""
+        settings, policy = self._settings, self._policy
+        terms = (
+            settings.mode, settings.rendezvous_steps, self._history is not None, settings.k_min, settings.k_max,
+            policy.captured if policy is not None else None, __version__,
+        )  # fmt: skip
+        return zlib.crc32(repr(terms).encode()) + 1
 
     # -- every decode step ---------------------------------------------------------------------------------------------
 
@@ -146,20 +202,25 @@ class Attachment:
         if batch.forward_mode.is_extend() or batch.is_extend_in_batch or batch.forward_mode.is_idle():
             self._book.interrupt()
             return None
-        ids = [_request_id(request) for request in batch.reqs]
-        rows, kv_tokens = len(ids), _kv_tokens(batch)
-        started = self._clock.now()
+        rows, kv_tokens = len(batch.reqs), _kv_tokens(batch)
+        closed = self._guard.closed is not None
+        if closed and self._rendezvous is not None:
+            self._rendezvous.failed = True  # at the next meeting all ranks go back to the launch K
+        started = self._clock.now() if not closed else None
+        # First of all, and whatever fails later: the ranks meet in here.
         k = tap.begin_step(rows, kv_tokens, time.monotonic_ns())
         begun = tap.begun
         policy = self._policy
+        ids = [_request_id(request) for request in batch.reqs]
         if policy is not None and self._settings.mode == "active":
-            k = policy.nearest(rows, k)
+            self._decided = k = policy.nearest(rows, k)
             if begun.policy_version:
-                k = self._by_scores(policy, ids, batch, k, kv_tokens)
-            self._decided = k
+                self._decided = k = self._by_scores(policy, ids, batch, k, kv_tokens)
         else:
             # What a policy would do is none of this step's doing.
             begun = BegunStep(begun.step, k, rows, kv_tokens, 0, 0)
+        if started is None:
+            return None
         padded = policy.padded_rows(rows) if policy is not None else rows
         self._step = OpenStep(begun, k, np.array(ids, np.uint32), padded, started)
         self._book.begin(self._step)
@@ -235,7 +296,8 @@ class Attachment:
         """See `SidecarDraftPolicy`. Never raises."""
         if self._policy is None or self._tap is None or self._settings.mode != "active":
             return None
-        return self._decided if self._decided is not None and self._guard.closed is None else LAUNCH
+        ours = self._decided is not None and (self._guard.closed is None or self._guard.lockstep)
+        return self._decided if ours else LAUNCH
 
     def _by_scores(self, policy: SidecarDraftPolicy, ids: list[int], batch: Any, k: int, kv_tokens: int) -> int:
         """K of this step from the batch's own scores, where the policy leaves the choice open."""

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adaptive_spec.engines.sglang.ranks import Rendezvous
-from adaptive_spec.policy import GRID_POINTS, LOGIT_LIMIT, Policy, SurvivalMap, logit
+from adaptive_spec.policy import GRID_POINTS, LOGIT_LIMIT, Policy, SurvivalMap
 
 TEMPERATURE_RANGE = (0.05, 20.0)
 STRAIGHT = 1e-6
@@ -92,7 +92,8 @@ def temperatures(survival: SurvivalMap, current: Floats) -> Floats:
     if len(survival.table) < gamma:
         raise ValueError(f"the calibration knows {len(survival.table)} positions, {gamma} are drafted")
     x = np.linspace(-LOGIT_LIMIT, LOGIT_LIMIT, GRID_POINTS)
-    y = logit(survival.table[:gamma])
+    table = survival.table[:gamma].astype(np.float64)
+    y = np.log(table / (1.0 - table))
     inside = np.abs(x) <= 4.0
     slope = (y[:, inside] @ x[inside]) / float(x[inside] @ x[inside])
     if not np.isfinite(slope).all() or slope.min() <= 0.0:

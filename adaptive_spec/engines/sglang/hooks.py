@@ -114,7 +114,11 @@ After = Callable[..., None]
 
 
 class Guard:
-    """Counts failures by hook. closed: None, or why nothing of ours is called any more. on_close: told once, must not raise."""
+    """Counts failures by hook. closed: None, or why nothing of ours is called any more. on_close: told once, must not raise.
+
+    lockstep: this is one of several ranks. Then the hook `step` is called even when the guard is closed: the other ranks wait for
+    this one in it, and K stays what they agreed on until all of them have gone back to the launch K.
+    """
 
     def __init__(self, faults: str | None = None) -> None:
         text = os.environ.get(FAULT_VARIABLE, "") if faults is None else faults
@@ -122,6 +126,7 @@ class Guard:
         self._row: Counter[str] = Counter()
         self.failures: Counter[str] = Counter()
         self.closed: str | None = None
+        self.lockstep = False
         self.on_close: Callable[[], None] = lambda: None
 
     def close(self, reason: str) -> None:
@@ -151,7 +156,7 @@ class Guard:
         """Return an AROUND hook for SGLang: `wrapper(original, *args, **kwargs)`."""
 
         def wrapper(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            note, went_well = None, self.closed is None
+            note, went_well = None, self.closed is None or (self.lockstep and hook == "step")
             if went_well:
                 try:
                     self.fault(hook)

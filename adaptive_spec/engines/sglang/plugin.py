@@ -65,9 +65,10 @@ def _install(settings: PluginSettings, engine: str) -> None:
             guard.failed("controller")
         original(self, worker, chosen)
 
+    own: dict[str, Callable[..., Any]] = {"controller": controller, "attach": attachment.attach}
     for target in TARGETS:
-        hook: Callable[..., Any] = controller
-        if target.hook != "controller":
+        hook = own.get(target.hook)
+        if hook is None:
             before = getattr(attachment, f"{target.hook}_before", None)
             hook = guard.around(target.hook, before, getattr(attachment, f"{target.hook}_after"))
         HookRegistry.register(target.path, hook, HookType.AROUND)

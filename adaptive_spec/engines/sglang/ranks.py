@@ -58,6 +58,14 @@ class TorchGroup:
         return buffer.tobytes()
 
 
+def agree(group: Group, rank: int, ranks: int, mine: int) -> bool:
+    """Whether all ranks gave the same number and none gave 0; each of them must ask."""
+    numbers = np.zeros(ranks, np.int64)
+    numbers[rank] = mine
+    found = group.total(numbers)
+    return bool(found[0] != 0 and (found == found[0]).all())
+
+
 class Rendezvous:
     """One rank's end. policy: what all ranks act on, None for the launch K. swaps: policies adopted. failures: refused ones."""
 

@@ -53,12 +53,12 @@ def _run_ranks(folder: Path, **options: Any) -> tuple[list[dict[str, Any]], list
         file = folder / f"rank{rank}.json"
         file.write_text(json.dumps({
             "rank": rank, "ranks": RANKS, "store": str(folder / "store"), "runtime_dir": str(folder / "run"),
-            "out": str(folder / f"rank{rank}.npz"), "max_age_s": 0.2, "limit_s": 200.0, **options,
+            "out": str(folder / f"rank{rank}.npz"), "max_age_s": 0.2, "limit_s": 600.0, **options,
         }))  # fmt: skip
         command = [sys.executable, "-m", "tests.engines.sglang.rank_process", str(file)]
         processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
     try:
-        outputs = [process.communicate(timeout=300) for process in processes]
+        outputs = [process.communicate(timeout=700) for process in processes]
     except subprocess.TimeoutExpired as error:
         raise AssertionError("deadlock") from error
     finally:

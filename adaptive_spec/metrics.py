@@ -12,6 +12,7 @@ from prometheus_client.registry import Collector
 
 from adaptive_spec import __version__
 from adaptive_spec.board import Board, View
+from adaptive_spec.engine_report import STATES
 from adaptive_spec.policy import Mode
 from adaptive_spec.snapshot import HistogramData, Snapshot
 
@@ -106,6 +107,8 @@ def _about_sidecar(family: _Families, view: View) -> Iterable[Metric]:
         ("call",),
     )
     report = view.report
+    states = [((state,), float(state == report.state)) for state in STATES] if report else []
+    yield family.gauge("engine_state", "1 for what the engine says of itself in engine.json.", states, ("state",))
     text = "Calls of ours that raised inside the engine, which went on without them."
     yield family.counter("engine_failures", text, _by_name(report.failures if report else {}), ("hook",))
     text = "What the engine's tap counted: records and pages it could not use, policies adopted, steps on the launch K."
@@ -129,6 +132,8 @@ def _about_latency(family: _Families, s: Snapshot) -> Iterable[Metric]:
     yield family.gauge("latency_segment_slope_seconds_per_token", "Verify seconds per token in a segment.", slopes, ("segment",))
     firsts = [((str(i),), float(piece.first)) for i, piece in enumerate(s.segments)]
     yield family.gauge("latency_segment_first_tokens", "First token count of a segment.", firsts, ("segment",))
+    lasts = [((str(i),), float(piece.last)) for i, piece in enumerate(s.segments)]
+    yield family.gauge("latency_segment_last_tokens", "Last token count of a segment.", lasts, ("segment",))
     yield family.gauge("latency_error_ratio", "Mean absolute relative error of the latency fit.", _one(s.latency_mape))
     yield family.histogram("step_duration_seconds", "Measured stage times of decode steps.", s.stage_histograms, "stage")
     yield family.counter("predicted_step_seconds", "Sum of predicted step times.", _one(s.predicted_step_s_total))

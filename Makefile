@@ -6,12 +6,13 @@ STAMP := $(VENV)/.adaptive-spec-installed
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-sglang test lint bench benchmarks docs vendor clean
+.PHONY: help setup demo demo-sglang test lint bench benchmarks docs vendor manifests clean
 
 help:
 	@echo "make demo [ARGS=\"--duration 90 --compare\"]  see it work on a real engine"
 	@echo "make test | lint | bench | docs             check, measure, write docs/{configuration,metrics}.md anew"
 	@echo "make benchmarks                             policies against each other, simulated; writes docs/benchmarks.md"
+	@echo "make manifests                              the alerts as a Kubernetes object, anew"
 	@echo "make vendor                                 the status page's plotting library anew (needs npm)"
 	@echo "make demo-sglang [ARGS=...]                 the same on a real SGLang server on the CPU (2.7 GB, once)"
 
@@ -46,6 +47,9 @@ benchmarks: $(STAMP)
 docs: $(STAMP)
 	$(BIN)/python -m adaptive_spec.config > docs/configuration.md
 	$(BIN)/python -m adaptive_spec.metrics_page > docs/metrics.md
+
+manifests: $(STAMP)
+	$(BIN)/python deploy/kubernetes/rules.py > deploy/kubernetes/monitoring/prometheus-rule.yaml
 
 # The plots of the status page; npm checks what it fetches against the registry's own checksum.
 UPLOT := 1.6.32

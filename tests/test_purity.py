@@ -103,7 +103,7 @@ def test_only_the_plugin_imports_sglang() -> None:
 def test_the_sidecar_brings_neither_torch_nor_matplotlib() -> None:
     loaded = _loaded_by("adaptive_spec.sidecar")
     assert "river" in loaded
-    assert not loaded & {"torch", "matplotlib", "sglang", "rich"}
+    assert not loaded & {"torch", "matplotlib", "sglang", "rich", "fsspec"}
 
 
 def test_nothing_names_a_machine_path() -> None:

@@ -4,6 +4,7 @@
 const HEIGHT = 240;
 const LIVE_MS = 5000;
 const SHORTEST_S = 60;
+const APART = 0.002;
 const dark = matchMedia("(prefers-color-scheme: dark)");
 const pixels = (value) => value * devicePixelRatio;
 
@@ -100,15 +101,15 @@ function staircasePlot() {
   let boundaries = [];
   let segments = [];
   const seen = new Map();  // tokens -> {ms, weight, at}
-  // A point was measured since the last look if it gained weight, or moved otherwise than all the others did: they all move
-  // together with the clock rate, and weight has a limit.
+  // A point was measured since the last look if it gained weight, which has a limit, or moved otherwise than the others did:
+  // they all move together with the server's tempo, and a little with what is known of context.
   const note = (points, now) => {
     const factors = points.map(([tokens, ms]) => ms / seen.get(tokens)?.ms).filter(Number.isFinite).sort((a, b) => a - b);
     const common = factors[factors.length >> 1] ?? 1;
     const first = !seen.size;
     for (const [tokens, ms, weight] of points) {
       const before = seen.get(tokens);
-      const measured = !before || weight > before.weight || Math.abs(ms / before.ms / common - 1) > 1e-9;
+      const measured = !before || weight > before.weight || Math.abs(ms / before.ms / common - 1) > APART;
       seen.set(tokens, { ms, weight, at: measured && !first ? now : before?.at ?? -LIVE_MS });
     }
   };

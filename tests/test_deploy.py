@@ -113,7 +113,7 @@ def test_compose_file_is_one() -> None:
         for port in service["ports"]:
             assert port["host_ip"] == "127.0.0.1", f"{name} is published beyond loopback"
         for volume in service["volumes"]:
-            if volume["type"] == "bind" and Path(volume["source"]).name != "dashboards":
+            if volume["type"] == "bind" and Path(volume["source"]).parent.name != "dashboards":
                 assert Path(volume["source"]).exists(), volume["source"]
     for name in ("sglang", "sidecar"):
         assert services[name]["user"] == "1000:1000"
@@ -134,9 +134,14 @@ def test_env_example_names_what_compose_wants() -> None:
 def test_grafana_finds_what_is_mounted() -> None:
     grafana = yaml.safe_load((DEPLOY / "compose" / "compose.yaml").read_text())["services"]["grafana"]
     targets = {volume.split(":")[1] for volume in grafana["volumes"]}
+    dashboards = [volume.split(":")[0] for volume in grafana["volumes"] if "/dashboards/" in volume]
     provisioning = DEPLOY / "compose" / "grafana" / "provisioning"
     provider = yaml.safe_load((provisioning / "dashboards" / "adaptive-spec.yaml").read_text())["providers"][0]
-    assert provider["options"]["path"] in targets
+    folder = Path(provider["options"]["path"])
+    assert {folder / Path(path).name for path in dashboards} == {
+        Path(target) for target in targets if Path(target).parent == folder
+    }
+    assert [Path(path).name for path in dashboards] == _listed_dashboards()
     source = yaml.safe_load((provisioning / "datasources" / "prometheus.yaml").read_text())["datasources"][0]
     assert source["url"] == "http://prometheus:9090"
 
@@ -247,11 +252,15 @@ def test_prometheus_rule_holds_the_rules(tmp_path: Path) -> None:
     assert spec["groups"] == [group for file in files for group in file["groups"]]
 
 
+def _listed_dashboards() -> list[str]:
+    files: list[str] = yaml.safe_load((ROOT / "dashboards" / "kustomization.yaml").read_text())["configMapGenerator"][0]["files"]
+    return files
+
+
 def test_dashboards_config_map_has_them_all() -> None:
     if not DASHBOARDS:
         pytest.skip("there are no dashboards in this checkout")
-    listed = yaml.safe_load((ROOT / "dashboards" / "kustomization.yaml").read_text())["configMapGenerator"][0]["files"]
-    assert listed == [path.name for path in DASHBOARDS]
+    assert _listed_dashboards() == [path.name for path in DASHBOARDS]
     assert sum(path.stat().st_size for path in DASHBOARDS) < 1 << 20, "what fits into a ConfigMap"
 
 

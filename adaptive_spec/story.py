@@ -12,7 +12,10 @@ from typing import NamedTuple
 
 from adaptive_spec.snapshot import Event, Snapshot
 
-RECENT_S = 10.0
+RECENT_S = 5.0
+"""Time the acceptance of the moment is taken over."""
+SETTLED_S = 10.0
+"""A swap sooner than this after another is explained like it: both answer the same change."""
 MIN_VERIFIED = 100
 """First draft tokens that must have been verified before their acceptance is spoken of."""
 MIN_CHANGE = 0.05
@@ -33,18 +36,20 @@ class Story:
     def __init__(self) -> None:
         self._because: dict[Event, str] = {}
         self._tallies: deque[tuple[float, int, int]] = deque()
-        self._before: _World | None = None
-        self._newest_s = float("-inf")
+        self._worlds: deque[tuple[float, _World]] = deque(maxlen=16)
 
     def tell(self, snapshot: Snapshot) -> tuple[Event, ...]:
         """Return the snapshot's events; a swap seen for the first time gets what changed since the one before."""
         self._count(snapshot)
-        swaps = [e for e in snapshot.events if e.kind == "swap" and e.time_s > self._newest_s]
+        told_s = self._worlds[-1][0] if self._worlds else float("-inf")
+        swaps = [e for e in snapshot.events if e.kind == "swap" and e.time_s > told_s]
         if swaps:
-            world = self._world(snapshot)
-            if self._before is not None and (words := _changes(self._before, world)):
-                self._because[swaps[-1]] = words
-            self._before, self._newest_s = world, swaps[-1].time_s
+            newest, world = swaps[-1], self._world(snapshot)
+            settled = [before for at_s, before in self._worlds if at_s <= newest.time_s - SETTLED_S]
+            before = settled[-1] if settled else self._worlds[0][1] if self._worlds else world
+            if words := _changes(before, world):
+                self._because[newest] = words
+            self._worlds.append((newest.time_s, world))
         self._because = {event: words for event, words in self._because.items() if event in snapshot.events}
         return tuple(
             replace(event, text=f"{event.text}; {self._because[event]}") if event in self._because else event

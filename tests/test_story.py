@@ -64,3 +64,14 @@ def test_words_stay_with_their_event_and_go_with_it() -> None:
     told = story.tell(_at(30.0, (64, 192), (FIRST, SECOND)))
     assert story.tell(_at(40.0, (64,), (FIRST, SECOND))) == told
     assert story.tell(_at(41.0, (64,), ())) == ()
+
+
+def test_two_swaps_of_one_change_have_one_reason() -> None:
+    story = Story()
+    third = replace(SECOND, time_s=33.0, text="K 3→2 at batch 48: gain")
+    later = replace(SECOND, time_s=60.0, text="K 2→3 at batch 48: gain")
+    story.tell(_at(1.0, (64, 256), (FIRST,)))
+    story.tell(_at(30.0, (64, 192), (FIRST, SECOND)))
+    told = story.tell(_at(33.0, (64, 192), (FIRST, SECOND, third)))
+    assert [e.text.partition("; ")[2] for e in told] == ["", *["boundary at 256 tokens moved to 192"] * 2]
+    assert story.tell(_at(60.0, (64, 192), (third, later)))[-1] == later

@@ -17,6 +17,7 @@ class View:
     time_s: CLOCK_MONOTONIC seconds. snapshot, info: None until an engine was attached. attached: its ring is open and the
     engine lives. failures: controller calls that raised, by kind of call. profile: where it came from ("sweep", "profile",
     "checkpoint"). checkpoint_s: time of the last checkpoint, None before the first. report: what the engine says of itself.
+    annotations_sent, annotations_dropped: of Grafana, None where no Grafana is configured; dropped ones by reason.
     """
 
     time_s: float
@@ -28,6 +29,8 @@ class View:
     checkpoint_s: float | None = None
     position: int = 0
     report: EngineReport | None = None
+    annotations_sent: int | None = None
+    annotations_dropped: Mapping[str, int] = field(default_factory=dict)
 
 
 class Board:

@@ -152,6 +152,8 @@ def _type_words(info: FieldInfo) -> str:
     if choices:
         return " or ".join(f"`{choice}`" for choice in choices)
     names = {"int": "whole number", "float": "number", "str": "text", "Path": "path", "bool": "true or false"}
+    if str in get_args(info.annotation):
+        return "text or nothing"
     return names.get(getattr(info.annotation, "__name__", ""), "path or nothing")
 
 

@@ -113,6 +113,9 @@ def _about_sidecar(family: _Families, view: View) -> Iterable[Metric]:
     yield family.counter("engine_failures", text, _by_name(report.failures if report else {}), ("hook",))
     text = "What the engine's tap counted: records and pages it could not use, policies adopted, steps on the launch K."
     yield family.counter("engine_events", text, _by_name(report.counters if report else {}), ("event",))
+    yield family.counter("annotations", "Annotations that Grafana took.", _one(view.annotations_sent))
+    text = "Annotations that Grafana did not take, or not in time."
+    yield family.counter("annotations_dropped", text, _by_name(view.annotations_dropped), ("reason",))
     age = None if view.checkpoint_s is None else max(time.monotonic() - view.checkpoint_s, 0.0)
     yield family.gauge("checkpoint_age_seconds", "Seconds since the last checkpoint.", _one(age))
 

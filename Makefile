@@ -6,12 +6,14 @@ STAMP := $(VENV)/.adaptive-spec-installed
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-sglang test lint bench benchmarks docs vendor manifests clean
+.PHONY: help setup demo demo-sglang stack test lint bench benchmarks docs dashboards vendor manifests clean
 
 help:
 	@echo "make demo [ARGS=\"--duration 90 --compare\"]  see it work on a real engine"
 	@echo "make test | lint | bench | docs             check, measure, write docs/{configuration,metrics}.md anew"
 	@echo "make benchmarks                             policies against each other, simulated; writes docs/benchmarks.md"
+	@echo "make stack [ARGS=\"--duration 90\"]            demo, Prometheus and Alertmanager with the shipped configuration"
+	@echo "make dashboards                             write the Grafana dashboards of dashboards/ anew"
 	@echo "make manifests                              the alerts as a Kubernetes object, anew"
 	@echo "make vendor                                 the status page's plotting library anew (needs npm)"
 	@echo "make demo-sglang [ARGS=...]                 the same on a real SGLang server on the CPU (2.7 GB, once)"
@@ -43,6 +45,12 @@ bench: $(STAMP)
 
 benchmarks: $(STAMP)
 	$(BIN)/python -m benchmarks.decisions --write $(ARGS)
+
+stack: $(STAMP)
+	@$(BIN)/python -m deploy.stack $(ARGS)
+
+dashboards: $(STAMP)
+	$(BIN)/python -m dashboards.build
 
 docs: $(STAMP)
 	$(BIN)/python -m adaptive_spec.config > docs/configuration.md

@@ -19,6 +19,7 @@ class View:
     engine lives. failures: controller calls that raised, by kind of call. origin: where the models came from ("sweep",
     "profile", "store", "checkpoint"). checkpoint_s: time of the last checkpoint, None before the first. report: what the engine
     says of itself. history: moments, oldest first. store: what came of the profile store, by (operation, result), None without.
+    annotations_sent, annotations_dropped: of Grafana, None where no Grafana is configured; dropped ones by reason.
     """
 
     time_s: float
@@ -32,6 +33,8 @@ class View:
     report: EngineReport | None = None
     history: tuple[Moment, ...] = ()
     store: Mapping[tuple[str, str], int] | None = None
+    annotations_sent: int | None = None
+    annotations_dropped: Mapping[str, int] = field(default_factory=dict)
 
 
 class Board:

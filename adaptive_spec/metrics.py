@@ -115,6 +115,9 @@ def _about_sidecar(family: _Families, view: View) -> Iterable[Metric]:
     yield family.counter("engine_events", text, _by_name(report.counters if report else {}), ("event",))
     text = "What the profile store was asked and what came of it."
     yield family.counter("profile_store_operations", text, (view.store or {}).items(), ("operation", "result"))
+    yield family.counter("annotations", "Annotations that Grafana took.", _one(view.annotations_sent))
+    text = "Annotations that Grafana did not take, or not in time."
+    yield family.counter("annotations_dropped", text, _by_name(view.annotations_dropped), ("reason",))
     age = None if view.checkpoint_s is None else max(time.monotonic() - view.checkpoint_s, 0.0)
     yield family.gauge("checkpoint_age_seconds", "Seconds since the last checkpoint.", _one(age))
 

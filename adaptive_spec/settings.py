@@ -120,6 +120,29 @@ class ControllerSettings(_Section):
     sweep: SweepSettings = SweepSettings()
 
 
+class GrafanaSettings(_Section):
+    """Annotations in Grafana for every swap and drift event. Needs the extra `grafana`."""
+
+    url: str | None = Field(
+        None, min_length=1, description="Address of Grafana, with its path prefix if it has one. None: no annotations."
+    )
+    token_file: Path | None = Field(
+        None, description="File with the token of a service account that may write annotations. None: none is shown."
+    )
+    timeout_s: float = Field(
+        5.0,
+        ge=0.1,
+        le=60.0,
+        description="Seconds Grafana may take to answer, 0.1..60. Larger: fewer are dropped while it is slow.",
+    )
+    queue_length: int = Field(
+        64,
+        ge=1,
+        le=10_000,
+        description="Events that wait for a slow Grafana, 1..10000; beyond that the oldest are dropped and counted.",
+    )
+
+
 class SidecarSettings(_Section):
     """The sidecar's own configuration file."""
 
@@ -158,3 +181,4 @@ class SidecarSettings(_Section):
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe log line printed.")
     controller: ControllerSettings = ControllerSettings()
+    grafana: GrafanaSettings = GrafanaSettings()

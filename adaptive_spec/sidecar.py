@@ -23,6 +23,7 @@ from adaptive_spec.control import ADDRESS_NAME, TOKEN_NAME
 from adaptive_spec.controller import Controller
 from adaptive_spec.engine_report import read_report
 from adaptive_spec.errors import BadInput
+from adaptive_spec.grafana import Annotator
 from adaptive_spec.history import History
 from adaptive_spec.profile import check_writable, start_plots
 from adaptive_spec.profile_store import ProfileStore, restorable
@@ -51,6 +52,7 @@ class Sidecar:
         _check_runtime_dir(settings.runtime_dir)
         check_writable(settings.profile_dir)
         self._store = StoreWorker(ProfileStore(settings.profile_store)) if settings.profile_store else None
+        self._annotator = Annotator.of(settings.grafana)
         self._board = Board(time.monotonic())
         self._web = WebServer(self._board, settings.host, settings.port, _control_token(settings))
         self._stop = threading.Event()
@@ -76,6 +78,8 @@ class Sidecar:
             self._close_session()
             if self._store:
                 self._store.close()
+            if self._annotator:
+                self._annotator.close()
             self._web.close()
             _remove_if_ours(address)
         log.info("stopped")
@@ -147,9 +151,15 @@ class Sidecar:
         report = read_report(self.settings.runtime_dir)
         view = self._session.view(self._checkpoint_s) if self._session else View(time.monotonic())
         attached = view.attached and (report is None or view.info is None or report.pid != view.info.pid or report.records_come)
-        store = self._store.summary() if self._store else None
         self._history.note(view.snapshot, view.time_s)
-        self._board.view = replace(view, report=report, attached=attached, history=self._history.moments, store=store)
+        store = self._store.summary() if self._store else None
+        view = replace(view, report=report, attached=attached, history=self._history.moments, store=store)
+        if (annotator := self._annotator) is not None:
+            if view.snapshot and view.info:
+                annotator.offer(view.snapshot, view.info, time.monotonic())
+            counts = annotator.counts
+            view = replace(view, annotations_sent=counts.sent, annotations_dropped=dict(counts.dropped))
+        self._board.view = view
 
     def _keep(self, session: Session, now_s: float) -> None:
         """Write checkpoint, profile and pictures when it is time."""

@@ -68,7 +68,7 @@ def test_configurations_are_the_sidecars(path: str) -> None:
 
 def test_no_secret_is_committed() -> None:
     for path in DEPLOY.rglob("*"):
-        if path.is_file():
+        if path.is_file() and path.suffix not in (".py", ".pyc"):
             assert not re.search(r"(?i)(?<![a-z])(password|token|secret)\s*[:=]\s*['\"]?\w", path.read_text()), path
 
 

@@ -222,7 +222,8 @@ def demo(
         CpuKit().install()  # before anything is shown: it takes minutes the first time
     from adaptive_spec.demo import DemoOptions, run_demo
 
-    run_demo(DemoOptions(duration, host, port, json_file, compare, seed, profile_dir, engine))
+    if status := run_demo(DemoOptions(duration, host, port, json_file, compare, seed, profile_dir, engine)):
+        raise click.exceptions.Exit(status)
 
 
 @cli.command()

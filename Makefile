@@ -6,12 +6,16 @@ STAMP := $(VENV)/.adaptive-spec-installed
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-sglang test lint bench benchmarks docs clean
+.PHONY: help setup demo demo-sglang stack test lint bench benchmarks docs dashboards vendor manifests clean
 
 help:
 	@echo "make demo [ARGS=\"--duration 90 --compare\"]  see it work on a real engine"
-	@echo "make test | lint | bench | docs             check, measure, write docs/configuration.md anew"
+	@echo "make test | lint | bench | docs             check, measure, write docs/{configuration,metrics}.md anew"
 	@echo "make benchmarks                             policies against each other, simulated; writes docs/benchmarks.md"
+	@echo "make stack [ARGS=\"--duration 90\"]            demo, Prometheus and Alertmanager with the shipped configuration"
+	@echo "make dashboards                             write the Grafana dashboards of dashboards/ anew"
+	@echo "make manifests                              the alerts as a Kubernetes object, anew"
+	@echo "make vendor                                 the status page's plotting library anew (needs npm)"
 	@echo "make demo-sglang [ARGS=...]                 the same on a real SGLang server on the CPU (2.7 GB, once)"
 
 setup: $(STAMP)
@@ -42,8 +46,27 @@ bench: $(STAMP)
 benchmarks: $(STAMP)
 	$(BIN)/python -m benchmarks.decisions --write $(ARGS)
 
+stack: $(STAMP)
+	@$(BIN)/python -m deploy.stack $(ARGS)
+
+dashboards: $(STAMP)
+	$(BIN)/python -m dashboards.build
+
 docs: $(STAMP)
 	$(BIN)/python -m adaptive_spec.config > docs/configuration.md
+	$(BIN)/python -m adaptive_spec.metrics_page > docs/metrics.md
+
+manifests: $(STAMP)
+	$(BIN)/python deploy/kubernetes/rules.py > deploy/kubernetes/monitoring/prometheus-rule.yaml
+
+# The plots of the status page; npm checks what it fetches against the registry's own checksum.
+UPLOT := 1.6.32
+VENDOR := adaptive_spec/status/vendor
+vendor:
+	fetched=$$(mktemp -d) && trap 'rm -rf "$$fetched"' EXIT && npm pack --silent --pack-destination "$$fetched" uplot@$(UPLOT) \
+		&& tar -xzf "$$fetched"/uplot-*.tgz -C "$$fetched" && cd $(VENDOR) \
+		&& cp "$$fetched"/package/dist/uPlot.iife.min.js "$$fetched"/package/dist/uPlot.min.css . \
+		&& cp "$$fetched"/package/LICENSE uPlot.LICENSE && sha256sum uPlot.* > SHA256SUMS
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist

@@ -35,11 +35,12 @@ class Archive(NamedTuple):
     meta: dict[str, Any]
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file (mode 0600) under a temporary name in its folder and rename it. Raises OSError."""
+def write_atomically(path: Path, data: bytes, mode: int = 0o600) -> None:
+    """Write a file under a temporary name in its folder and rename it. Raises OSError."""
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:
+            os.fchmod(descriptor, mode)
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -51,6 +52,11 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 def save_archive(path: Path, kind: str, arrays: Mapping[str, NDArray[Any]], meta: Mapping[str, Any] | None = None) -> None:
     """Write arrays of any plain dtype. Raises OSError, and TypeError for arrays of Python objects."""
+    write_atomically(path, archive_bytes(kind, arrays, meta))
+
+
+def archive_bytes(kind: str, arrays: Mapping[str, NDArray[Any]], meta: Mapping[str, Any] | None = None) -> bytes:
+    """Return what `save_archive` writes. Raises TypeError for arrays of Python objects."""
     for name, array in arrays.items():
         if array.dtype.hasobject:
             raise TypeError(f"array {name!r} holds Python objects")
@@ -60,32 +66,43 @@ def save_archive(path: Path, kind: str, arrays: Mapping[str, NDArray[Any]], meta
     stored[_HEADER] = np.frombuffer(json.dumps(header).encode(), np.uint8)
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **stored)
-    write_atomically(path, buffer.getvalue())
+    return buffer.getvalue()
 
 
 def load_archive(path: Path, kind: str) -> Archive:
     """Read an archive whole and check it. Raises ArchiveError when it cannot be trusted, FileNotFoundError when missing."""
     try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise ArchiveError(f"{path.name} is damaged: {_one_line(error)}") from error
+    return parse_archive(data, kind, path.name)
+
+
+def parse_archive(data: bytes, kind: str, name: str) -> Archive:
+    """Check and read what `archive_bytes` made; `name` begins the message. Raises ArchiveError when it cannot be trusted."""
+    try:
         # Through zipfile and not np.load, whose object of a damaged file complains again when it is collected.
-        with zipfile.ZipFile(io.BytesIO(path.read_bytes())) as file:
-            names = {name.removesuffix(".npy") for name in file.namelist()}
-            if _HEADER not in names:
-                raise ArchiveError(f"{path.name} was not written by adaptive-spec")
+        with zipfile.ZipFile(io.BytesIO(data)) as file:
+            entries = {entry.removesuffix(".npy") for entry in file.namelist()}
+            if _HEADER not in entries:
+                raise ArchiveError(f"{name} was not written by adaptive-spec")
             header = json.loads(_entry(file, _HEADER).tobytes())
-            arrays = {name.removeprefix(_PREFIX): _entry(file, name) for name in names - {_HEADER}}
-    except (ArchiveError, FileNotFoundError):
+            arrays = {entry.removeprefix(_PREFIX): _entry(file, entry) for entry in entries - {_HEADER}}
+    except ArchiveError:
         raise
     except Exception as error:  # a damaged zip fails in a dozen ways: ValueError, BadZipFile, zlib.error, struct.error, ...
-        raise ArchiveError(f"{path.name} is damaged: {_one_line(error)}") from error
+        raise ArchiveError(f"{name} is damaged: {_one_line(error)}") from error
     if not isinstance(header, dict) or header.get("format") != FORMAT:
-        raise ArchiveError(f"{path.name} was not written by adaptive-spec")
+        raise ArchiveError(f"{name} was not written by adaptive-spec")
     if header.get("version") != FORMAT_VERSION:
-        raise ArchiveError(f"{path.name} has format version {header.get('version')}, this program reads {FORMAT_VERSION}")
+        raise ArchiveError(f"{name} has format version {header.get('version')}, this program reads {FORMAT_VERSION}")
     if header.get("kind") != kind:
-        raise ArchiveError(f"{path.name} holds {header.get('kind')!r}, not {kind!r}")
+        raise ArchiveError(f"{name} holds {header.get('kind')!r}, not {kind!r}")
     told = header.pop("sha256", None)
     if told != _digest(header, arrays):
-        raise ArchiveError(f"{path.name} is damaged: its checksum does not fit")
+        raise ArchiveError(f"{name} is damaged: its checksum does not fit")
     return Archive(arrays, header["meta"])
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from adaptive_spec.engine_info import EngineInfo
 from adaptive_spec.engine_report import EngineReport
+from adaptive_spec.history import Moment
 from adaptive_spec.snapshot import Snapshot
 
 
@@ -15,8 +16,10 @@ class View:
     """The sidecar at one moment.
 
     time_s: CLOCK_MONOTONIC seconds. snapshot, info: None until an engine was attached. attached: its ring is open and the
-    engine lives. failures: controller calls that raised, by kind of call. profile: where it came from ("sweep", "profile",
-    "checkpoint"). checkpoint_s: time of the last checkpoint, None before the first. report: what the engine says of itself.
+    engine lives. failures: controller calls that raised, by kind of call. origin: where the models came from ("sweep",
+    "profile", "store", "checkpoint"). checkpoint_s: time of the last checkpoint, None before the first. report: what the engine
+    says of itself. history: moments, oldest first. store: what came of the profile store, by (operation, result), None without.
+    annotations_sent, annotations_dropped: of Grafana, None where no Grafana is configured; dropped ones by reason.
     """
 
     time_s: float
@@ -28,6 +31,10 @@ class View:
     checkpoint_s: float | None = None
     position: int = 0
     report: EngineReport | None = None
+    history: tuple[Moment, ...] = ()
+    store: Mapping[tuple[str, str], int] | None = None
+    annotations_sent: int | None = None
+    annotations_dropped: Mapping[str, int] = field(default_factory=dict)
 
 
 class Board:

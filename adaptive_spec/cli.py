@@ -273,6 +273,62 @@ def replay(trace: Path, policies: str, config: Path | None, json_file: Path | No
     replay_file(trace, policies, settings, json_file)
 
 
+@cli.group()
+def dashboards() -> None:
+    """Grafana dashboards: write ours to a Grafana server, or see whether it has them as they are shipped."""
+
+
+_grafana_url = click.option("--grafana-url", required=True, help="Address of Grafana, with its path prefix if it has one.")
+_grafana_token = click.option(
+    "--token-file", type=PATH, help="File with the token of a service account with the role Editor; GRAFANA_TOKEN without it."
+)
+_grafana_timeout = click.option(
+    "--timeout", type=click.FloatRange(min=0.0, min_open=True, max=600.0), default=10.0, show_default=True,
+    help="Seconds for an answer; there are three attempts.",
+)  # fmt: skip
+
+
+def _grafana(url: str, token_file: Path | None, timeout: float) -> Any:
+    from adaptive_spec.grafana import Grafana, read_token
+
+    token = read_token(token_file, "--token-file") if token_file else os.environ.get("GRAFANA_TOKEN", "")
+    return Grafana(url, token, timeout)
+
+
+@dashboards.command()
+@_grafana_url
+@_grafana_token
+@_grafana_timeout
+@click.option("--folder", default="adaptive-spec", show_default=True, help="Title of the folder, where it must be made.")
+def push(grafana_url: str, token_file: Path | None, timeout: float, folder: str) -> None:
+    """Write the dashboards that are missing or different. The same again changes nothing."""
+    from adaptive_spec.grafana import GrafanaError, push_dashboards, summary
+
+    try:
+        findings = push_dashboards(_grafana(grafana_url, token_file, timeout), folder, f"adaptive-spec {__version__}")
+    except GrafanaError as error:
+        raise BadInput(str(error)) from error
+    for line in summary(findings, pushed=True):
+        click.echo(line)
+
+
+@dashboards.command()
+@_grafana_url
+@_grafana_token
+@_grafana_timeout
+def check(grafana_url: str, token_file: Path | None, timeout: float) -> int:
+    """Say of each dashboard whether Grafana has it as shipped. Exit status 1 when one is missing or different."""
+    from adaptive_spec.grafana import GrafanaError, check_dashboards, summary
+
+    try:
+        findings = check_dashboards(_grafana(grafana_url, token_file, timeout))
+    except GrafanaError as error:
+        raise BadInput(str(error)) from error
+    for line in summary(findings, pushed=False):
+        click.echo(line)
+    return int(any(finding.state != "current" for finding in findings))
+
+
 def main() -> None:
     """Entry point of `adaptive-spec`."""
     try:

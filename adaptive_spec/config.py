@@ -152,7 +152,10 @@ def _type_words(info: FieldInfo) -> str:
     if choices:
         return " or ".join(f"`{choice}`" for choice in choices)
     names = {"int": "whole number", "float": "number", "str": "text", "Path": "path", "bool": "true or false"}
-    return names.get(getattr(info.annotation, "__name__", ""), "path or nothing")
+    optional = [kind for kind in get_args(info.annotation) if kind is not type(None)]
+    if len(optional) == 1:
+        return f"{names[optional[0].__name__]} or nothing"
+    return names[getattr(info.annotation, "__name__", "")]
 
 
 def configuration_page() -> str:

@@ -435,4 +435,5 @@ class Controller:
             refit_histograms={name: h.data() for name, h in ledger.refits.items()},
             sweep_steps=self._sweep.steps, sweep_progress=share if self.mode is Mode.SWEEP else 1.0, sweep_s=ledger.sweep_s,
             probe_share=ledger.probe_lost_s / ledger.decode_s if ledger.decode_s > 0.0 else 0.0, events=tuple(ledger.events),
+            batch_size=self.learner.batch_size,
         )  # fmt: skip

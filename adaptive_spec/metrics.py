@@ -12,6 +12,7 @@ from prometheus_client.registry import Collector
 
 from adaptive_spec import __version__
 from adaptive_spec.board import Board, View
+from adaptive_spec.engine_report import STATES
 from adaptive_spec.policy import Mode
 from adaptive_spec.snapshot import HistogramData, Snapshot
 
@@ -106,10 +107,17 @@ def _about_sidecar(family: _Families, view: View) -> Iterable[Metric]:
         ("call",),
     )
     report = view.report
+    states = [((state,), float(state == report.state)) for state in STATES] if report else []
+    yield family.gauge("engine_state", "1 for what the engine says of itself in engine.json.", states, ("state",))
     text = "Calls of ours that raised inside the engine, which went on without them."
     yield family.counter("engine_failures", text, _by_name(report.failures if report else {}), ("hook",))
     text = "What the engine's tap counted: records and pages it could not use, policies adopted, steps on the launch K."
     yield family.counter("engine_events", text, _by_name(report.counters if report else {}), ("event",))
+    text = "What the profile store was asked and what came of it."
+    yield family.counter("profile_store_operations", text, (view.store or {}).items(), ("operation", "result"))
+    yield family.counter("annotations", "Annotations that Grafana took.", _one(view.annotations_sent))
+    text = "Annotations that Grafana did not take, or not in time."
+    yield family.counter("annotations_dropped", text, _by_name(view.annotations_dropped), ("reason",))
     age = None if view.checkpoint_s is None else max(time.monotonic() - view.checkpoint_s, 0.0)
     yield family.gauge("checkpoint_age_seconds", "Seconds since the last checkpoint.", _one(age))
 
@@ -127,6 +135,8 @@ def _about_latency(family: _Families, s: Snapshot) -> Iterable[Metric]:
     yield family.gauge("latency_segment_slope_seconds_per_token", "Verify seconds per token in a segment.", slopes, ("segment",))
     firsts = [((str(i),), float(piece.first)) for i, piece in enumerate(s.segments)]
     yield family.gauge("latency_segment_first_tokens", "First token count of a segment.", firsts, ("segment",))
+    lasts = [((str(i),), float(piece.last)) for i, piece in enumerate(s.segments)]
+    yield family.gauge("latency_segment_last_tokens", "Last token count of a segment.", lasts, ("segment",))
     yield family.gauge("latency_error_ratio", "Mean absolute relative error of the latency fit.", _one(s.latency_mape))
     yield family.histogram("step_duration_seconds", "Measured stage times of decode steps.", s.stage_histograms, "stage")
     yield family.counter("predicted_step_seconds", "Sum of predicted step times.", _one(s.predicted_step_s_total))
@@ -167,6 +177,8 @@ def _about_policy(family: _Families, s: Snapshot) -> Iterable[Metric]:
     yield family.gauge("policy_age_seconds", "Seconds since the newest policy was made.", _one(age))
     by_batch = [((str(b),), float(k)) for b, k in s.k_by_batch_size.items()]
     yield family.gauge("policy_draft_tokens", "K of the policy by batch size.", by_batch, ("batch_size",))
+    text = "Requests in the newest decode step."
+    yield family.gauge("batch_size_requests", text, _one(s.batch_size or None))
     yield family.counter("policy_swaps", "Policies swapped in.", _by_name(s.swaps), ("reason",))
     text = "Predicted goodput gain over the launch K, 0 = none."
     yield family.gauge("policy_predicted_gain_ratio", text, _one(s.predicted_gain))

@@ -72,6 +72,14 @@ def load_profile(folder: Path, info: EngineInfo) -> Profile | None:
     return Profile(*arrays)
 
 
+def written_s(folder: Path) -> float:
+    """When a profile was last written, Unix seconds; minus infinity when there is none."""
+    try:
+        return (folder / "policy.json").stat().st_mtime
+    except OSError:
+        return float("-inf")
+
+
 def save_profile(folder: Path, info: EngineInfo, controller: Controller) -> None:
     """Write a profile, file by file. Raises OSError."""
     (folder / "plots").mkdir(parents=True, exist_ok=True)

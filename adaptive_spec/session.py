@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import ParamSpec
 
@@ -20,10 +21,12 @@ from adaptive_spec.errors import BadInput
 from adaptive_spec.mapped_file import set_aside
 from adaptive_spec.policy import Mode, Policy
 from adaptive_spec.policy_page import PolicyPage, payload_bytes
-from adaptive_spec.profile import identity, load_profile, save_profile
+from adaptive_spec.profile import Profile, identity, load_profile, save_profile, written_s
+from adaptive_spec.profile_store import StoredProfile
 from adaptive_spec.ring import RingLayoutError, RingReader
 from adaptive_spec.settings import SidecarSettings
 from adaptive_spec.snapshot import Snapshot
+from adaptive_spec.story import Story
 from adaptive_spec.tap import PAGE_NAME, RING_NAME
 
 CHECKPOINT = "checkpoint"
@@ -52,13 +55,14 @@ class Session:
         self._dropped: Counter[str] = Counter()
         self._record_s = -SILENT_S
         self._snapshot: Snapshot | None = None
+        self._story = Story()
 
     @classmethod
-    def open(cls, settings: SidecarSettings) -> Session | None:
+    def open(cls, settings: SidecarSettings, stored: StoredProfile | None = None) -> Session | None:
         """Attach to the engine in the runtime directory; None when there is none yet.
 
-        Models come from the checkpoint, else from the profile, else from a sweep. Raises BadInput for a ring that this
-        version cannot read and when another sidecar holds the page.
+        Models come from the checkpoint, else from the newer of the profile and `stored`, else from a sweep.
+        Raises BadInput for a ring that this version cannot read and when another sidecar holds the page.
         """
         ring = _open_ring(settings.runtime_dir / RING_NAME)
         if ring is None:
@@ -70,7 +74,7 @@ class Session:
             ring.close()
             raise BadInput(f"runtime_dir: {error.strerror or error}; must be a folder of one engine and one sidecar") from error
         log.info("attached to %s (pid %d)", identity(info), info.pid)
-        controller, origin, position = _begin(settings, ring)
+        controller, origin, position = _begin(settings, ring, stored)
         if position is not None:
             ring.close()
             ring = RingReader.open(ring.path, start=position)
@@ -162,7 +166,8 @@ class Session:
         """What the board shows."""
         now_s = time.monotonic()
         try:
-            self._snapshot = self.controller.snapshot(now_s)
+            snapshot = self.controller.snapshot(now_s)
+            self._snapshot = replace(snapshot, events=self._story.tell(snapshot))
         except Exception:
             self._count_failure("snapshot")
         return View(now_s, self._snapshot, self.info, self.attached(now_s), dict(self.failures), self.origin, checkpoint_s)
@@ -180,6 +185,11 @@ class Session:
     def save_profile(self) -> bool:
         """Write the profile. False: it failed, which was counted and logged."""
         return self._done("profile", lambda: save_profile(self.profile_folder, self.info, self.controller))
+
+    def profile(self) -> Profile:
+        """What `save_profile` writes, as copies that another thread may keep."""
+        parts = self.controller.latency_state(), self.controller.calibration_state()
+        return Profile(*({name: array.copy() for name, array in part.items()} for part in parts))
 
     def close(self) -> None:
         """Let go of ring and page; both files stay."""
@@ -246,23 +256,59 @@ def _open_ring(path: Path) -> RingReader | None:
         raise BadInput(f"runtime_dir: '{path}' cannot be read: {error.strerror}") from error
 
 
-def _begin(settings: SidecarSettings, ring: RingReader) -> tuple[Controller, str, int | None]:
+def waiting_engine(settings: SidecarSettings) -> EngineInfo | None:
+    """The engine in the runtime directory, where only a profile could give its models; None: none, or it has a checkpoint.
+
+    Raises BadInput as `Session.open`.
+    """
+    if (settings.runtime_dir / f"{CHECKPOINT}.npz").exists() or (ring := _open_ring(settings.runtime_dir / RING_NAME)) is None:
+        return None
+    info = ring.info
+    ring.close()
+    return info
+
+
+def _begin(settings: SidecarSettings, ring: RingReader, stored: StoredProfile | None) -> tuple[Controller, str, int | None]:
     """Return a controller, where its models came from, and the record to go on from (None: the oldest there is)."""
     checkpoint = _from_checkpoint(settings, ring)
     if checkpoint is not None:
         return checkpoint
-    controller = Controller(settings.controller, ring.info)
     folder = settings.profile_dir / ring.info.profile_name
+    ways = [partial(_from_folder, settings, ring.info, folder), partial(_from_store, settings, ring.info, stored)]
+    if stored is not None and stored.written_s > written_s(folder):
+        ways.reverse()
+    for way in ways:
+        begun = way()
+        if begun is not None:
+            return begun
+    return Controller(settings.controller, ring.info), "sweep", None
+
+
+def _from_folder(settings: SidecarSettings, info: EngineInfo, folder: Path) -> tuple[Controller, str, None] | None:
+    controller = Controller(settings.controller, info)
     try:
-        profile = load_profile(folder, ring.info)
-        if profile is not None:
-            controller.restore_profile(profile.latency, profile.calibration)
-            log.info("already profiled, skipping warmup (%s)", folder)
-            return controller, "profile", None
+        profile = load_profile(folder, info)
+        if profile is None:
+            return None
+        controller.restore_profile(profile.latency, profile.calibration)
     except ValueError as error:
         log.warning("profile %s cannot be used: %s; set aside as %s", folder, error, set_aside(folder).name)
-        controller = Controller(settings.controller, ring.info)
-    return controller, "sweep", None
+        return None
+    log.info("already profiled, skipping warmup (%s)", folder)
+    return controller, "profile", None
+
+
+def _from_store(settings: SidecarSettings, info: EngineInfo, stored: StoredProfile | None) -> tuple[Controller, str, None] | None:
+    if stored is None:
+        return None
+    controller = Controller(settings.controller, info)
+    try:
+        controller.restore_profile(stored.profile.latency, stored.profile.calibration)
+    except ValueError as error:
+        log.warning("the profile of the store cannot be used: %s", error)
+        return None
+    log.info("already profiled by another replica, skipping warmup (profile of %.0f in the store)", stored.written_s)
+    return controller, "store", None
 
 
 def _from_checkpoint(settings: SidecarSettings, ring: RingReader) -> tuple[Controller, str, int | None] | None:

@@ -120,6 +120,29 @@ class ControllerSettings(_Section):
     sweep: SweepSettings = SweepSettings()
 
 
+class GrafanaSettings(_Section):
+    """Annotations in Grafana for every swap and drift event. Needs the extra `grafana`."""
+
+    url: str | None = Field(
+        None, min_length=1, description="Address of Grafana, with its path prefix if it has one. None: no annotations."
+    )
+    token_file: Path | None = Field(
+        None, description="File with the token of a service account that may write annotations. None: none is shown."
+    )
+    timeout_s: float = Field(
+        5.0,
+        ge=0.1,
+        le=60.0,
+        description="Seconds Grafana may take to answer, 0.1..60. Larger: fewer are dropped while it is slow.",
+    )
+    queue_length: int = Field(
+        64,
+        ge=1,
+        le=10_000,
+        description="Events that wait for a slow Grafana, 1..10000; beyond that the oldest are dropped and counted.",
+    )
+
+
 class SidecarSettings(_Section):
     """The sidecar's own configuration file."""
 
@@ -127,6 +150,15 @@ class SidecarSettings(_Section):
         Path("/dev/shm/adaptive-spec"), description="Folder of the ring and the policy page, shared with the engine."
     )
     profile_dir: Path = Field(Path("profiles"), description="Folder of profiles, one sub-folder per model, GPU and TP degree.")
+    profile_store: str | None = Field(
+        None,
+        min_length=1,
+        description=(
+            "fsspec URL of profiles shared by a fleet, as `file:///mnt/profiles` or `s3://bucket/profiles`: replicas of the same "
+            "model, GPU and TP degree start from the newest valid one. None: every replica sweeps for itself. Needs the extra "
+            "`store`, and the storage's own fsspec package."
+        ),
+    )
     host: str = Field("127.0.0.1", min_length=1, description="Address the HTTP server binds. Loopback unless told otherwise.")
     port: int = Field(9477, ge=0, le=65_535, description="Port of the HTTP server, 0..65535. 0 takes a free one.")
     control_token_file: Path | None = Field(
@@ -149,3 +181,4 @@ class SidecarSettings(_Section):
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe log line printed.")
     controller: ControllerSettings = ControllerSettings()
+    grafana: GrafanaSettings = GrafanaSettings()

@@ -13,23 +13,30 @@ import subprocess
 import threading
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from adaptive_spec import __version__, mapped_file
 from adaptive_spec.archive import write_atomically
 from adaptive_spec.board import Board, View
 from adaptive_spec.control import ADDRESS_NAME, TOKEN_NAME
+from adaptive_spec.controller import Controller
 from adaptive_spec.engine_report import read_report
 from adaptive_spec.errors import BadInput
+from adaptive_spec.grafana import Annotator
+from adaptive_spec.history import History
 from adaptive_spec.profile import check_writable, start_plots
-from adaptive_spec.session import Session
+from adaptive_spec.profile_store import ProfileStore, restorable
+from adaptive_spec.session import Session, waiting_engine
 from adaptive_spec.settings import SidecarSettings
+from adaptive_spec.store_worker import StoreWorker
 from adaptive_spec.web import WebServer
 
 VIEW_INTERVAL_S = 0.25
 FOLLOW_INTERVAL_S = 0.25
 PROFILE_INTERVAL_S = 60.0
 PLOTS_INTERVAL_S = 600.0
+STORE_INTERVAL_S = 600.0
 
 log = logging.getLogger(__name__)
 
@@ -44,10 +51,13 @@ class Sidecar:
         self.settings = settings
         _check_runtime_dir(settings.runtime_dir)
         check_writable(settings.profile_dir)
+        self._store = StoreWorker(ProfileStore(settings.profile_store)) if settings.profile_store else None
+        self._annotator = Annotator.of(settings.grafana)
         self._board = Board(time.monotonic())
         self._web = WebServer(self._board, settings.host, settings.port, _control_token(settings))
         self._stop = threading.Event()
         self._session: Session | None = None
+        self._history = History()
         self._plots: subprocess.Popen[bytes] | None = None
         self._checkpoint_s: float | None = None
         self._swept = False
@@ -66,6 +76,10 @@ class Sidecar:
                 self._turn()
         finally:
             self._close_session()
+            if self._store:
+                self._store.close()
+            if self._annotator:
+                self._annotator.close()
             self._web.close()
             _remove_if_ours(address)
         log.info("stopped")
@@ -91,19 +105,30 @@ class Sidecar:
             self._stop.wait(self.settings.poll_interval_s)
 
     def _open_session(self, now_s: float) -> None:
-        self._session = Session.open(self.settings)
+        stored = None
+        if self._store and (info := waiting_engine(self.settings)):
+            fresh = partial(Controller, self.settings.controller, info)
+            answer = self._store.ask(info, restorable(fresh), now_s)
+            if answer is None:
+                return
+            stored = answer[0]
+        self._session = Session.open(self.settings, stored)
         if self._session:
-            self._swept = self._session.origin == "profile"
+            if self._store:
+                self._store.forget()
+            self._history = History()
+            self._swept = self._session.origin in ("profile", "store")
             self._next["checkpoint"] = now_s + self.settings.checkpoint_interval_s
             self._next["profile"] = now_s + PROFILE_INTERVAL_S
+            self._next["store"] = now_s + STORE_INTERVAL_S
 
     def _close_session(self) -> None:
         session, self._session = self._session, None
         if session:
             session.checkpoint()
             session.view(None)
-            if session.swept:
-                session.save_profile()
+            if session.swept and session.save_profile() and self._store:
+                self._store.save(session.info, session.profile())
             session.close()
         if self._plots:
             self._plots.kill()
@@ -126,7 +151,15 @@ class Sidecar:
         report = read_report(self.settings.runtime_dir)
         view = self._session.view(self._checkpoint_s) if self._session else View(time.monotonic())
         attached = view.attached and (report is None or view.info is None or report.pid != view.info.pid or report.records_come)
-        self._board.view = replace(view, report=report, attached=attached)
+        self._history.note(view.snapshot, view.time_s)
+        store = self._store.summary() if self._store else None
+        view = replace(view, report=report, attached=attached, history=self._history.moments, store=store)
+        if (annotator := self._annotator) is not None:
+            if view.snapshot and view.info:
+                annotator.offer(view.snapshot, view.info, time.monotonic())
+            counts = annotator.counts
+            view = replace(view, annotations_sent=counts.sent, annotations_dropped=dict(counts.dropped))
+        self._board.view = view
 
     def _keep(self, session: Session, now_s: float) -> None:
         """Write checkpoint, profile and pictures when it is time."""
@@ -135,6 +168,8 @@ class Sidecar:
         just_swept = session.swept and not self._swept
         self._swept |= just_swept
         if session.swept and (self._due("profile", PROFILE_INTERVAL_S, now_s) or just_swept) and session.save_profile():
+            if self._store and (self._due("store", STORE_INTERVAL_S, now_s) or just_swept):
+                self._store.save(session.info, session.profile())
             if self._plots and self._plots.poll() is not None:
                 self._plots = None
             snapshot = self._board.view.snapshot

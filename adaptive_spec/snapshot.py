@@ -93,3 +93,5 @@ class Snapshot:
     sweep_s: float
     probe_share: float
     events: tuple[Event, ...] = ()
+    batch_size: int = 0
+    """Requests in the newest decode step, 0 before the first."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from adaptive_spec import __version__
 from adaptive_spec.board import View
+from adaptive_spec.history import INTERVAL_S, Moment
 from adaptive_spec.policy import Mode
 
 
@@ -26,6 +27,7 @@ def status_document(view: View, beat_s: float, now_s: float) -> dict[str, Any]:
         "loop_age_s": round(now_s - beat_s, 3),
         "failures": dict(view.failures),
         "origin": view.origin,
+        "profile_store": None if view.store is None else {f"{what} {result}": n for (what, result), n in view.store.items()},
     }
     if (report := view.report) is not None:
         document["engine_report"] = {
@@ -47,6 +49,7 @@ def status_document(view: View, beat_s: float, now_s: float) -> dict[str, Any]:
         "policy_version": s.policy_version,
         "policy_age_s": round(now_s - s.policy_time_s, 3) if s.policy_version else None,
         "k_by_batch_size": {str(b): k for b, k in s.k_by_batch_size.items()},
+        "batch_size": s.batch_size or None,
         "boundaries": [b.tokens for b in s.boundaries],
         "jump_ratios": [b.jump_ratio for b in s.boundaries],
         "segments": [
@@ -79,3 +82,11 @@ def status_document(view: View, beat_s: float, now_s: float) -> dict[str, Any]:
         "events": [{"time_s": e.time_s, "age_s": round(now_s - e.time_s, 1), "kind": e.kind, "text": e.text} for e in s.events],
     }  # fmt: skip
     return document
+
+
+def history_document(view: View, now_s: float) -> dict[str, Any]:
+    """What /history.json says: one list per field of `Moment`, oldest first, ages in place of times."""
+    columns: dict[str, Any] = {"age_s": [round(now_s - moment.time_s, 1) for moment in view.history]}
+    for name in Moment._fields[1:]:
+        columns[name] = [getattr(moment, name) for moment in view.history]
+    return {"interval_s": INTERVAL_S, **columns}

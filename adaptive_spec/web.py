@@ -2,6 +2,7 @@
 
     GET  /             the status page              GET  /status.json  `status_document`
     GET  /metrics      Prometheus or OpenMetrics    GET  /healthz      200 while the loop lives, else 503
+    GET  /history.json `history_document`
     POST /control      {"command": NAME, "k": N}    with the header `Authorization: Bearer TOKEN`
 
 It never touches the controller: reading goes by the board, commands go through a queue into the loop's thread.
@@ -28,7 +29,7 @@ from waitress.server import create_server
 from adaptive_spec.board import Board
 from adaptive_spec.errors import BadInput
 from adaptive_spec.metrics import metrics_registry
-from adaptive_spec.status_report import status_document
+from adaptive_spec.status_report import history_document, status_document
 
 ALIVE_S = 5.0
 """A loop that has not beaten for this long is taken for dead."""
@@ -36,7 +37,14 @@ ANSWER_S = 5.0
 CLOSING_LOOK_S = 0.1
 MAX_BODY_BYTES = 4096
 COMMANDS = ("pause", "resume", "shadow", "active", "pin", "unpin", "refit", "resweep")
-_PAGE = {"": "text/html", "status.css": "text/css", "status.js": "text/javascript"}
+_PAGE = {
+    "": "text/html",
+    "status.css": "text/css",
+    "status.js": "text/javascript",
+    "charts.js": "text/javascript",
+    "vendor/uPlot.min.css": "text/css",
+    "vendor/uPlot.iife.min.js": "text/javascript",
+}
 _HEADERS = {
     "Cache-Control": "no-store",
     "X-Content-Type-Options": "nosniff",
@@ -69,10 +77,11 @@ class WebServer:
         app.default_error_handler = _plain_error
         app.route("/metrics", "GET", self._metrics)
         app.route("/status.json", "GET", self._status)
+        app.route("/history.json", "GET", self._history)
         app.route("/healthz", "GET", self._healthz)
         app.route("/control", "POST", self._control)
         app.route("/", "GET", lambda: _page(""))
-        app.route("/<name>", "GET", _page)
+        app.route("/<name:path>", "GET", _page)
         listening = _bind(host, port)
         self._sockets: dict[int, Any] = {}
         self._server = create_server(app, map=self._sockets, sockets=[listening], threads=4, ident=None)
@@ -102,6 +111,9 @@ class WebServer:
 
     def _status(self) -> str:
         return _json(status_document(self._board.view, self._board.beat_s, time.monotonic()))
+
+    def _history(self) -> str:
+        return _json(history_document(self._board.view, time.monotonic()))
 
     def _healthz(self) -> str:
         age_s = time.monotonic() - self._board.beat_s

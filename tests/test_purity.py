@@ -12,8 +12,8 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "adaptive_spec"
 PURE = (
-    "acceptance", "batch_scores", "calibration", "candidates", "cells", "controller", "drift", "forecast", "guard", "latency",
-    "learner", "ledger", "padding", "policy", "recent", "replay", "segments", "snapshot", "sweep", "tempo",
+    "acceptance", "batch_scores", "calibration", "candidates", "cells", "controller", "drift", "forecast", "guard", "history",
+    "latency", "learner", "ledger", "padding", "policy", "recent", "replay", "segments", "snapshot", "story", "sweep", "tempo",
 )  # fmt: skip
 VIRTUAL = (
     "ablation", "adaptive", "catalogue", "deciders", "load_path", "plans", "requests", "server", "peers/goodput_bandit",
@@ -104,7 +104,7 @@ def test_only_the_plugin_imports_sglang_and_the_benchmark_that_compares_with_its
 def test_the_sidecar_brings_neither_torch_nor_matplotlib() -> None:
     loaded = _loaded_by("adaptive_spec.sidecar")
     assert "river" in loaded
-    assert not loaded & {"torch", "matplotlib", "sglang", "rich"}
+    assert not loaded & {"torch", "matplotlib", "sglang", "rich", "fsspec"}
 
 
 def test_nothing_names_a_machine_path() -> None:

@@ -9,7 +9,7 @@ import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from threading import Event, Thread
+from threading import Event, Lock, Thread
 from typing import Any
 
 import pytest
@@ -30,13 +30,19 @@ class RunningEngine:
     def __init__(self, runtime_dir: Path) -> None:
         self.engine = NumbersEngine(runtime_dir)
         self._stop = Event()
+        self._going = Lock()
         self._thread = Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
         while not self._stop.is_set():
-            self.engine.step()
+            with self._going:
+                self.engine.step()
             self._stop.wait(0.002)
+
+    def paused(self) -> Lock:
+        """No step is done inside a block of this."""
+        return self._going
 
     def stop(self) -> None:
         self._stop.set()

@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
 from threading import Thread
 from typing import Any
 
@@ -92,14 +96,34 @@ def test_page_asks_nobody_else(server: WebServer) -> None:
     assert status == 200
     assert headers["Content-Security-Policy"].startswith("default-src 'self'")
     assert "http" not in text
-    for name, kind in (("status.js", "text/javascript"), ("status.css", "text/css")):
+    for name, kind in (
+        ("status.js", "text/javascript"),
+        ("status.css", "text/css"),
+        ("vendor/uPlot.iife.min.js", "text/javascript"),
+        ("vendor/uPlot.min.css", "text/css"),
+    ):
         assert name in text
         status, headers, _ = _get(server, f"/{name}")
         assert status == 200
         assert headers["Content-Type"].startswith(kind)
 
 
-@pytest.mark.parametrize("path", ["/no", "/index.html", "/..%2fcli.py", "/control", "/../cli.py"])
+def test_vendored_files_are_the_ones_that_were_fetched() -> None:
+    folder = Path(str(resources.files("adaptive_spec"))) / "status" / "vendor"
+    sums = dict(line.split()[::-1] for line in (folder / "SHA256SUMS").read_text().splitlines())
+    assert sums.keys() == {"uPlot.iife.min.js", "uPlot.min.css", "uPlot.LICENSE"}
+    for name, checksum in sums.items():
+        assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == checksum, name
+    version = re.search(r"\(v([\d.]+)\)", (folder / "uPlot.iife.min.js").read_text()[:200])
+    assert version is not None
+    assert f"uPlot {version[1]} " in (folder / "README.md").read_text()
+    assert "MIT" in (folder / "uPlot.LICENSE").read_text()
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["/vendor/README.md", "/vendor/", "/vendor/../status.js", "/no", "/index.html", "/..%2fcli.py", "/control", "/../cli.py"],
+)
 def test_nothing_else_is_served(server: WebServer, path: str) -> None:
     status, _, text = _get(server, path)
     assert status in (404, 405)

@@ -1,81 +1,63 @@
-"use strict";
-// Shows status.json, once a second. Everything from outside enters as text, never as markup.
-const SVG = "http://www.w3.org/2000/svg";
+// Shows status.json once a second and history.json every other second. Everything from outside enters as text, never as markup.
+import { goodputPlot, reliabilityPlot, staircasePlot } from "./charts.js";
+
+const LOOK_MS = 1000;
+const TOKEN_KEY = "adaptive-spec control token";
 const byId = (id) => document.getElementById(id);
-const put = (id, text) => { byId(id).textContent = text; };
+const put = (id, text) => { if (byId(id).textContent !== text) byId(id).textContent = text; };
 const number = (value, digits = 0, unit = "") =>
   value == null ? "–" : value.toLocaleString("en", { maximumFractionDigits: digits, minimumFractionDigits: digits }) + unit;
 const sum = (values) => (values || []).reduce((a, b) => a + b, 0);
+const signed = (ratio) => (ratio == null ? "–" : `${ratio < 0 ? "" : "+"}${number(100 * ratio, 1, " %")}`);
+const ago = (seconds) => (seconds < 100 ? `${number(seconds)} s ago` : seconds < 6000 ? `${number(seconds / 60)} min ago`
+  : `${number(seconds / 3600, 1)} h ago`);
 
-function node(parent, name, attributes, text) {
-  const made = document.createElementNS(SVG, name);
-  for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
-  if (text !== undefined) made.textContent = text;
-  parent.appendChild(made);
-  return made;
-}
+const showStaircase = staircasePlot();
+const showReliability = reliabilityPlot();
+const showGoodput = goodputPlot();
+let looks = 0;
 
-// 1, 2 or 5 times a power of ten, so that an axis has about five marks.
-function tick(max) {
-  const power = 10 ** Math.floor(Math.log10(max / 5));
-  return power * [1, 2, 5, 10].find((factor) => (factor * power * 5) >= max);
-}
-
-// A frame with axes; returns functions from data to picture coordinates.
-function frame(svg, xMax, yMax) {
-  svg.replaceChildren();
-  const box = { left: 44, right: 548, top: 10, bottom: 240 };
-  const x = (v) => box.left + (v / xMax) * (box.right - box.left);
-  const y = (v) => box.bottom - (v / yMax) * (box.bottom - box.top);
-  const label = (v) => v.toLocaleString("en", { maximumFractionDigits: 3 });
-  for (let v = 0; v <= yMax * 1.001; v += tick(yMax)) {
-    node(svg, "line", { class: "grid", x1: box.left, x2: box.right, y1: y(v), y2: y(v) });
-    node(svg, "text", { x: box.left - 6, y: y(v) + 4, "text-anchor": "end" }, label(v));
-  }
-  for (let v = 0; v <= xMax * 1.001; v += tick(xMax)) {
-    node(svg, "text", { x: x(v), y: box.bottom + 16, "text-anchor": "middle" }, label(v));
-  }
-  return { x, y, box };
-}
-
-function drawStaircase(status) {
-  const points = status.latency_points || [];
-  const svg = byId("staircase");
-  if (!points.length) { svg.replaceChildren(); return; }
-  const xMax = points[points.length - 1][0] * 1.03;
-  const yMax = Math.max(...points.map((p) => p[1])) * 1.15;
-  const { x, y, box } = frame(svg, xMax, yMax);
-  for (const tokens of status.boundaries) {
-    node(svg, "line", { class: "boundary", x1: x(tokens + 0.5), x2: x(tokens + 0.5), y1: box.top, y2: box.bottom });
-  }
-  for (const [tokens, ms] of points) node(svg, "circle", { class: "point", cx: x(tokens), cy: y(ms), r: 3 });
-  for (const s of status.segments || []) {
-    const at = (tokens) => y(s.intercept_ms + s.slope_ms_per_token * tokens);
-    const wide = s.last === s.first ? 0.4 : 0;
-    node(svg, "line", { class: "fit", x1: x(s.first - wide), x2: x(s.last + wide), y1: at(s.first - wide), y2: at(s.last + wide) });
-  }
-}
-
-function drawCalibration(curve) {
-  const svg = byId("calibration");
-  if (!curve || !curve.length) { svg.replaceChildren(); return; }
-  const { x, y } = frame(svg, 1, 1);
-  node(svg, "line", { class: "diagonal", x1: x(0), y1: y(0), x2: x(1), y2: y(1) });
-  const most = Math.max(...curve.map((row) => row[3]));
-  for (const [centre, , observed, samples] of curve) {
-    node(svg, "circle", { class: "point", cx: x(centre), cy: y(observed), r: 2 + 5 * Math.sqrt(samples / most) });
-  }
-  node(svg, "polyline", { class: "fit", points: curve.map((row) => `${x(row[0])},${y(row[1])}`).join(" ") });
-}
-
-function list(parent, rows, make) {
-  parent.replaceChildren(...rows.map(make));
-}
-
-function element(name, text) {
+function element(name, text, attributes = {}) {
   const made = document.createElement(name);
   made.textContent = text;
+  for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
   return made;
+}
+
+// Batch sizes next to each other with the same K share a cell.
+function ranges(kByBatch) {
+  const found = [];
+  for (const [batch, k] of Object.entries(kByBatch).map(([b, k]) => [Number(b), k]).sort((a, b) => a[0] - b[0])) {
+    const last = found[found.length - 1];
+    if (last && last.k === k && last.to === batch - 1) last.to = batch; else found.push({ from: batch, to: batch, k });
+  }
+  return found;
+}
+
+function showK(status) {
+  const table = status.k_by_batch_size;
+  const batch = status.batch_size;
+  const engine = status.engine;
+  const launch = engine && ["shadow", "fallback"].includes(status.mode);
+  const k = launch ? engine.launch_k : table[batch];
+  put("k-now", k == null ? "–" : `K ${k}`);
+  put("k-now-words", launch ? `the launch K; the table would give ${table[batch] ?? "–"}` : batch ? `at batch ${batch}` : "K now");
+  byId("k").replaceChildren(...ranges(table).map(({ from, to, k: value }) => {
+    const cell = element("div", "", { "data-from": from, "data-to": to, "data-k": value });
+    if (batch >= from && batch <= to) cell.className = "now";
+    cell.append(element("b", value), element("span", from === to ? `batch ${from}` : `batch ${from}–${to}`));
+    return cell;
+  }));
+}
+
+function showControl(status) {
+  const candidates = status.engine ? status.engine.candidates : [];
+  const select = byId("pin-k");
+  if ([...select.options].map((option) => option.value).join() !== candidates.join()) {
+    select.replaceChildren(...candidates.map((k) => element("option", k)));
+    if (status.engine) select.value = status.engine.launch_k;
+  }
+  for (const control of byId("control").querySelectorAll("button, select")) control.disabled = !status.engine;
 }
 
 function show(status) {
@@ -85,44 +67,100 @@ function show(status) {
   put("mode", gone ? "engine gone" : status.mode);
   byId("mode").className = `badge ${gone ? "gone" : status.mode}`;
   put("reason", status.reason);
+  document.title = `${gone ? "engine gone" : status.mode} · adaptive-spec`;
+  showK(status);
   put("goodput", number(status.goodput_tokens_per_s));
-  put("gain", number(status.measured_gain == null ? null : 100 * status.measured_gain, 1, " %"));
+  put("gain", signed(status.measured_gain));
+  put("predicted", status.predicted_gain == null ? "" : `, ${signed(status.predicted_gain)} predicted`);
   const verified = sum(status.verified_tokens);
   put("accepted", number(verified ? sum(status.accepted_tokens) / verified : null, 2));
   put("ece", number(status.calibration && status.calibration.ece, 3));
+  const drift = status.drift_events;
+  put("drift", drift ? `${number(drift.latency ?? 0)}, ${number(drift.calibration ?? 0)}` : "–");
   put("version", number(status.policy_version));
+  put("age", status.policy_age_s == null ? "" : `, made ${ago(status.policy_age_s)}`);
   put("steps", number(status.decode_steps));
-  list(byId("k"), Object.entries(status.k_by_batch_size), ([batch, k]) => {
-    const cell = document.createElement("div");
-    cell.append(element("b", k), element("span", `b ${batch}`));
-    return cell;
-  });
   byId("sweep").hidden = status.mode !== "sweep";
   if (status.sweep) {
     byId("progress").value = status.sweep.progress;
     put("sweep-steps", `${status.sweep.steps} steps`);
   }
-  drawStaircase(status);
-  put("boundaries", status.boundaries.length ? `tile boundaries: ${status.boundaries.join(", ")}` : "no tile boundaries yet");
-  drawCalibration(status.calibration && status.calibration.curve);
-  put("kind", status.calibration ? `(${status.calibration.kind})` : "");
-  list(byId("events"), [...(status.events || [])].reverse(), (event) => {
-    const item = document.createElement("li");
-    item.append(element("time", `${number(event.age_s)} s ago`), ` ${event.text}`);
+  showStaircase(status);
+  const jumps = status.boundaries.map((tokens, i) => `${tokens} (×${number(status.jump_ratios[i], 2)})`);
+  put("boundaries", jumps.length ? `tile boundaries, and what the next tile costs: ${jumps.join(", ")}` : "no tile boundaries yet");
+  showReliability(status.calibration && status.calibration.curve);
+  put("kind", status.calibration ? `calibration: ${status.calibration.kind}; larger dots have more samples` : "");
+  byId("events").replaceChildren(...[...(status.events || [])].reverse().map((event) => {
+    const item = element("li", "", { "data-kind": event.kind });
+    item.append(element("time", ago(event.age_s)), element("span", event.text));
     return item;
-  });
+  }));
+  showControl(status);
   put("pids", `sidecar ${status.sidecar_pid}${status.engine_pid ? `, engine ${status.engine_pid}` : ""}, version ${status.version}`);
 }
 
-async function refresh() {
+const ask = async (path) => (await fetch(path, { cache: "no-store" })).json();
+
+async function look() {
   try {
-    const answer = await fetch("status.json", { cache: "no-store" });
-    show(await answer.json());
-  } catch {
+    const status = await ask("status.json");
+    show(status);
+    if (looks++ % 2 === 0) showGoodput(await ask("history.json"), status.events || []);
+    document.body.classList.remove("stale");
+  } catch (error) {
+    if (!(error instanceof TypeError || error instanceof SyntaxError)) throw error;  // anything but a lost connection is a fault
     put("mode", "no answer");
     byId("mode").className = "badge gone";
+    document.body.classList.add("stale");
   }
-  setTimeout(refresh, 1000);
 }
 
+// A page nobody looks at asks for nothing.
+async function refresh() {
+  try {
+    if (!document.hidden) await look();
+  } finally {
+    setTimeout(refresh, LOOK_MS);
+  }
+}
+
+function say(words, bad = false) {
+  put("said", words);
+  byId("said").className = bad ? "bad" : "";
+}
+
+async function send(command, k) {
+  const token = byId("token").value.trim();
+  if (!token) {
+    say("The control token is needed: it is in the sidecar's token file.", true);
+    byId("token").focus();
+    return;
+  }
+  if (!/^[\x21-\x7e]+$/.test(token)) {
+    say("A control token is one word of plain characters.", true);
+    return;
+  }
+  say(`${command} …`);
+  try {
+    const answer = await fetch("control", {
+      method: "POST",
+      headers: { "Authorization": `Bearer ${token}`, "Content-Type": "application/json" },
+      body: JSON.stringify(k === undefined ? { command } : { command, k }),
+    });
+    const document = await answer.json();
+    if (answer.ok) sessionStorage.setItem(TOKEN_KEY, token);
+    if (answer.status === 403) sessionStorage.removeItem(TOKEN_KEY);
+    say(answer.ok ? `${command}: done, mode ${document.mode}` : `${command}: refused: ${document.error}`, !answer.ok);
+  } catch {
+    say(`${command}: no answer`, true);
+  }
+  await look();
+}
+
+byId("token").value = sessionStorage.getItem(TOKEN_KEY) || "";
+byId("control").addEventListener("submit", (event) => event.preventDefault());
+for (const button of byId("control").querySelectorAll("button")) {
+  const command = button.dataset.command;
+  button.addEventListener("click", () => send(command, command === "pin" ? Number(byId("pin-k").value) : undefined));
+}
 refresh();

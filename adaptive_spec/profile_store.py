@@ -1,0 +1,167 @@
+"""The profile store: replicas of the same (model, GPU, TP degree) start warm from one another's profiles.
+
+    {profile_store}/{model}_{gpu}_tp{N}/{milliseconds}-{host}-{random}.npz
+
+The store is any place fsspec can reach: a shared volume, an object storage. A profile is one object there, an archive
+(`archive.py`) with both models in it, and never changed: a writer adds a newer one and removes all but the newest. So writers
+need no lock, and a reader who finds one damaged, half-written, foreign or just removed takes the next. The newest valid wins.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import secrets
+import socket
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+from adaptive_spec.archive import ArchiveError, archive_bytes, parse_archive, write_atomically
+from adaptive_spec.controller import Controller
+from adaptive_spec.engine_info import EngineInfo
+from adaptive_spec.errors import BadInput
+from adaptive_spec.profile import CALIBRATION, LATENCY_MODEL, Profile, ProfileError, identity
+
+KIND = "profile"
+KEPT = 8
+"""Profiles of one engine that a writer leaves in the store."""
+LISTINGS = 3
+"""Times a reader lists the store when profiles vanish while it reads."""
+LARGEST_BYTES = 64 << 20
+FUTURE_S = 300.0
+"""How far a writer's clock may be ahead; what is dated later is not believed."""
+SHARED_MODE = 0o644
+_NAME = re.compile(r"(\d{13})-[A-Za-z0-9.-]+\.npz")
+
+log = logging.getLogger(__name__)
+
+
+class StoredProfile(NamedTuple):
+    """A profile and when it was written, Unix seconds."""
+
+    written_s: float
+    profile: Profile
+
+
+class ProfileStore:
+    """Reads and writes a store. Blocks as long as the storage does: for a thread of its own, see `store_worker`.
+
+    Raises BadInput when the URL cannot be used at all: fsspec or the package for this storage is missing.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.shown = _without_secrets(url)
+        allowed = "must be a URL that fsspec knows, as file:///mnt/profiles or s3://bucket/profiles"
+        try:
+            from fsspec.core import url_to_fs
+        except ImportError as error:
+            raise BadInput(
+                f"profile_store: {self.shown!r} is not allowed: fsspec is not installed: pip install 'adaptive-spec[store]'"
+            ) from error
+        try:
+            self._files, self._root = url_to_fs(url)
+        except (ImportError, ValueError, OSError) as error:
+            raise BadInput(f"profile_store: {self.shown!r} is not allowed: {_one_line(error)}; {allowed}") from error
+        self._root = self._root.rstrip("/")
+        protocols = self._files.protocol
+        self._local = "file" in ((protocols,) if isinstance(protocols, str) else protocols)
+
+    def save(self, info: EngineInfo, profile: Profile, now_s: float) -> str:
+        """Add a profile (now_s: Unix seconds), remove those beyond the newest 8; returns its path. Raises OSError."""
+        data = archive_bytes(KIND, _flat(profile), {"engine": identity(info)})
+        folder = f"{self._root}/{info.profile_name}"
+        host = re.sub(r"[^A-Za-z0-9.-]+", "-", socket.gethostname())[:63]
+        path = f"{folder}/{int(1000 * now_s):013d}-{host}-{secrets.token_hex(4)}.npz"
+        self._files.makedirs(folder, exist_ok=True)
+        if self._local:
+            write_atomically(Path(path), data, SHARED_MODE)
+        else:
+            self._files.pipe_file(path, data)  # an object is there whole or not at all; a file is checked when it is read
+        self._prune(folder, now_s)
+        return path
+
+    def load(self, info: EngineInfo, now_s: float, usable: Callable[[Profile], object]) -> StoredProfile | None:
+        """Return the newest profile that is whole, of this engine, and that `usable` does not refuse with ValueError.
+
+        None: there is none. Raises OSError when the store cannot be listed.
+        """
+        tried: set[str] = set()
+        for _ in range(LISTINGS):
+            gone = False
+            for written_s, path in self._listed(f"{self._root}/{info.profile_name}", now_s):
+                if path in tried:
+                    continue
+                tried.add(path)
+                try:
+                    profile = self._read(path, info)
+                    usable(profile)
+                except FileNotFoundError:
+                    gone = True  # a writer has just removed it, so there are newer ones
+                    continue
+                except (OSError, ValueError) as error:
+                    log.warning("profile %s in the store cannot be used: %s", path.rsplit("/", 1)[1], _one_line(error))
+                    continue
+                return StoredProfile(written_s, profile)
+            if not gone:
+                break
+        return None
+
+    def _read(self, path: str, info: EngineInfo) -> Profile:
+        size = self._files.size(path)
+        if size is not None and size > LARGEST_BYTES:
+            raise ProfileError(f"it is {size} bytes long, more than {LARGEST_BYTES}")
+        archive = parse_archive(self._files.cat_file(path), KIND, path.rsplit("/", 1)[1])
+        if archive.meta.get("engine") != identity(info):
+            raise ProfileError(f"it is of another engine: {archive.meta.get('engine', 'unknown')}")
+        return _unflat(archive.arrays)
+
+    def _listed(self, folder: str, now_s: float) -> list[tuple[float, str]]:
+        """(Unix seconds, path) of what looks like a profile, newest first, nothing from the future."""
+        self._files.invalidate_cache(folder)
+        try:
+            names: Iterable[str] = self._files.ls(folder, detail=False)
+        except FileNotFoundError:
+            return []
+        found = [(int(match[1]) / 1e3, path) for path in names if (match := _NAME.fullmatch(path.rsplit("/", 1)[-1]))]
+        return sorted((entry for entry in found if entry[0] <= now_s + FUTURE_S), reverse=True)
+
+    def _prune(self, folder: str, now_s: float) -> None:
+        for _, path in self._listed(folder, now_s)[KEPT:]:
+            try:
+                self._files.rm_file(path)
+            except OSError as error:  # another writer was quicker, or it is another user's: the next one tries again
+                log.debug("profile %s was not removed from the store: %s", path, error)
+
+
+def restorable(controller: Callable[[], Controller]) -> Callable[[Profile], object]:
+    """A check for `load`: whether a new controller takes the profile."""
+    return lambda profile: controller().restore_profile(profile.latency, profile.calibration)
+
+
+def _flat(profile: Profile) -> dict[str, Any]:
+    return {
+        f"{kind}.{name}": array
+        for kind, arrays in ((LATENCY_MODEL, profile.latency), (CALIBRATION, profile.calibration))
+        for name, array in arrays.items()
+    }
+
+
+def _unflat(arrays: dict[str, Any]) -> Profile:
+    parts: dict[str, dict[str, Any]] = {LATENCY_MODEL: {}, CALIBRATION: {}}
+    for name, array in arrays.items():
+        kind, _, rest = name.partition(".")
+        if kind not in parts:
+            raise ArchiveError(f"it holds an array {name!r} that is no part of a profile")
+        parts[kind][rest] = array
+    return Profile(parts[LATENCY_MODEL], parts[CALIBRATION])
+
+
+def _without_secrets(url: str) -> str:
+    parts = urlsplit(url)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="").geturl() if "@" in parts.netloc else url
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,71 @@
+"""Calibration: do draft scores tell acceptance."""
+
+from __future__ import annotations
+
+from grafana_foundation_sdk.builders import common, trend
+from grafana_foundation_sdk.models import common as kinds
+from grafana_foundation_sdk.models.dashboard import Dashboard, DataTransformerConfig, DynamicConfigValue
+
+from dashboards.parts import DATASOURCE, increase, joined, lines, number, page, rate, rows, series
+
+OURS = 'signal="calibration"'
+BALANCE = (
+    f"({rate('expected_accepted_tokens_total')} - sum without (position) ({rate('accepted_tokens_total')}))"
+    f" / (sum without (position) ({rate('verified_tokens_total')}) > 0)"
+)
+
+
+def _reliability() -> trend.Panel:
+    # The label `score` is text; as a number it is the x axis, and the diagonal it should be compared with.
+    columns = {"score": "score", "Value #A": "calibrated", "Value #B": "observed"}
+    as_number = DataTransformerConfig(
+        id_val="convertFieldType", options={"fields": {}, "conversions": [{"targetField": "score", "destinationType": "number"}]}
+    )
+    return (
+        trend.Panel().title("Reliability now").datasource(DATASOURCE).unit("percentunit").min(0).max(1).height(12).span(12)
+        .description("P(accept) by cumulative draft score: calibrated, and as it was. The two should lie together.")
+        .with_target(rows(f"sum by (score) ({series('calibration_curve_probability')})", "A"))
+        .with_target(rows(f"sum by (score) ({series('calibration_observed_probability')})", "B"))
+        .transformations([*joined("score", columns, "score")[:3], as_number, *joined("score", columns, "score")[3:]])
+        .x_field("score").override_by_name("score", [DynamicConfigValue("unit", "none"),
+                                     DynamicConfigValue("custom.axisLabel", "cumulative draft score")])
+        .line_width(2).fill_opacity(0).show_points(kinds.VisibilityMode.ALWAYS).point_size(6)
+        .legend(common.VizLegendOptions().display_mode(kinds.LegendDisplayMode.LIST).placement(kinds.LegendPlacement.BOTTOM)
+                .show_legend(True))
+    )  # fmt: skip
+
+
+def calibration() -> Dashboard:
+    accepted, verified = rate("accepted_tokens_total"), rate("verified_tokens_total")
+    panels = [
+        number("Calibration error (ECE)", "percentunit", series("calibration_error_ratio"),
+               "The alert CalibrationDecay begins at a mean of 5 %.", decimals=1, width=6,
+               bounds=((0.03, "yellow"), (0.05, "red"))),
+        number("Brier score", "none", series("calibration_brier_ratio"), "Mean squared error of P(accept), 0..1.", decimals=3,
+               width=6),
+        number("Log loss", "none", series("calibration_log_loss"), "Nats per draft token; a coin has 0.693.", decimals=3, width=6,
+               bounds=((0.693, "red"),)),
+        number("Expected minus accepted", "percentunit", BALANCE,
+               "Of the verified draft tokens. The alert CalibrationDecay begins at 5 % either way.", decimals=1, width=6,
+               base="red", bounds=((-0.05, "green"), (0.05, "red"))),
+        _reliability(),
+        lines("Calibrated P(accept) by score, over time", "percentunit",
+              {"score {{score}}": series("calibration_curve_probability")},
+              "How the map moves. Scores are the middles of 15 bins.", low=0, high=1).height(12),
+        lines("Calibration error (ECE)", "percentunit", {"ECE": series("calibration_error_ratio")}, low=0),
+        lines("Brier score and log loss", "none", {
+            "Brier score": series("calibration_brier_ratio"), "log loss": series("calibration_log_loss"),
+        }, low=0),
+        lines("Accepted draft tokens, expected and actual", "tokens/s", {
+            "expected": rate("expected_accepted_tokens_total"), "accepted": f"sum without (position) ({accepted})",
+        }, low=0),
+        lines("Expected minus accepted", "percentunit", {"of the verified": BALANCE}, "0 = the calibration keeps its word."),
+        lines("Acceptance by position", "percentunit", {"position {{position}}": f"{accepted} / ({verified} > 0)"},
+              "Accepted over verified draft tokens.", low=0, high=1),
+        lines("Calibration drift events", "none",
+              {"events": f"sum({increase('drift_events_total', OURS)})"},
+              "Acceptance or the draft's confidence stopped looking like it did.", bars=True, low=0),
+    ]  # fmt: skip
+    return page(
+        "calibration", "adaptive-spec: calibration", "Cumulative draft score to P(accept), and how well it holds.", panels
+    )

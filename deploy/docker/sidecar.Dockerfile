@@ -1,0 +1,23 @@
+# syntax=docker/dockerfile:1
+# The sidecar alone: docker build --file deploy/docker/sidecar.Dockerfile --tag adaptive-spec-sidecar .
+FROM python:3.12-slim AS build
+WORKDIR /src
+COPY pyproject.toml README.md LICENSE ./
+COPY adaptive_spec ./adaptive_spec
+# What profile_store needs. For object storage add its fsspec package, as --build-arg STORAGE_PACKAGE=s3fs
+ARG STORAGE_PACKAGE=fsspec
+RUN python -m venv /opt/adaptive-spec \
+    && /opt/adaptive-spec/bin/pip install --no-cache-dir --disable-pip-version-check ".[store]" "${STORAGE_PACKAGE}"
+
+FROM python:3.12-slim
+COPY --from=build /opt/adaptive-spec /opt/adaptive-spec
+# The same user as the server's: what they share in memory is theirs alone (0700).
+RUN useradd --uid 1000 --user-group --no-create-home --shell /usr/sbin/nologin adaptive-spec
+USER 1000:1000
+# Pictures of a profile are drawn with matplotlib, which wants a place for its font cache.
+ENV PATH=/opt/adaptive-spec/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 MPLCONFIGDIR=/tmp/matplotlib
+EXPOSE 9477
+HEALTHCHECK --interval=10s --timeout=5s --start-period=20s \
+    CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:9477/healthz', timeout=4)"]
+ENTRYPOINT ["adaptive-spec"]
+CMD ["sidecar", "--config", "/etc/adaptive-spec/config.yaml"]

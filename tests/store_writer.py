@@ -1,0 +1,27 @@
+"""A replica that only writes profiles: python -m tests.store_writer URL COUNT SEED. Run by test_profile_store.py."""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import numpy as np
+
+from adaptive_spec.profile import Profile
+from adaptive_spec.profile_store import ProfileStore
+from tests.wire import engine
+
+
+def numbered(number: int) -> Profile:
+    """A profile that is whole only if all its arrays say the same."""
+    return Profile({"a": np.full(500, number), "head.b": np.full((3, 3), number)}, {"c": np.full(2000, number)})
+
+
+def main() -> None:
+    store = ProfileStore(sys.argv[1])
+    for index in range(int(sys.argv[2])):
+        store.save(engine(), numbered(1000 * int(sys.argv[3]) + index), time.time())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""The committed dashboards: current, true to the exporter, and understood by Prometheus' own parser."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from prometheus_client import generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+
+from adaptive_spec.board import Board, View
+from adaptive_spec.engine_report import EngineReport
+from adaptive_spec.metrics import metrics_registry
+from dashboards.build import DASHBOARDS, FOLDER, document
+from tests.monitoring import DEPLOY, needs, program
+from tests.numbers_engine import engine_info
+from tests.test_metrics import SNAPSHOT
+
+VARIABLES = {"$__rate_interval": "1m", "$__interval": "15s", "$job": ".*", "$model": ".*", "$gpu": ".*", "$instance": ".*"}
+PANEL_TYPES = {"timeseries", "stat", "trend", "table"}
+"""What dashboards/render can draw."""
+CLIENT_METRICS = {"up", "process_resident_memory_bytes", "process_cpu_seconds_total"}
+
+
+def load(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((FOLDER / f"{name}.json").read_text())
+    return found
+
+
+def expressions(dashboard: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """(where, expression with its variables replaced) of every panel and annotation."""
+    marks = [(f"annotation {a['name']}", a["expr"]) for a in dashboard["annotations"]["list"] if a.get("expr")]
+    targets = [(f"{panel['title']} {t['refId']}", t["expr"]) for panel in dashboard["panels"] for t in panel["targets"]]
+    for where, expr in marks + targets:
+        for variable, value in VARIABLES.items():
+            expr = expr.replace(variable, value)
+        assert not re.search(r"\$[a-z_{]", expr), (where, expr)
+        yield where, expr
+
+
+def exported() -> dict[str, set[str]]:
+    """Names of all samples the exporter can give, with their labels."""
+    board = Board(0.0)
+    report = EngineReport(1, "test", "attached", "", {"begin_step": 1}, {"adoptions": 1})
+    board.view = View(5.0, SNAPSHOT, engine_info(), True, {"refit": 2}, "sweep", 4.0, report=report)
+    families = text_string_to_metric_families(generate_latest(metrics_registry(board)).decode())
+    # What has no sample before it first happens is known by its family.
+    names: dict[str, set[str]] = {}
+    for family in families:
+        names.setdefault(family.name + ("_total" if family.type == "counter" else ""), set())
+        for sample in family.samples:
+            names.setdefault(sample.name, set()).update(sample.labels)
+    return names
+
+
+@pytest.mark.parametrize("name", DASHBOARDS)
+def test_committed_json_is_current(name: str) -> None:
+    assert (FOLDER / f"{name}.json").read_text(encoding="utf-8") == document(name), "say: make dashboards"
+
+
+def test_no_other_json_lies_there() -> None:
+    assert {path.stem for path in FOLDER.glob("*.json")} == set(DASHBOARDS)
+
+
+@pytest.mark.parametrize("name", DASHBOARDS)
+def test_every_metric_exists_in_the_exporter(name: str) -> None:
+    known = exported()
+    used = {metric for _, expr in expressions(load(name)) for metric in re.findall(r"\b(?:adaptive_spec|process)_\w+", expr)}
+    assert len(used) > 5
+    assert used - known.keys() <= CLIENT_METRICS, "the dashboard asks for what nobody exports"
+
+
+def test_every_metric_of_the_rules_exists_in_the_exporter() -> None:
+    known, recorded = exported(), set()
+    rules = [
+        r for path in (DEPLOY / "rules").glob("*.yaml") for g in yaml.safe_load(path.read_text())["groups"] for r in g["rules"]
+    ]
+    recorded = {rule["record"] for rule in rules if "record" in rule}
+    for rule in rules:
+        for name in re.findall(r"[a-z_]+:[\w:]+|\badaptive_spec_\w+", rule["expr"]):
+            assert name in recorded if ":" in name else name in known, (rule, name)
+
+
+@pytest.mark.parametrize("name", DASHBOARDS)
+def test_labels_that_are_matched_or_shown_exist(name: str) -> None:
+    known = exported()
+    for panel in load(name)["panels"]:
+        for target in panel["targets"]:
+            metrics = re.findall(r"adaptive_spec_\w+", target["expr"])
+            labels = {label for metric in metrics for label in known.get(metric, ())} | {"job", "instance"}
+            labels |= set(re.findall(r'label_replace\([^"]*"(\w+)"', target["expr"])) | {"reason", "call", "hook", "signal"}
+            for label in re.findall(r"{{(\w+)}}", target.get("legendFormat", "")):
+                assert label in labels, (panel["title"], label)
+
+
+@needs("promtool")
+@pytest.mark.parametrize("name", DASHBOARDS)
+def test_prometheus_parses_every_expression(name: str, tmp_path: Path) -> None:
+    rules = [{"record": f"checked:{i}", "expr": expr} for i, (_, expr) in enumerate(expressions(load(name)))]
+    path = tmp_path / "rules.yaml"
+    path.write_text(yaml.safe_dump({"groups": [{"name": "checked", "rules": rules}]}))
+    result = subprocess.run([str(program("promtool")), "check", "rules", str(path)], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("name", DASHBOARDS)
+def test_form(name: str) -> None:
+    dashboard = load(name)
+    assert dashboard["uid"] == f"adaptive-spec-{name}"
+    assert [v["name"] for v in dashboard["templating"]["list"]] == ["datasource", "job", "model", "gpu", "instance"]
+    assert {a["name"] for a in dashboard["annotations"]["list"]} >= {"Swaps", "Drift", "Events in words"}
+    taken: set[tuple[int, int]] = set()
+    ids = [panel["id"] for panel in dashboard["panels"]]
+    assert len(set(ids)) == len(ids)
+    for panel in dashboard["panels"]:
+        assert panel["type"] in PANEL_TYPES
+        assert panel["title"]
+        assert panel["fieldConfig"]["defaults"]["unit"], panel["title"]
+        assert panel["datasource"] == {"type": "prometheus", "uid": "$datasource"}
+        g = panel["gridPos"]
+        assert g["x"] + g["w"] <= 24
+        cells = {(x, y) for x in range(g["x"], g["x"] + g["w"]) for y in range(g["y"], g["y"] + g["h"])}
+        assert not cells & taken, f"{panel['title']} lies on another panel"
+        taken |= cells

@@ -36,6 +36,7 @@ OURS_IMPURE = {
     "sidecar",
     "web",
     "metrics",
+    "grafana",
     "engines",
 }
 

@@ -11,11 +11,13 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from adaptive_spec.control import ControlClient
 from adaptive_spec.engines.sglang.cpu_kit import CpuKit
 from adaptive_spec.policy_page import PolicyPageReader
 from adaptive_spec.records import StepFlag, StepRecord
@@ -43,6 +45,29 @@ def _swept(server: SglangServer) -> None:
     server.wait_status(lambda s: s["mode"] == "active", "the sweep to end")
 
 
+@contextmanager
+def _pinned_in_turn(server: SglangServer) -> Iterator[None]:
+    """Hot-swap K as fast as the sidecar takes commands: traffic alone may leave it where it is."""
+    url, token = server.sidecar["url"], (server.runtime_dir / "control.token").read_text().strip()
+    client = ControlClient(url, token)
+    ended = threading.Event()
+
+    def pin() -> None:
+        for k in itertools.cycle(sorted(CANDIDATES)):
+            if ended.is_set():
+                return
+            client.send("pin", k)
+
+    thread = threading.Thread(target=pin)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        client.send("unpin", None)
+
+
 def _count(records: list[StepRecord]) -> tuple[int, int, int]:
     """Rows, verified and accepted draft tokens."""
     return (
@@ -64,7 +89,7 @@ def test_exact_outputs_and_exact_counts_while_k_switches(server: SglangServer) -
     """200 requests at concurrency 8, every token the target's own, every token counted."""
     _swept(server)
     before = server.settled()
-    with trace(server) as records:
+    with trace(server) as records, _pinned_in_turn(server):
         answers = server.load(some_prompts(200, seed=5), 8)
     assert all(answer.exact for answer in answers)
     ks = [record.k for record in records]

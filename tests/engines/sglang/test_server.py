@@ -48,8 +48,7 @@ def _swept(server: SglangServer) -> None:
 @contextmanager
 def _pinned_in_turn(server: SglangServer) -> Iterator[None]:
     """Hot-swap K as fast as the sidecar takes commands: traffic alone may leave it where it is."""
-    url, token = server.sidecar["url"], (server.runtime_dir / "control.token").read_text().strip()
-    client = ControlClient(url, token)
+    client = ControlClient.find(server.runtime_dir, None, None)
     ended = threading.Event()
 
     def pin() -> None:
@@ -65,7 +64,7 @@ def _pinned_in_turn(server: SglangServer) -> Iterator[None]:
     finally:
         ended.set()
         thread.join()
-        client.send("unpin", None)
+        client.send("unpin")
 
 
 def _count(records: list[StepRecord]) -> tuple[int, int, int]:

@@ -48,7 +48,11 @@ def test_a_few_faults(server: SglangServer, faults: Path, hook: str, half: str) 
     assert all(answer.exact for answer in answers)
     assert {record.k for record in records} == {1}, "as if nothing had been"
     wanted = before.failures.get(hook, 0) + times
-    report = server.wait(lambda: (r := server.report()) and r.failures.get(hook) == wanted and r, "the report to say so")
+    # The server writes its report now and then while it decodes: on a quick machine the load above may end too soon for it.
+    report = server.wait(
+        lambda: server.load(some_prompts(1, seed=2), 1) and (r := server.report()) and r.failures.get(hook) == wanted and r,
+        "the report to say so",
+    )
     assert report.state == "attached"
     server.wait(lambda: server.metrics()["engine_failures_total"].get((("hook", hook),)) == wanted, "the metrics to say so")
 

@@ -20,6 +20,7 @@ from adaptive_spec.policy import (
     Policy,
     SurvivalMap,
     Trial,
+    best_lengths,
     best_slots,
     best_verified,
 )
@@ -71,6 +72,7 @@ def test_the_best_plan_is_the_best_of_all_prefix_closed_plans(
     assert goodput == pytest.approx(brute, rel=1e-12)
     chosen = best_slots(survival, count)
     assert int(chosen.sum()) == count
+    np.testing.assert_array_equal(best_lengths(survival, fixed_s, verify_s), chosen)
     reached = (b + sum(survival[i, :n].sum() for i, n in enumerate(chosen))) / (fixed_s + verify_s[b + count])
     assert reached == pytest.approx(brute, rel=1e-12)
 

@@ -16,7 +16,7 @@ from adaptive_spec.engines.simulated.deciders import PlainDecider, Static
 from adaptive_spec.engines.simulated.plans import Costs
 from adaptive_spec.engines.simulated.scenario import Scenario
 from adaptive_spec.engines.simulated.server import SimulatedServer
-from adaptive_spec.policy import SurvivalMap, best_slots, best_verified
+from adaptive_spec.policy import SurvivalMap, best_lengths
 from adaptive_spec.records import StepRecord
 
 Floats = NDArray[np.float64]
@@ -80,5 +80,4 @@ class OfflineFiles(PlainDecider):
         assert self._survival is not None
         b, k = confidences.shape
         survival = self._survival.survival(confidences)
-        count, _ = best_verified(survival, float(self._fixed_ms[k]), self._verify_ms[: b * (k + 1) + 1])
-        return best_slots(survival, count)
+        return best_lengths(survival, float(self._fixed_ms[k]), self._verify_ms[: b * (k + 1) + 1])

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from adaptive_spec.engines.simulated.deciders import PlainDecider
 from adaptive_spec.engines.simulated.plans import Costs
 from adaptive_spec.engines.simulated.scenario import Scenario
-from adaptive_spec.policy import best_slots, best_verified
+from adaptive_spec.policy import best_lengths
 from adaptive_spec.records import StepRecord
 
 Floats = NDArray[np.float64]
@@ -71,8 +71,7 @@ class StartupProfile(PlainDecider):
         survival = np.minimum(scores * (self._hits / self._promised), 1.0)
         survival = np.minimum.accumulate(survival, axis=1)
         b, k = confidences.shape
-        count, _ = best_verified(survival, float(self._fixed_ms[k]), self._verify_ms[: b * (k + 1) + 1])
-        return best_slots(survival, count)
+        return best_lengths(survival, float(self._fixed_ms[k]), self._verify_ms[: b * (k + 1) + 1])
 
     def observe(self, record: StepRecord) -> None:
         position = np.arange(record.k)

@@ -5,12 +5,13 @@ halves of a growing window and finds changes of any size given time, and Page-Hi
 large ones at once. Both see means of `group` steps, so that single steps need not be near normal and a fast engine costs no
 more than a slow one.
 
-`TrafficDetector` watches the draft's own confidence: it has no expected value, so a mean is compared with its own past.
+`TrafficDetector` watches the draft's own confidence: it has no expected value, so requests are compared with those before them.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from river.drift import ADWIN, PageHinkley
@@ -69,53 +70,84 @@ class TrafficChange(NamedTuple):
 
 
 class TrafficDetector:
-    """Page-Hinkley on means of `GROUP` steps, in standard deviations of such means: z = (mean - running mean) / running sd.
+    """Two-sided cumulative sum (Page, 1954) over requests, z = (mean confidence of a request - running mean) / running sd.
 
-    A request has an acceptance of its own for as long as it lasts, so the steps of one minute resemble each other; the spread
-    of group means knows that, the spread of steps does not. Regimes. Learning: `LEARNING` groups tell mean and spread.
-    Watching: both follow slowly. Changed: a sum of z beyond `THRESHOLD` ends in learning anew.
+    Steps of one request resemble each other, requests differ: so every request has one vote, the mean of its first
+    `VOTE_STEPS` drafts (fewer if it ends before, at least `LEAST_STEPS`). The sum adds |z| - `DELTA` on the side of z and is a
+    change beyond `THRESHOLD` + ln(votes in 16 steps): the rate of false alarms falls with exp(2 `DELTA` threshold), so a busy
+    server has no more of them per step than a quiet one. Requests that come in bursts of one kind are told by the spread of
+    sums of `BURST` votes, which divides z. Regimes. Learning: `LEARNING` votes tell mean and spread. Watching: both follow
+    slowly. Suspicious: they stand still. Changed: learning anew.
     """
 
-    GROUP = 32
-    LEARNING = 10
-    DELTA, THRESHOLD = 0.6, 8.0
+    VOTE_STEPS, LEAST_STEPS = 16, 8
+    LEARNING = 16
+    DELTA, THRESHOLD = 0.5, 9.0
     """z that is ignored, and the sum of the rest that is a change: larger means fewer false alarms and later true ones."""
+    SUSPICION = 2.0
+    """Sum from which votes are not learnt, lest the mean follows what it should be compared with."""
     CAUTION = 10.0
-    """Variances of a group mean by which the running mean is not to be trusted after one group, falling with their number."""
-    PACE = 0.01
-    """Share of a group in the running mean and variance."""
+    """Variances of a vote by which the running mean is not to be trusted after one vote, falling with their number."""
+    PACE = 0.005
+    """Share of a vote in the running mean and variance, and of a step in the rate of votes."""
+    BURST, BURST_PACE = 16, 0.02
     CLIP = 4.0
 
     def __init__(self) -> None:
-        self._sum, self._count, self._groups = 0.0, 0, 0
-        self._mean = self._variance = self._lately = 0.0
-        self._page_hinkley = self._fresh()
+        self._running: dict[int, tuple[int, float]] = {}
+        """Votes in the making by request: drafts and the sum of their confidences; -1 drafts: has voted."""
+        self._votes_per_step = 0.0
+        self._spread = 1.0
+        """Variance of a sum of BURST votes over that of independent ones."""
+        self._begin()
 
-    def update(self, value: float) -> TrafficChange | None:
-        """Take the value of one step; a change when it is established with it."""
-        self._sum += value
-        self._count += 1
-        if self._count < self.GROUP:
-            return None
-        mean, self._sum, self._count = self._sum / self.GROUP, 0.0, 0
-        if self._groups >= self.LEARNING and self._variance > 0.0:
-            # The mean itself was learnt from few groups at first.
-            z = (mean - self._mean) / math.sqrt(self._variance * (1.0 + self.CAUTION / self._groups))
-            self._lately += 0.2 * (mean - self._lately)
-            self._page_hinkley.update(min(max(z, -self.CLIP), self.CLIP))  # type: ignore[no-untyped-call]  # as above
-            if self._page_hinkley.drift_detected:
+    def _begin(self) -> None:
+        self._votes = self._burst = 0
+        self._mean = self._variance = self._lately = self._burst_sum = 0.0
+        self._above = self._below = 0.0
+
+    def update(self, confidences: Sequence[float], request_ids: Sequence[int]) -> TrafficChange | None:
+        """Take one step: the confidence of the first draft token of every request [b]; a change when established with it."""
+        cast: list[float] = []
+        running, self._running = self._running, {}
+        for request, confidence in zip(request_ids, confidences, strict=True):
+            drafts, total = running.pop(request, (0, 0.0))
+            if drafts >= 0:
+                drafts, total = drafts + 1, total + confidence
+                if drafts >= self.VOTE_STEPS:
+                    cast.append(total / drafts)
+                    drafts = -1
+            self._running[request] = drafts, total
+        cast += [total / drafts for drafts, total in running.values() if drafts >= self.LEAST_STEPS]
+        self._votes_per_step += self.PACE * (len(cast) - self._votes_per_step)
+        change = None
+        for vote in cast:
+            change = self._take(vote) or change
+        return change
+
+    def _take(self, vote: float) -> TrafficChange | None:
+        away = vote - self._mean if self._votes else 0.0
+        if self._votes >= self.LEARNING and self._variance > 0.0:
+            spread = self._variance * (1.0 + self.CAUTION / self._votes) * max(self._spread, 1.0)
+            z = min(max(away / math.sqrt(spread), -self.CLIP), self.CLIP)
+            self._lately += 0.1 * (vote - self._lately)
+            self._above = max(self._above + z - self.DELTA, 0.0)
+            self._below = max(self._below - z - self.DELTA, 0.0)
+            if max(self._above, self._below) > self.THRESHOLD + math.log(max(16.0 * self._votes_per_step, 1.0)):
                 change = TrafficChange(self._mean, self._lately)
-                self._groups, self._page_hinkley = 0, self._fresh()
+                self._begin()
                 return change
-        self._groups += 1
-        pace = max(1.0 / self._groups, self.PACE)
-        away = mean - self._mean if self._groups > 1 else 0.0
-        self._mean = mean if self._groups == 1 else self._mean + pace * away
+            self._burst, self._burst_sum = self._burst + 1, self._burst_sum + away
+            if self._burst == self.BURST:
+                ratio = self._burst_sum**2 / (self.BURST * self._variance)
+                self._spread += self.BURST_PACE * (min(ratio, self.CLIP**2) - self._spread)
+                self._burst, self._burst_sum = 0, 0.0
+            if max(self._above, self._below) > self.SUSPICION:
+                return None
+        self._votes += 1
+        pace = max(1.0 / self._votes, self.PACE)
+        self._mean = vote if self._votes == 1 else self._mean + pace * away
         self._variance += pace * (away * away - self._variance)
-        if self._groups <= self.LEARNING:
+        if self._votes <= self.LEARNING:
             self._lately = self._mean
         return None
-
-    @classmethod
-    def _fresh(cls) -> PageHinkley:
-        return PageHinkley(min_instances=1, delta=cls.DELTA, threshold=cls.THRESHOLD, mode="both")

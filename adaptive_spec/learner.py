@@ -83,7 +83,7 @@ class Learner:
         if not record.flags & StepFlag.CENSORED:
             self.acceptance.observe(record)
             if record.k and self.forecast is not None:
-                noticed += self._watch_traffic(float(record.confidences[:, 0].mean()))
+                noticed += self._watch_traffic(record)
         if self.acceptance.waiting_tokens >= LEARN_AT_TOKENS:
             noticed += self.learn_acceptance()
         return noticed
@@ -166,9 +166,9 @@ class Learner:
             return None
         return float(forecast_.verify_s[at]) + forecast_.context_s_per_token * record.kv_tokens
 
-    def _watch_traffic(self, confidence: float) -> list[Noticed]:
-        """Note other traffic by the draft's mean confidence in its first tokens, before enough of them were accepted or not."""
-        change = self._traffic_drift.update(confidence)
+    def _watch_traffic(self, record: StepRecord) -> list[Noticed]:
+        """Note other traffic by the draft's confidence in its first tokens, before enough of them were accepted or not."""
+        change = self._traffic_drift.update(record.confidences[:, 0].tolist(), record.request_ids.tolist())
         if change is None:
             return []
         self.acceptance.recent.forget_decks(self.acceptance.steps)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from adaptive_spec.drift import DriftDetector, TrafficDetector
+from adaptive_spec.drift import DriftDetector, TrafficChange, TrafficDetector
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -31,31 +31,56 @@ def test_infinite_residuals_do_not_poison_it() -> None:
     assert sum(detector.update(float(x)) for x in noise) <= 2
 
 
-def confidences(rng: np.random.Generator, mean: float, steps: int, batch_size: int = 3) -> np.ndarray:
-    """Mean over a batch of requests that last some 40 steps, each with a level of its own for as long as it lasts."""
+Steps = list[tuple[list[float], list[int]]]
+
+
+def traffic(rng: np.random.Generator, mean: float, steps: int, batch_size: int = 3, first_id: int = 0) -> Steps:
+    """Confidences and ids of requests that last some 40 steps, each with a level of its own for as long as it lasts."""
     level = rng.normal(mean, 0.1, batch_size)
-    values = np.empty(steps)
-    for step in range(steps):
+    ids = first_id + np.arange(batch_size)
+    rows: Steps = []
+    for _ in range(steps):
         ended = rng.random(batch_size) < 1 / 40
         level[ended] = rng.normal(mean, 0.1, int(ended.sum()))
-        values[step] = np.clip(level + rng.normal(0.0, 0.25, batch_size), 0.0, 1.0).mean()
-    return values
+        ids[ended] = ids.max() + 1 + np.arange(int(ended.sum()))
+        rows.append((np.clip(level + rng.normal(0.0, 0.25, batch_size), 0.0, 1.0).tolist(), ids.tolist()))
+    return rows
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_requests_that_differ_are_no_change_of_traffic(seed: int) -> None:
-    detector = TrafficDetector()
-    values = confidences(np.random.default_rng(seed), 0.55, 20_000)
-    assert sum(detector.update(float(x)) is not None for x in values) <= 2
+def changes_in(detector: TrafficDetector, steps: Steps) -> list[tuple[int, TrafficChange]]:
+    seen = ((step, detector.update(*row)) for step, row in enumerate(steps))
+    return [(step, change) for step, change in seen if change is not None]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 32])
+@pytest.mark.parametrize("seed", range(3))
+def test_requests_that_differ_are_no_change_of_traffic(seed: int, batch_size: int) -> None:
+    steps = traffic(np.random.default_rng(seed), 0.55, 20_000, batch_size)
+    assert len(changes_in(TrafficDetector(), steps)) <= 1
 
 
 @pytest.mark.parametrize("after", [0.4, 0.7])
 def test_other_traffic_is_a_change_with_its_means(after: float) -> None:
     rng = np.random.default_rng(5)
     detector = TrafficDetector()
-    for x in confidences(rng, 0.55, 2000):
-        detector.update(float(x))
-    changes = [change for x in confidences(rng, after, 1000) if (change := detector.update(float(x))) is not None]
-    assert changes
-    assert changes[0].before == pytest.approx(0.55, abs=0.06)
-    assert changes[0].after == pytest.approx(after, abs=0.08)
+    changes_in(detector, traffic(rng, 0.55, 1000))
+    (step, change), *later = changes_in(detector, traffic(rng, after, 800, first_id=1_000_000))
+    assert not later
+    assert step <= 400
+    assert change.before == pytest.approx(0.55, abs=0.06)
+    assert change.after == pytest.approx(after, abs=0.08)
+
+
+def test_requests_in_bursts_of_a_kind_are_no_change_for_long() -> None:
+    rng = np.random.default_rng(0)
+    detector = TrafficDetector()
+    bursts = [traffic(rng, rng.choice([0.5, 0.62]), 80, 4, 1000 * i) for i in range(1000)]
+    alarms = sum(len(changes_in(detector, burst)) for burst in bursts)
+    assert alarms <= 12
+
+
+def test_one_long_request_has_one_vote() -> None:
+    detector = TrafficDetector()
+    rng = np.random.default_rng(0)
+    changes_in(detector, traffic(rng, 0.55, 2000))
+    assert not changes_in(detector, [([0.95], [7_000_000])] * 2000)

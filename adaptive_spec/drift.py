@@ -69,6 +69,20 @@ class TrafficChange(NamedTuple):
     after: float
 
 
+class _Side:
+    """Cumulative sum on one side of the mean, and the votes since it last was zero: those after the change, if it is one."""
+
+    def __init__(self) -> None:
+        self.sum = self.total = 0.0
+        self.votes = 0
+
+    def add(self, excess: float, vote: float) -> None:
+        self.sum, self.votes, self.total = self.sum + excess, self.votes + 1, self.total + vote
+        if self.sum <= 0.0:
+            self.sum = self.total = 0.0
+            self.votes = 0
+
+
 class TrafficDetector:
     """Two-sided cumulative sum (Page, 1954) over requests, z = (mean confidence of a request - running mean) / running sd.
 
@@ -81,8 +95,8 @@ class TrafficDetector:
     """
 
     VOTE_STEPS, LEAST_STEPS = 16, 8
-    LEARNING = 16
-    DELTA, THRESHOLD = 0.5, 9.0
+    LEARNING = 24
+    DELTA, THRESHOLD = 0.6, 10.0
     """z that is ignored, and the sum of the rest that is a change: larger means fewer false alarms and later true ones."""
     SUSPICION = 2.0
     """Sum from which votes are not learnt, lest the mean follows what it should be compared with."""
@@ -103,8 +117,8 @@ class TrafficDetector:
 
     def _begin(self) -> None:
         self._votes = self._burst = 0
-        self._mean = self._variance = self._lately = self._burst_sum = 0.0
-        self._above = self._below = 0.0
+        self._mean = self._variance = self._burst_sum = 0.0
+        self._above, self._below = _Side(), _Side()
 
     def update(self, confidences: Sequence[float], request_ids: Sequence[int]) -> TrafficChange | None:
         """Take one step: the confidence of the first draft token of every request [b]; a change when established with it."""
@@ -130,11 +144,11 @@ class TrafficDetector:
         if self._votes >= self.LEARNING and self._variance > 0.0:
             spread = self._variance * (1.0 + self.CAUTION / self._votes) * max(self._spread, 1.0)
             z = min(max(away / math.sqrt(spread), -self.CLIP), self.CLIP)
-            self._lately += 0.1 * (vote - self._lately)
-            self._above = max(self._above + z - self.DELTA, 0.0)
-            self._below = max(self._below - z - self.DELTA, 0.0)
-            if max(self._above, self._below) > self.THRESHOLD + math.log(max(16.0 * self._votes_per_step, 1.0)):
-                change = TrafficChange(self._mean, self._lately)
+            self._above.add(z - self.DELTA, vote)
+            self._below.add(-z - self.DELTA, vote)
+            leading = max(self._above, self._below, key=lambda side: side.sum)
+            if leading.sum > self.THRESHOLD + math.log(max(16.0 * self._votes_per_step, 1.0)):
+                change = TrafficChange(self._mean, leading.total / leading.votes)
                 self._begin()
                 return change
             self._burst, self._burst_sum = self._burst + 1, self._burst_sum + away
@@ -142,12 +156,10 @@ class TrafficDetector:
                 ratio = self._burst_sum**2 / (self.BURST * self._variance)
                 self._spread += self.BURST_PACE * (min(ratio, self.CLIP**2) - self._spread)
                 self._burst, self._burst_sum = 0, 0.0
-            if max(self._above, self._below) > self.SUSPICION:
+            if leading.sum > self.SUSPICION:
                 return None
         self._votes += 1
         pace = max(1.0 / self._votes, self.PACE)
         self._mean = vote if self._votes == 1 else self._mean + pace * away
         self._variance += pace * (away * away - self._variance)
-        if self._votes <= self.LEARNING:
-            self._lately = self._mean
         return None

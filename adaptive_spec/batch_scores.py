@@ -2,12 +2,17 @@
 
     S[i, 1] = P(accept | confidence of request i's first draft token), calibrated; from its history where that is not known
     S[i, j] = S[i, j-1] * c[i, j],   c[i, j] = (accepted[i, j] + m c[j]) / (reached[i, j] + m)
-    goodput(K) = (b + sum over i and j <= K of S[i, j]) / (fixed_s[K, b] + verify_s[b (K + 1)] + context share)
+    goodput(K) = (b + sum over i and j <= K of S[i, j]) / (fixed_s[K, b] + verify_s[padded b (K + 1)] + context share)
 
 c[i, j] is how often request i's own draft was right at position j once everything before it was, shrunk towards c[j] of all
-requests with the weight of m steps. Regimes: a batch of sure first tokens and good histories drafts longer than the table says,
-a batch that will not be believed shorter; a batch like the average one stays on the table's K, because another one must promise
-`min_gain` more. Runs in the server's process, numpy only; no decision looks at the outcome of its own step.
+requests with the weight of m steps. The table's K is the best for usual requests, those with c[j], so another K must be better
+for these ones than it is for usual ones:
+
+    chosen = argmax over K of goodput(K) * min(1, usual(table's K) / usual(K)),   usual(K) = goodput(K) with c[i, j] = c[j]
+
+Regimes: a batch of sure first tokens and good histories drafts longer than the table says, a batch that will not be believed
+shorter; a batch like the average one stays on the table's K, because another one must promise `min_gain` more. Runs in the
+server's process, numpy only; no decision looks at the outcome of its own step.
 """
 
 from __future__ import annotations
@@ -17,12 +22,12 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from adaptive_spec.policy import Floats, Policy, SurvivalMap, grid_position
+from adaptive_spec.policy import Floats, Mode, Planner, Policy, SurvivalMap, grid_position
 
-PRIOR_STEPS = 6.0
-REQUEST_DECAY, POPULATION_DECAY = 0.94, 0.998
-"""What a step still weighs one step later: a request is remembered for some 16 of its steps, the population for some 500."""
-MIN_GAIN = 0.02
+PRIOR_STEPS = 10.0
+REQUEST_DECAY, POPULATION_DECAY = 0.98, 0.995
+"""What a step still weighs one step later: a request is remembered for some 50 of its steps, the population for 200 steps."""
+MIN_GAIN = 0.01
 
 
 class AcceptanceHistory:
@@ -51,12 +56,18 @@ class AcceptanceHistory:
         self._reached[rows] = self._reached[rows] * decay + reached
         self._accepted[rows] = self._accepted[rows] * decay + accepted
         steps = reached.sum(axis=0)
-        self._all_reached = self._all_reached * POPULATION_DECAY**steps + steps
-        self._all_accepted = self._all_accepted * POPULATION_DECAY**steps + accepted.sum(axis=0)
+        forget = np.where(steps > 0, POPULATION_DECAY, 1.0)
+        self._all_reached = self._all_reached * forget + steps
+        self._all_accepted = self._all_accepted * forget + accepted.sum(axis=0)
+
+    @property
+    def usual(self) -> Floats:
+        """P(accept j | all before j accepted) of all requests together, [max_k]."""
+        return np.asarray(self._all_accepted / self._all_reached)
 
     def conditional(self, request_ids: Sequence[int]) -> Floats:
         """P(accept j | all before j accepted) of every request, [b, max_k]; of one never seen, the population's."""
-        everybody = (self._all_accepted / self._all_reached) * PRIOR_STEPS
+        everybody = self.usual * PRIOR_STEPS
         rows = np.fromiter((self._row.get(i, -1) for i in request_ids), np.int64, len(request_ids))
         known = rows >= 0
         reached = np.where(known[:, None], self._reached[rows], 0.0)
@@ -90,25 +101,44 @@ def survival(history: Floats, first_confidence: NDArray[np.floating] | None, cal
 
 
 def best_k(
-    chances: Floats, policy: Policy, table_k: int, kv_tokens: int, candidates: Sequence[int], min_gain: float = MIN_GAIN
-) -> int:
-    """Return the candidate with the best goodput if it promises min_gain more than `table_k`, else `table_k`.
+    chances: Floats, usual: Floats, policy: Policy, table_k: int, kv_tokens: int, padded_rows: int, candidates: Sequence[int],
+    min_gain: float = MIN_GAIN,
+) -> int:  # fmt: skip
+    """Return the candidate that suits these requests best if it promises min_gain more than `table_k`, else `table_k`.
 
-    chances: [b, max_k], see `survival`. candidates: K allowed at this batch size, `table_k` among them.
+    chances: [b, max_k], see `survival`. usual: [max_k], P(draft position j is accepted) for a usual request. padded_rows: b
+    after padding to a graph's batch size. candidates: K allowed at this batch size, `table_k` among them.
     """
     b = len(chances)
     expected = b + np.concatenate(([0.0], np.cumsum(chances.sum(axis=0))))
+    expected_usual = b + b * np.concatenate(([0.0], np.cumsum(usual)))
     row = min(b, policy.fixed_s.shape[1] - 1)
     context_s = policy.context_s_per_token * kv_tokens
-    best, promised = table_k, 0.0
-    for k in candidates:
-        tokens = b * (k + 1)
-        if k > policy.max_k or k >= len(expected) or tokens >= len(policy.verify_s):
-            continue
-        step_s = float(policy.fixed_s[k, row]) + float(policy.verify_s[tokens]) + context_s
-        goodput = expected[k] / step_s if step_s > 0.0 else 0.0
-        if k == table_k:
-            goodput *= 1.0 + min_gain
+    runnable = [k for k in candidates if k <= policy.max_k and k < len(expected) and padded_rows * (k + 1) < len(policy.verify_s)]
+    if table_k not in runnable:
+        return table_k
+    step_s = {k: float(policy.fixed_s[k, row]) + float(policy.verify_s[padded_rows * (k + 1)]) + context_s for k in runnable}
+    if min(step_s.values()) <= 0.0:
+        return table_k
+    known = expected_usual[table_k] / step_s[table_k]
+    best, promised = table_k, (1.0 + min_gain) * expected[table_k] / step_s[table_k]
+    for k in runnable:
+        goodput = expected[k] / step_s[k] * min(1.0, known * step_s[k] / expected_usual[k])
         if goodput > promised:
             best, promised = k, goodput
     return best
+
+
+def refined_k(
+    history: AcceptanceHistory, planner: Planner, request_ids: Sequence[int], first_confidence: NDArray[np.floating] | None,
+    table_k: int, kv_tokens: int, padded_rows: int, candidates: Sequence[int],
+) -> int:  # fmt: skip
+    """K of the step the planner has just begun: `best_k` where its policy leaves the choice open, `table_k` elsewhere.
+
+    Trials, pinned and paused K come before the batch's own scores. Arguments: see `survival` and `best_k`.
+    """
+    policy = planner.policy
+    if policy is None or policy.mode is not Mode.ACTIVE or planner.in_trial or len(candidates) < 2:
+        return table_k
+    chances = survival(history.conditional(request_ids), first_confidence, policy.survival)
+    return best_k(chances, np.cumprod(history.usual), policy, table_k, kv_tokens, padded_rows, candidates)

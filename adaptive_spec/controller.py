@@ -246,8 +246,6 @@ class Controller:
             return last is None or not np.array_equal(last.k_table, self._table)
         if not np.array_equal(last.k_table, self._table):
             return True
-        if self.info.granularity is Granularity.BATCH:
-            return False
         n = min(len(last.verify_s), len(forecast_.verify_s))
         moved_cost = float(np.max(np.abs(last.verify_s[1:n] / forecast_.verify_s[1:n] - 1.0)))
         moved_calibration = float(np.max(np.abs(last.survival.table - forecast_.survival.table)))

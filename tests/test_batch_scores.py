@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -10,6 +12,7 @@ from adaptive_spec.policy import GRID_POINTS, LOGIT_LIMIT, Granularity, Mode, Po
 MAX_K = 5
 CANDIDATES = (0, 1, 3, 5)
 GRID = 1.0 / (1.0 + np.exp(-np.linspace(-LOGIT_LIMIT, LOGIT_LIMIT, GRID_POINTS)))
+USUAL = np.cumprod(np.full(MAX_K, 0.7))
 IDENTITY = SurvivalMap(np.tile(GRID, (MAX_K, 1)).astype(np.float32), conditional=True)
 
 
@@ -72,32 +75,58 @@ def test_a_sure_batch_drafts_longer_and_a_doubtful_one_shorter() -> None:
     chances = history.conditional([1, 2])
 
     def k_for(*first: float) -> int:
-        return best_k(survival(chances, np.array(first), IDENTITY), policy, 3, 100, CANDIDATES)
+        return best_k(survival(chances, np.array(first), IDENTITY), USUAL, policy, 3, 100, 2, CANDIDATES)
 
     assert k_for(0.02, 0.03) < 3
     assert k_for(0.02, 0.03) == 0
     assert k_for(0.99, 0.99) >= 3
     # The same first tokens with another past.
     believed = _seen({1: 0.97, 2: 0.97}).conditional([1, 2])
-    assert best_k(survival(believed, None, IDENTITY), policy, 3, 100, CANDIDATES) == 5
+    assert best_k(survival(believed, None, IDENTITY), USUAL, policy, 3, 100, 2, CANDIDATES) == 5
 
 
-def test_choice_is_the_best_of_all_candidates() -> None:
+def _goodput(policy: Policy, tokens_out: float, b: int, k: int) -> float:
+    return tokens_out / (float(policy.fixed_s[k, b]) + float(policy.verify_s[b * (k + 1)]))
+
+
+def _random_chances(random: np.random.Generator, b: int) -> NDArray[np.float64]:
+    return np.cumprod(random.random((b, MAX_K)) ** 0.3, axis=1, dtype=np.float64)
+
+
+def test_choice_is_the_best_where_usual_requests_gain_nothing_elsewhere() -> None:
     random = np.random.default_rng(1)
     policy = _policy()
+    moved = 0
     for _ in range(200):
-        chances: NDArray[np.float64] = np.cumprod(
-            random.random((int(random.integers(1, 9)), MAX_K)) ** 0.3, axis=1, dtype=np.float64
-        )
-        b = len(chances)
-        goodput: dict[int, float] = {}
-        for k in CANDIDATES:
-            tokens = b + chances[:, :k].sum()
-            goodput[k] = tokens / (float(policy.fixed_s[k, b]) + float(policy.verify_s[b * (k + 1)]))
-        chosen = best_k(chances, policy, 3, 100, CANDIDATES, min_gain=0.0)
+        b = int(random.integers(1, 9))
+        chances, usual = _random_chances(random, b), _random_chances(random, 1)[0]
+        worth = {k: _goodput(policy, b * (1 + float(usual[:k].sum())), b, k) for k in CANDIDATES}
+        table_k = max(worth, key=worth.__getitem__)
+        goodput = {k: _goodput(policy, b + float(chances[:, :k].sum()), b, k) for k in CANDIDATES}
+        chosen = best_k(chances, usual, policy, table_k, 100, b, CANDIDATES, min_gain=0.0)
         assert goodput[chosen] == pytest.approx(max(goodput.values()))
-        stays = best_k(chances, policy, 3, 100, CANDIDATES, min_gain=10.0)
-        assert stays == 3
+        moved += chosen != table_k
+        assert best_k(chances, usual, policy, table_k, 100, b, CANDIDATES, min_gain=10.0) == table_k
+    assert moved > 20
+
+
+@pytest.mark.parametrize("table_k", CANDIDATES)
+def test_a_usual_batch_stays_on_the_tables_k_whatever_it_is(table_k: int) -> None:
+    random = np.random.default_rng(2)
+    for _ in range(50):
+        usual = _random_chances(random, 1)[0]
+        assert best_k(np.tile(usual, (4, 1)), usual, _policy(), table_k, 100, 4, CANDIDATES) == table_k
+
+
+def test_padded_requests_are_paid_for() -> None:
+    usual = np.cumprod(np.full(MAX_K, 0.8))
+    sure = np.ones((3, MAX_K))
+    policy = _policy(0.0, 0.02)
+    cliff = policy.verify_s.copy()
+    cliff[4 * 4 :] *= 3.0  # behind 3 requests at K = 3 padded to 4
+    policy = replace(policy, verify_s=cliff)
+    assert best_k(sure, usual, policy, 1, 0, 3, CANDIDATES) == 3
+    assert best_k(sure, usual, policy, 1, 0, 4, CANDIDATES) == 1
 
 
 @pytest.mark.parametrize("first", [np.array([0.0, 1.5]), np.array([np.nan, -1.0])])
@@ -108,4 +137,4 @@ def test_confidences_that_cannot_be_are_unknown(first: NDArray[np.float64]) -> N
 
 def test_never_a_k_the_policy_has_no_prediction_for() -> None:
     sure = np.ones((8, MAX_K))
-    assert best_k(sure, _policy(0.0, 0.0), 3, 0, (0, 1, 3, 5, 7)) == 5
+    assert best_k(sure, USUAL, _policy(0.0, 0.0), 3, 0, 8, (0, 1, 3, 5, 7)) == 5

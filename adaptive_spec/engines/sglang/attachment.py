@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from adaptive_spec import __version__
-from adaptive_spec.batch_scores import AcceptanceHistory, best_k, survival
+from adaptive_spec.batch_scores import AcceptanceHistory, refined_k
 from adaptive_spec.engine_info import EngineInfo
 from adaptive_spec.engine_report import EngineReport, State, write_report
 from adaptive_spec.engines.sglang.draft_policy import SidecarDraftPolicy
@@ -28,7 +28,7 @@ from adaptive_spec.engines.sglang.plugin_settings import PluginSettings
 from adaptive_spec.engines.sglang.ranks import Group, RankedTap, Rendezvous, TorchGroup, agree
 from adaptive_spec.engines.sglang.stage_clock import HostClock, StageClock, clock_for
 from adaptive_spec.engines.sglang.step_book import FinishedStep, OpenStep, StepBook
-from adaptive_spec.policy import Granularity, Mode
+from adaptive_spec.policy import Granularity
 from adaptive_spec.records import MAX_BATCH_LIMIT
 from adaptive_spec.tap import BegunStep, EngineTap
 
@@ -301,20 +301,14 @@ class Attachment:
 
     def _by_scores(self, policy: SidecarDraftPolicy, ids: list[int], batch: Any, k: int, kv_tokens: int) -> int:
         """K of this step from the batch's own scores, where the policy leaves the choice open."""
-        history, planner = self._history, self._tap.planner if self._tap is not None else None
-        if history is None or planner is None or planner.in_trial:
-            return k
-        decided = planner.policy
-        if decided is None or decided.mode is not Mode.ACTIVE:
+        if self._history is None or self._tap is None:
             return k
         settings = self._settings
         candidates = [c for c in policy.allowed(len(ids)) if c == k or settings.k_min <= c <= settings.k_max]
-        if len(candidates) < 2:
-            return k
         first = batch.spec_info.topk_p
         # On a GPU the host would have to wait for it: there the history decides alone.
         known = first.reshape(-1).numpy() if first is not None and first.device.type == "cpu" and len(first) == len(ids) else None
-        return best_k(survival(history.conditional(ids), known, decided.survival), decided, k, kv_tokens, candidates)
+        return refined_k(self._history, self._tap.planner, ids, known, k, kv_tokens, policy.padded_rows(len(ids)), candidates)
 
     def _write(self, step: FinishedStep) -> None:
         if self._tap is not None and self._first_rank:

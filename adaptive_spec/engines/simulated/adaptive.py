@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from adaptive_spec.batch_scores import AcceptanceHistory, refined_k
 from adaptive_spec.controller import Controller
 from adaptive_spec.engine_info import EngineInfo
 from adaptive_spec.engines.simulated.deciders import LAUNCH_K
+from adaptive_spec.engines.simulated.plans import Costs
 from adaptive_spec.engines.simulated.scenario import Scenario
 from adaptive_spec.policy import Granularity, Planner, Policy
 from adaptive_spec.records import StepFlag, StepRecord
@@ -19,6 +21,8 @@ from adaptive_spec.settings import ControllerSettings
 
 DELAY_STEPS = 1
 """Decode steps a decision is on its way: the sidecar sees a record after its step, the engine is in the next one by then."""
+
+REQUESTS_REMEMBERED = 4096
 
 Profile = tuple[Mapping[str, NDArray[Any]], Mapping[str, NDArray[Any]]]
 
@@ -34,6 +38,9 @@ def engine_info(scenario: Scenario) -> EngineInfo:
 
 class Adaptive:
     """Controller and planner with one step between decision and adoption; the cold-start sweep is in the clock.
+
+    At batch granularity K of a step is refined by the requests' own history, as in a server on a GPU, where the confidence
+    of the first draft token is not known in time.
 
     profile: arrays of a profile to start from instead of a sweep. failures: calls of the controller that raised; as in the
     sidecar, the engine is then back on its launch K until a refit succeeds.
@@ -54,9 +61,11 @@ class Adaptive:
         if profile is not None:
             self.controller.restore_profile(*profile)
         self.planner = Planner(info.launch_k, info.max_k)
+        self.history = AcceptanceHistory(max(info.max_k, 1), REQUESTS_REMEMBERED)
+        self._request_ids: list[int] = []
         self.version = 0
         self.flags = int(StepFlag.FALLBACK)
-        self._ragged = scenario.ragged
+        self._ragged, self._padded = scenario.ragged, Costs(scenario).padded
         self.failures = 0
         self._step = 0
         self._now_s = 0.0
@@ -71,11 +80,17 @@ class Adaptive:
     def probe_share(self) -> float | None:
         return self.controller.snapshot(self._now_s).probe_share
 
+    def expect(self, request_ids: NDArray[np.uint32]) -> None:
+        self._request_ids = request_ids.tolist()
+
     def draft_length(self, batch_size: int, kv_tokens: int) -> int:
         self._step += 1
         while self._published and self._published[0][0] + DELAY_STEPS < self._step:
             self.planner.adopt(self._published.pop(0)[1])
         k = self.planner.draft_length(batch_size, kv_tokens)
+        if not self._ragged:
+            padded, candidates = int(self._padded[batch_size]), self.controller.info.candidates
+            k = refined_k(self.history, self.planner, self._request_ids, None, k, kv_tokens, padded, candidates)
         self.version = self.planner.version
         if self.planner.policy is None:
             self.flags = int(StepFlag.FALLBACK)
@@ -88,6 +103,8 @@ class Adaptive:
 
     def observe(self, record: StepRecord) -> None:
         self._now_s = now_s = record.time_ns * 1e-9
+        if not self._ragged:
+            self.history.observe(record.request_ids.tolist(), record.accept_len, record.k)
         self._publish(self._guarded(lambda: self.controller.observe(record, now_s)))
         if self.controller.refit_due(now_s):
             self._publish(self._guarded(lambda: self.controller.refit(now_s)))

@@ -43,6 +43,10 @@ class Decider(Protocol):
         """Share of decode time lost to trials, None where that is not known."""
         ...
 
+    def expect(self, request_ids: NDArray[np.uint32]) -> None:
+        """Take the ids [b] of the coming step's requests; batch granularity only."""
+        ...
+
     def draft_length(self, batch_size: int, kv_tokens: int) -> int:
         """Return K of the coming step, 0..max_k."""
         ...
@@ -68,6 +72,9 @@ class PlainDecider:
 
     def __init__(self) -> None:
         self.swaps = 0
+
+    def expect(self, request_ids: NDArray[np.uint32]) -> None:
+        return None
 
     def verify_lengths(self, confidences: NDArray[np.float32]) -> NDArray[np.uint8] | None:
         return None

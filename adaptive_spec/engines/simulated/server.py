@@ -128,6 +128,7 @@ class SimulatedServer:
         """One K for all."""
         requests, b = self.requests, self.requests.count
         kv = requests.context_tokens
+        decider.expect(requests.ids[:b])
         k = decider.draft_length(b, kv)
         step_ms = self.costs.batch_step_ms(b, kv)
         if phase.good_after is None:

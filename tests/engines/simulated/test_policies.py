@@ -107,6 +107,9 @@ def test_adaptive_starts_cold_on_its_launch_k_and_adopts_a_step_late(small: Smal
         flags = property(lambda self: policy.flags)
         failures, swaps, probe_share = 0, 0, None
 
+        def expect(self, request_ids: np.ndarray) -> None:
+            policy.expect(request_ids)
+
         def draft_length(self, batch_size: int, kv_tokens: int) -> int:
             return policy.draft_length(batch_size, kv_tokens)
 

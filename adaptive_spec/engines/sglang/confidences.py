@@ -67,8 +67,13 @@ def _probabilities(result: Any) -> Tensor:
 
 def host_confidences(first: Tensor, later: Tensor | None) -> Confidences:
     """Confidences on the CPU: first [b, 1], later [b, K - 1] or None for K = 1."""
-    columns = [first.reshape(-1, 1).float()] + ([later] if later is not None else [])
-    return KnownConfidences(torch.cat(columns, dim=1).numpy())
+    return KnownConfidences(_together(first, later).numpy())
+
+
+def _together(first: Tensor, later: Tensor | None) -> Tensor:
+    """first [b, 1] and later [b, K - 1] or None, side by side: float32 [b, K]."""
+    first = first.reshape(-1, 1).float()
+    return torch.cat((first, later), dim=1) if later is not None else first
 
 
 class StaticBuffers:
@@ -102,16 +107,18 @@ class PinnedRing:
         self._slots = [(allocate(max_batch, max(max_k, 1)), new_event()) for _ in range(MOST_OPEN + 2)]
         self._next = 0
 
-    def send(self, first: Tensor, later: Tensor | None) -> Confidences:
-        """Start copying first [b, 1] and later [b, K - 1]."""
+    def send(self, values: Tensor) -> Confidences:
+        """Start copying values [b, k].
+
+        One contiguous float32 copy into the head of the slot: between devices PyTorch copies anything else through pageable
+        memory, and such a copy waits for the device.
+        """
         memory, event = self._slots[self._next]
         self._next = (self._next + 1) % len(self._slots)
-        rows, k = len(first), 1 + (later.shape[1] if later is not None else 0)
-        memory[:rows, :1].copy_(first.reshape(-1, 1), non_blocking=True)
-        if later is not None:
-            memory[:rows, 1:k].copy_(later, non_blocking=True)
+        target = memory.view(-1)[: values.numel()].view(values.shape)
+        target.copy_(values.float().contiguous(), non_blocking=True)
         event.record()
-        return _OnTheWay(memory[:rows, :k], event)
+        return _OnTheWay(target, event)
 
 
 class _OnTheWay:
@@ -168,7 +175,7 @@ class ConfidenceTap:
         if self._static is None or self._ring is None:
             later, self._later = self._later, None
             return host_confidences(first, later)
-        return self._ring.send(first, self._static.of(k, len(first)))
+        return self._ring.send(_together(first, self._static.of(k, len(first))))
 
     def before_extend(self) -> None:
         self._forward.listen(lambda result: result.logits_output)

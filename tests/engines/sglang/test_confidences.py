@@ -195,14 +195,35 @@ def test_pinned_copies_are_taken_over_before_their_slot_is_used_again() -> None:
 
     ring = PinnedRing(4, 5, lambda rows, columns: torch.zeros(rows, columns), new_event)
     assert len(events) > MOST_OPEN, "every step the book keeps open has a slot of its own"
-    sent = [ring.send(torch.full((2, 1), i / 10), torch.full((2, 2), i / 20)) for i in range(MOST_OPEN)]
+    sent = [ring.send(torch.full((2, 3), i / 10)) for i in range(MOST_OPEN)]
     assert all(one.ready() is None for one in sent)
     for event in events:
         event.done = True
     first = sent[0].ready()
     assert first is not None
-    again = [ring.send(torch.full((1, 1), 9.0), None) for _ in range(3 * MOST_OPEN)]
+    again = [ring.send(torch.full((1, 1), 9.0)) for _ in range(3 * MOST_OPEN)]
     assert again
     assert first.tolist() == [[0.0, 0.0, 0.0]] * 2
     last = sent[0].ready()
     assert last is first
+
+
+def test_a_copy_is_contiguous_on_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is not, PyTorch copies from a GPU through pageable memory, waiting for it."""
+    copies: list[tuple[Tensor, Tensor]] = []
+    copy = Tensor.copy_
+
+    def watched(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+        assert non_blocking
+        copies.append((target, source))
+        return copy(target, source)
+
+    ring = PinnedRing(4, 5, lambda rows, columns: torch.zeros(rows, columns), Event)
+    monkeypatch.setattr(Tensor, "copy_", watched)
+    values = torch.arange(12.0, dtype=torch.bfloat16).reshape(3, 4).t()[:3]
+    sent = ring.send(values)
+    assert [(a.is_contiguous(), b.is_contiguous(), a.dtype == b.dtype) for a, b in copies] == [(True, True, True)]
+    ring._slots[0][1].done = True
+    found = sent.ready()
+    assert found is not None
+    assert found.tolist() == values.tolist()

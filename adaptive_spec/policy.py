@@ -234,6 +234,11 @@ class Planner:
         return self._running is not None
 
     @property
+    def trial_tokens(self) -> int:
+        """Tokens the trial `in_trial` speaks of wants verified, 0 for all; 0 outside a trial too."""
+        return self._running.num_tokens if self._running is not None else 0
+
+    @property
     def held_batch_size(self) -> int:
         """Batch size the current trial wants, 0 when any will do."""
         trial = self._current_trial()

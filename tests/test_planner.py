@@ -180,7 +180,9 @@ def test_a_trial_verifies_just_the_tokens_it_is_for() -> None:
     confidences = np.array([[0.9, 0.8, 0.7], [0.95, 0.2, 0.1]], np.float32)
     for num_tokens, wanted in ((2, [0, 0]), (3, [0, 1]), (5, [2, 1]), (8, [3, 3]), (99, [3, 3]), (0, [3, 3]), (1, [0, 0])):
         made = planner(policy(trials=(Trial(2, 3, num_tokens, 1),)))
+        assert made.trial_tokens == 0
         made.draft_length(2, 0)
+        assert made.trial_tokens == num_tokens
         assert made.verify_lengths(confidences).tolist() == wanted
     batch = planner(policy(granularity=Granularity.BATCH, trials=(Trial(2, 3, 5, 1),)))
     batch.draft_length(2, 0)

@@ -57,7 +57,11 @@ class KnownConfidences:
 
 @dataclass
 class OpenStep:
-    """One decode step. Stages are pairs of moments. request_ids: uint32 [b]. padded_rows: requests after graph padding."""
+    """One decode step. Stages are pairs of moments. request_ids: uint32 [b]. padded_rows: requests after graph padding.
+
+    num_tokens, padded_tokens: of the verify forward, where they do not follow from k and the rows. verify_len: draft tokens
+    verified [b], None for k each.
+    """
 
     begun: BegunStep
     k: int
@@ -68,6 +72,9 @@ class OpenStep:
     ended: Moment | None = None
     next_started: Moment | None = None
     confidences: Confidences | None = None
+    num_tokens: int | None = None
+    padded_tokens: int | None = None
+    verify_len: NDArray[np.uint8] | None = None
     accept_len: NDArray[np.uint8] | None = None
     counted: NDArray[np.bool_] | None = None
     """[b], which rows SGLang counts: not those of requests that had already ended when the step was launched."""
@@ -123,13 +130,18 @@ class StepBook:
         self._last = None
         self.settle()
 
-    def result(self, step: OpenStep, accept_len: Sequence[int], counted: Sequence[bool]) -> None:
-        """The result of a step is there. accept_len: accepted draft tokens by row. counted: see `OpenStep.counted`."""
-        step.accept_len = np.asarray(accept_len, dtype=np.int64).clip(0, step.k).astype(np.uint8)
-        step.counted = np.asarray(counted, dtype=bool)
-        if len(step.accept_len) != len(step.request_ids) or len(step.counted) != len(step.request_ids):
+    def result(
+        self, step: OpenStep, accept_len: Sequence[int], counted: Sequence[bool], verify_len: NDArray[np.int64] | None = None
+    ) -> None:
+        """The result of a step is there. accept_len: accepted draft tokens by row. counted, verify_len: see `OpenStep`."""
+        rows = len(step.request_ids)
+        verified = np.full(rows, step.k) if verify_len is None else np.asarray(verify_len, np.int64).clip(0, step.k)
+        if len(accept_len) != rows or len(counted) != rows or len(verified) != rows:
             self.abandon(step)
-            raise ValueError(f"result of {len(step.accept_len)} requests for a step of {len(step.request_ids)}")
+            raise ValueError(f"result of {len(accept_len)} requests for a step of {rows}")
+        step.verify_len = verified.astype(np.uint8)
+        step.accept_len = np.asarray(accept_len, dtype=np.int64).clip(0, verified).astype(np.uint8)
+        step.counted = np.asarray(counted, dtype=bool)
         self.settle()
 
     def settle(self) -> None:
@@ -149,6 +161,7 @@ class StepBook:
         """None while something is not known yet."""
         assert step.accept_len is not None  # `settle` asks for no other
         assert step.counted is not None
+        assert step.verify_len is not None
         seconds = {}
         for name in ("draft", "verify", "draft_extend"):
             stage = step.stages.get(name)
@@ -173,12 +186,12 @@ class StepBook:
         if stages["verify"] <= 0.0:
             flags |= int(StepFlag.DISTURBED)
             stages["verify"] = max(forward_s, 1e-9)
-        tokens = len(step.request_ids) * (step.k + 1)
-        accept_len = step.accept_len[rows]
+        tokens = int(step.verify_len.sum()) + len(step.verify_len) if step.num_tokens is None else step.num_tokens
+        padded = step.padded_rows * (step.k + 1) if step.padded_tokens is None else step.padded_tokens
         return FinishedStep(
-            step.begun, tokens, max(step.padded_rows * (step.k + 1), tokens), stages["draft"], stages["verify"],
+            step.begun, tokens, max(padded, tokens), stages["draft"], stages["verify"],
             stages["draft_extend"], max(whole_s, sum(stages.values())), np.ascontiguousarray(values, np.float32),
-            np.full(len(accept_len), step.k, np.uint8), accept_len, step.request_ids[rows], flags,
+            step.verify_len[rows], step.accept_len[rows], step.request_ids[rows], flags,
         )  # fmt: skip
 
     def _learn_pause(self, rows: int, pause_s: float | None) -> None:

@@ -242,3 +242,26 @@ def test_events_are_used_again() -> None:
         assert moments[0].seconds_to(moments[7]) == pytest.approx(7e-3)
         del moments
     assert device.made <= 16
+
+
+def test_lengths_that_differ_by_request(book: StepBook, written: list[FinishedStep]) -> None:
+    """Ragged verification: tokens follow from the lengths, padding is told, and what had ended counts as work, not as a row."""
+    step = _step(1, [1, 2, 3], 4, 0.010)
+    step.padded_tokens = 16
+    book.begin(step)
+    _end(step, 0.017)
+    book.result(step, [2, 4, 0], [True, False, True], np.array([2, 4, 1]))
+    assert (written[0].num_tokens, written[0].padded_tokens) == (10, 16)
+    assert written[0].verify_len.tolist() == [2, 1]
+    assert written[0].accept_len.tolist() == [2, 0]
+    step = _step(2, [1, 2], 4, 0.020)
+    step.num_tokens, step.padded_tokens = 10, 0
+    book.begin(step)
+    _end(step, 0.027)
+    book.result(step, [4, 1], [True, True], np.array([3, 1]))
+    assert (written[1].num_tokens, written[1].padded_tokens) == (10, 10), "all tokens ran, some of them for nothing"
+    assert written[1].accept_len.tolist() == [3, 1], "nothing beyond what was verified"
+    broken = _step(3, [1, 2], 4, 0.030)
+    book.begin(broken)
+    with pytest.raises(ValueError, match="for a step of 2"):
+        book.result(broken, [1, 1], [True, True], np.array([1]))

@@ -16,11 +16,13 @@ import torch
 from numpy.typing import NDArray
 
 from adaptive_spec.engine_report import read_report
-from adaptive_spec.engines.sglang.attachment import Attachment, Place
+from adaptive_spec.engines.sglang.attachment import Attachment
+from adaptive_spec.engines.sglang.engine_side import Place
 from adaptive_spec.engines.sglang.hooks import FAILURES_IN_A_ROW, Guard
 from adaptive_spec.engines.sglang.plugin_settings import PluginSettings
 from adaptive_spec.policy_page import PolicyPage, payload_bytes
-from adaptive_spec.tap import PAGE_NAME
+from adaptive_spec.ring import RingReader
+from adaptive_spec.tap import PAGE_NAME, RING_NAME
 from tests.engines.sglang.rank_policies import CANDIDATES, MAX_BATCH, MAX_K, random_policy
 
 RANKS = 3
@@ -207,3 +209,35 @@ def test_one_rank_alone_asks_nobody(tmp_path: Path, page: PolicyPage) -> None:
     assert len(set(found)) > 1
     rank.guard.close("enough")
     assert _steps(rank, 10, 6) == [3] * 10, "the launch K"
+
+
+def test_results_reach_the_ring_with_their_own_step(tmp_path: Path, page: PolicyPage) -> None:
+    rank = Rank(0, tmp_path, None)
+    rank.attach()
+    side, guard = rank.attachment, rank.guard
+    verify = guard.around("verify", side.verify_before, side.verify_after)
+    results = guard.around("results", side.results_before, side.results_after)
+    mode = SimpleNamespace(is_extend=lambda: False, is_idle=lambda: False)
+    requests = [SimpleNamespace(rid=f"r{i}", is_retracted=False, finished=lambda i=i: i == 1) for i in range(3)]
+    batch = SimpleNamespace(
+        forward_mode=mode, is_extend_in_batch=False, reqs=requests, seq_lens_sum=60, spec_info=SimpleNamespace(topk_p=None)
+    )
+    launched = []
+    for _ in range(2):
+
+        def forward(worker: Any, batch: Any) -> Any:
+            verify(lambda *_: None, worker, batch)
+            return SimpleNamespace()
+
+        launched.append(rank._step(forward, rank.worker, batch))
+    for result in launched:  # the overlap scheduler: the result of a step comes after the next one has begun
+        result.num_correct_drafts_per_req_cpu = [1, 2, 3]
+        results(lambda *_: [], None, result, batch)
+        assert not hasattr(result, "adaptive_spec_step")
+    assert not guard.failures
+    with RingReader.open(tmp_path / RING_NAME) as ring:
+        records = ring.poll(8)
+    assert [record.step for record in records] == [1, 2]
+    assert records[0].accept_len.tolist() == [1, 3], "one had ended"
+    assert records[0].verify_len.tolist() == [3, 3]
+    assert records[0].num_tokens == 12

@@ -1,0 +1,229 @@
+"""What the plugin does alike for every algorithm: attach with all ranks or not at all, open the tap, take results, report.
+
+    attach                          once, while the server starts: `_before_capture`, SGLang's own work, `_begin`
+    results                         every decode step, after whatever the algorithm's own hooks did
+
+Nothing here guards itself, but for `attach` and `report`: `hooks.Guard` catches whatever is raised and leaves the step to SGLang.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adaptive_spec import __version__
+from adaptive_spec.engine_info import EngineInfo
+from adaptive_spec.engine_report import EngineReport, State, write_report
+from adaptive_spec.engines.sglang.hooks import Guard
+from adaptive_spec.engines.sglang.plugin_settings import PluginSettings
+from adaptive_spec.engines.sglang.ranks import Group, RankedTap, Rendezvous, TorchGroup, agree
+from adaptive_spec.engines.sglang.stage_clock import HostClock, StageClock
+from adaptive_spec.engines.sglang.step_book import FinishedStep, OpenStep, StepBook
+from adaptive_spec.policy import Granularity
+from adaptive_spec.records import MAX_BATCH_LIMIT
+from adaptive_spec.tap import EngineTap
+
+STEP_ATTRIBUTE = "adaptive_spec_step"
+"""Where a step travels on SGLang's result object."""
+REPORT_INTERVAL_S = 1.0
+
+log = logging.getLogger("sglang.adaptive_spec")
+
+
+class Place(NamedTuple):
+    """One of `ranks` tensor-parallel ranks. group: theirs, None for a single one."""
+
+    rank: int
+    ranks: int
+    group: Group | None
+
+
+class EngineSide:
+    """One per process and algorithm; see the module."""
+
+    def __init__(self, settings: PluginSettings, guard: Guard, engine: str) -> None:
+        self._settings, self._guard, self._engine = settings, guard, engine
+        guard.on_close = self._closed
+        self._state: State = "refused"
+        self._reason = ""
+        self._refused = False
+        self._rendezvous: Rendezvous | None = None
+        self._worker: Any = None
+        self._tap: EngineTap | None = None
+        self._clock: StageClock = HostClock()
+        self._book = StepBook(self._write)
+        self._step: OpenStep | None = None
+        self._first_rank = True
+        self._report_at_s = 0.0
+        self._reported: EngineReport | None = None
+
+    # -- once ----------------------------------------------------------------------------------------------------------
+
+    def refuse(self, reason: str) -> None:
+        """Leave this server alone."""
+        self._refused = True
+        self._guard.closed = reason
+        self.report("refused", reason)
+
+    def attach(self, original: Callable[..., None], worker: Any) -> None:
+        """Around the capture of all states. Guards itself: with several ranks each must reach `agree`, whatever failed here."""
+        guard = self._guard
+        well = guard.closed is None and self._guarded("attach", self._before_capture, worker)
+        original(worker)
+        if self._refused:
+            return
+        try:
+            place = self._place()
+        except Exception:
+            guard.failed("attach")
+            return
+        well = well and self._guarded("attach/after", self._begin, worker, place)
+        if place.group is None:
+            return
+        try:
+            guard.lockstep = agree(place.group, place.rank, place.ranks, self._terms() if well else 0)
+        except Exception:
+            guard.failed("attach")
+        if not guard.lockstep:
+            self._tap = None
+            guard.close("the ranks do not agree: a hook failed on one of them, or they were told different things")
+
+    def _guarded(self, name: str, call: Callable[..., None], *args: Any) -> bool:
+        try:
+            self._guard.fault(name)
+            call(*args)
+        except Exception:
+            self._guard.failed("attach")
+            return False
+        return True
+
+    def _before_capture(self, worker: Any) -> None:
+        """What must be there before SGLang captures its CUDA graphs."""
+
+    def _begin(self, worker: Any, place: Place) -> None:
+        """SGLang is ready: tell the sidecar what this engine can do, and begin."""
+        raise NotImplementedError
+
+    def _terms(self) -> int:
+        """A number that says all that the ranks' decisions rest on beside the policy; never 0."""
+        raise NotImplementedError
+
+    def _crc(self, *terms: object) -> int:
+        settings = self._settings
+        whole = (settings.mode, settings.rendezvous_steps, settings.k_min, settings.k_max, __version__, *terms)
+        return zlib.crc32(repr(whole).encode()) + 1
+
+    def _place(self) -> Place:
+        """Which of the tensor-parallel ranks this is."""
+        from sglang.srt.runtime_context import get_parallel
+
+        parallel = get_parallel()
+        rank, ranks = int(parallel.tp_rank), int(parallel.tp_size)
+        group = TorchGroup(parallel.tp_group.cpu_group, parallel.tp_group.first_rank) if ranks > 1 else None
+        return Place(rank, ranks, group)
+
+    def _info(
+        self, worker: Any, place: Place, launch_k: int, candidates: tuple[int, ...], granularity: Granularity
+    ) -> EngineInfo:
+        return EngineInfo(
+            name="sglang", model=Path(str(worker.server_args.model_path)).name, gpu=_device_name(str(worker.device)),
+            tp=place.ranks, launch_k=launch_k, candidates=candidates, max_batch=max_batch(worker), granularity=granularity,
+            holds_batch=False, pid=os.getpid(),
+        )  # fmt: skip
+
+    def _open_tap(self, info: EngineInfo, place: Place) -> EngineTap:
+        settings = self._settings
+        if place.group is None:
+            return EngineTap.open(settings.runtime_dir, info, settings.max_age_s)
+        self._rendezvous = Rendezvous(place.group, place.rank, settings.rendezvous_steps)
+        # Only the ring of an opened tap is needed, and only on rank 0: the others have nothing to write and nothing to read.
+        first = EngineTap.open(settings.runtime_dir, info, settings.max_age_s) if place.rank == 0 else None
+        ring = first.detach_ring() if first is not None else None
+        return RankedTap(settings.runtime_dir, info, ring, self._rendezvous, settings.max_age_s)
+
+    # -- every decode step ---------------------------------------------------------------------------------------------
+
+    def results_before(self, processor: Any, result: Any, batch: Any) -> list[bool]:
+        """Which requests SGLang counts: those that have not ended since the step was launched."""
+        return [not (request.is_retracted or request.finished()) for request in batch.reqs]
+
+    def results_after(self, counted: list[bool], tokens: Any, processor: Any, result: Any, batch: Any) -> None:
+        step = getattr(result, STEP_ATTRIBUTE, None)
+        if step is None:
+            return
+        delattr(result, STEP_ATTRIBUTE)
+        self._book.result(step, result.num_correct_drafts_per_req_cpu, counted, self._verified(result))
+        self._took(step)
+
+    def _verified(self, result: Any) -> NDArray[np.int64] | None:
+        """Draft tokens verified by row [b]; None for all that were drafted."""
+        return None
+
+    def _took(self, step: OpenStep) -> None:
+        """The result of a step was taken."""
+
+    # -- inside --------------------------------------------------------------------------------------------------------
+
+    def _write(self, step: FinishedStep) -> None:
+        if self._tap is not None and self._first_rank:
+            self._tap.end_step(
+                time.monotonic_ns(), step.num_tokens, step.padded_tokens, step.draft_s, step.verify_s, step.draft_extend_s,
+                step.step_s, step.confidences, step.verify_len, step.accept_len, step.request_ids, step.flags, step.begun,
+            )  # fmt: skip
+
+    def _closed(self) -> None:
+        self.report("detached", self._guard.closed or "")
+
+    def _counters(self) -> dict[str, int]:
+        return {**self._tap.counters._asdict(), "steps_lost": self._book.lost} if self._tap is not None else {}
+
+    def _report_when_due(self) -> None:
+        if time.monotonic() >= self._report_at_s:
+            self.report(self._state, self._reason)
+
+    def report(self, state: State, reason: str) -> None:
+        """Tell the sidecar how this side stands, if that is news. Never raises."""
+        self._state, self._reason = state, reason
+        self._report_at_s = time.monotonic() + REPORT_INTERVAL_S
+        if not self._first_rank:
+            return
+        try:
+            report = EngineReport(os.getpid(), self._engine, state, reason, dict(self._guard.failures), self._counters())
+            if report != self._reported:
+                self._settings.runtime_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+                write_report(self._settings.runtime_dir, report)
+                self._reported = report
+        except Exception as error:
+            log.warning("adaptive-spec: the report could not be written: %s", error)
+            self._report_at_s = time.monotonic() + 60.0
+
+
+def request_id(request: Any) -> int:
+    return zlib.crc32(request.rid.encode())
+
+
+def kv_tokens_of(batch: Any) -> int:
+    """Context tokens of the batch, from what the host knows: the same on every rank, and never a wait for the GPU."""
+    if batch.seq_lens_sum is not None:
+        return int(batch.seq_lens_sum)
+    return sum(len(request.origin_input_ids) + len(request.output_ids) for request in batch.reqs)
+
+
+def max_batch(worker: Any) -> int:
+    return min(int(worker._target_worker.model_runner.max_running_requests), MAX_BATCH_LIMIT)
+
+
+def _device_name(device: str) -> str:
+    import torch
+
+    from adaptive_spec.engines.embedded.models import device_name
+
+    return device_name(torch.device(device))

@@ -111,7 +111,7 @@ def _about_sidecar(family: _Families, view: View) -> Iterable[Metric]:
     yield family.gauge("engine_state", "1 for what the engine says of itself in engine.json.", states, ("state",))
     text = "Calls of ours that raised inside the engine, which went on without them."
     yield family.counter("engine_failures", text, _by_name(report.failures if report else {}), ("hook",))
-    text = "What the engine's tap counted: records and pages it could not use, policies adopted, steps on the launch K."
+    text = "What the engine counted: records and pages it could not use, policies adopted, steps on the launch K, SPS swaps."
     yield family.counter("engine_events", text, _by_name(report.counters if report else {}), ("event",))
     text = "What the profile store was asked and what came of it."
     yield family.counter("profile_store_operations", text, (view.store or {}).items(), ("operation", "result"))

@@ -134,6 +134,39 @@ class _OnTheWay:
         return self._values
 
 
+class LogitConfidences:
+    """Confidences of draft models that give a logit for them: sigmoid(logit / temperature), the same temperatures throughout.
+
+    temperatures: [k], or one for all []. device: of the logits.
+    """
+
+    def __init__(self, temperatures: NDArray[np.float64], max_batch: int, k: int, device: torch.device) -> None:
+        self.temperatures = temperatures
+        self._ring = PinnedRing(max_batch, k, _pinned, torch.cuda.Event) if device.type == "cuda" else None
+
+    def send(self, logits: Tensor) -> Confidences:
+        """logits [b, k], which SGLang may overwrite afterwards."""
+        sent = self._ring.send(logits) if self._ring is not None else KnownConfidences(logits.detach().float().numpy().copy())
+        return _OfLogits(sent, self.temperatures)
+
+
+class _OfLogits:
+    def __init__(self, logits: Confidences, temperatures: NDArray[np.float64]) -> None:
+        self._logits, self._temperatures = logits, temperatures
+
+    def ready(self) -> NDArray[np.float32] | None:
+        logits = self._logits.ready()
+        if logits is None:
+            return None
+        # In float32 a sigmoid beyond 15 is 0 or 1.
+        x = np.clip(logits.astype(np.float64) / self._temperatures, -15.0, 15.0)
+        return (1.0 / (1.0 + np.exp(-x))).astype(np.float32)
+
+
+def _pinned(rows: int, columns: int) -> Tensor:
+    return torch.zeros((rows, columns)).pin_memory()
+
+
 class ConfidenceTap:
     """All of the above for one draft worker. device: of the draft model."""
 
@@ -147,9 +180,7 @@ class ConfidenceTap:
         self._extend_replay: LogitsTap | None = None
         if device.type == "cuda":
             self._static = StaticBuffers(max_batch, device)
-            self._ring = PinnedRing(
-                max_batch, max_k, lambda rows, columns: torch.zeros((rows, columns)).pin_memory(), torch.cuda.Event
-            )
+            self._ring = PinnedRing(max_batch, max_k, _pinned, torch.cuda.Event)
 
     def before_draft_forward(self) -> None:
         if self._static is not None and not torch.cuda.is_current_stream_capturing():

@@ -9,21 +9,20 @@ files at start only. Here bias + alpha(b) becomes the fixed cost of drafting gam
 with every corner of its staircase, and each temperature the one under which the calibrated map is closest to a pure scaling of
 the logit. A swap that does not stand every check leaves both as they were.
 
-Nothing in this package feeds these models from a DSpark server yet: its steps are not tapped. What is here is the swap.
+The calibration is one of confidences under the temperatures of the launch, which `dspark_attachment` records whatever the present
+ones are: a map of confidences that the last swap has changed would be answered by a further change, and again.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from adaptive_spec.engines.sglang.ranks import Rendezvous
-from adaptive_spec.policy import GRID_POINTS, LOGIT_LIMIT, Policy, SurvivalMap
+from adaptive_spec.policy import GRID_POINTS, LOGIT_LIMIT, Mode, Policy, SurvivalMap
 
 TEMPERATURE_RANGE = (0.05, 20.0)
 STRAIGHT = 1e-6
@@ -43,14 +42,16 @@ class CostTable(NamedTuple):
     theta_seconds: list[float]
 
 
-def cost_table(policy: Policy, gamma: int) -> CostTable:
-    """The policy's predicted step time as SGLang's table. gamma: draft tokens per request.
+def cost_table(policy: Policy, gamma: int, kv_per_request: float = 0.0) -> CostTable:
+    """The policy's predicted step time as SGLang's table. gamma: draft tokens per request. kv_per_request: context tokens of one,
+    whose cost SGLang's table can only know as one of requests.
 
     Raises ValueError when the policy predicts no time for that gamma, or one that cannot be.
     """
     if not 1 <= gamma <= policy.max_k:
         raise ValueError(f"gamma {gamma} is not in 1..{policy.max_k} of the policy")
     fixed_s = np.asarray(policy.fixed_s[gamma, 1:], np.float64)
+    fixed_s = fixed_s + policy.context_s_per_token * kv_per_request * np.arange(1, len(fixed_s) + 1)
     verify_s = np.asarray(policy.verify_s[1:], np.float64)
     if not len(fixed_s) or not len(verify_s):
         raise ValueError("the policy predicts no time for any batch")
@@ -80,15 +81,15 @@ def _corners(values: Floats) -> NDArray[np.int64]:
     return np.flatnonzero(np.concatenate(([True], bend, [True])))
 
 
-def temperatures(survival: SurvivalMap, current: Floats) -> Floats:
+def temperatures(survival: SurvivalMap, recorded: Floats) -> Floats:
     """STS temperatures [gamma] that bring SGLang's confidences closest to the calibrated ones.
 
-    survival: conditional map, made of confidences under `current` temperatures [gamma]. Least squares on the logits between
-    0.02 and 0.98, through the origin: y = x * current / new. Raises ValueError: not conditional, too short, or out of range.
+    survival: conditional map, made of confidences under the `recorded` temperatures [gamma]. Least squares on the logits between
+    0.02 and 0.98, through the origin: y = x * recorded / new. Raises ValueError: not conditional, too short, or out of range.
     """
     if not survival.conditional:
         raise ValueError("the calibration is one of cumulative scores, temperatures scale single confidences")
-    gamma = len(current)
+    gamma = len(recorded)
     if len(survival.table) < gamma:
         raise ValueError(f"the calibration knows {len(survival.table)} positions, {gamma} are drafted")
     x = np.linspace(-LOGIT_LIMIT, LOGIT_LIMIT, GRID_POINTS)
@@ -98,59 +99,137 @@ def temperatures(survival: SurvivalMap, current: Floats) -> Floats:
     slope = (y[:, inside] @ x[inside]) / float(x[inside] @ x[inside])
     if not np.isfinite(slope).all() or slope.min() <= 0.0:
         raise ValueError("the calibration falls with the confidence, no temperature does that")
-    found: Floats = np.asarray(current / slope)
+    found: Floats = np.asarray(recorded / slope)
     low, high = TEMPERATURE_RANGE
     if found.min() < low or found.max() > high:
         raise ValueError(f"temperature {found.min():g}..{found.max():g} is not in {low:g}..{high:g}")
     return found
 
 
-class DSparkSwap:
-    """Keeps one running planner at the newest policy, all ranks in the same step.
+def nothing_to_swap(planner: Any) -> str | None:
+    """Why verify lengths do not follow from an SPS table in SGLang's planner (a DSparkVerifyPlanner), None if they do."""
+    if not planner.schedules_verify_budget:
+        return f"SGLANG_RAGGED_VERIFY_MODE={planner.mode_value} verifies every drafted token (compact plans verify lengths)"
+    if not planner.is_compact_mode:
+        return f"SGLANG_RAGGED_VERIFY_MODE={planner.mode_value} runs every drafted token whatever is planned (compact does not)"
+    if planner.is_verify_all:
+        return "there is no SPS table (pass --speculative-dspark-sps-table-path, so that SGLang plans verify lengths)"
+    return None
 
-    planner: SGLang's DSparkVerifyPlanner. swaps, refused: how often each happened. reason: of the last refusal, "" before one.
+
+def launch_temperatures(planner: Any) -> Floats:
+    """STS temperatures in force: [gamma], or one for all []; 1 without a head. Waits for a GPU: at the start only."""
+    head = planner._confidence_head
+    held = head.sts_temperatures if head is not None else None
+    return np.ones(()) if held is None else np.asarray(held.detach().cpu().numpy(), np.float64)
+
+
+class _Prepared(NamedTuple):
+    """What a policy becomes. temperatures: [gamma], None to leave them."""
+
+    table: Any
+    temperatures: Floats | None
+
+
+class DSparkSwap:
+    """Keeps one running planner at the newest policy, and at what it was launched with while there is none.
+
+    `at_plan` before the planner plans a step, `at_forward` on the stream of its forward: temperatures are read there by graphs.
+    planner: SGLang's DSparkVerifyPlanner, of which `nothing_to_swap` says None. gamma: draft tokens per request. launched: its
+    `launch_temperatures`. unanimous: whether all ranks say yes; None for one rank. swaps, refused: how often each happened.
+    reason: of the last refusal, "" before one.
     """
 
-    def __init__(self, planner: Any, gamma: int, rendezvous: Rendezvous) -> None:
-        self._planner, self._gamma, self._rendezvous = planner, gamma, rendezvous
+    def __init__(self, planner: Any, gamma: int, launched: Floats, unanimous: Callable[[bool], bool] | None = None) -> None:
+        self._planner, self._gamma, self._launched, self._unanimous = planner, gamma, launched, unanimous
+        self._budget = planner._budget_planner
+        self._launch_table = self._budget.sps_table
+        # One temperature for all (no file at start) is a constant of captured graphs: only a list can be written into.
+        listed = launched.shape == (gamma,)
+        self._held = planner._confidence_head.sts_temperatures if listed else None
+        self._temperatures = launched
+        self._wanted: Floats | None = None
         self._version = 0
+        self._forced = False
         self.swaps = self.refused = 0
         self.reason = ""
 
-    def at_step(self, newest: Callable[[], Policy | None]) -> None:
-        """Call once per decode step, before the planner plans it. Never raises; see `Rendezvous.at_step`."""
-        policy = self._rendezvous.at_step(newest)
-        if policy is None or not policy.acting or policy.version == self._version:
+    def at_plan(self, policy: Policy | None, kv_per_request: float) -> None:
+        """Follow the policy of this step, None for none. Never raises; touches the host only.
+
+        Not acting: back to what the server was launched with. Paused, pinned or without a forecast: as it is. With several
+        ranks all must call it in the same step with the same policy; a new one is taken over by all of them or by none.
+        """
+        if policy is None or not policy.acting:
+            self.restore()
+            return
+        if policy.version == self._version or policy.verify_all or policy.mode is Mode.PAUSED:
             return
         self._version = policy.version
         try:
-            self._apply(policy)
-            self.swaps += 1
+            prepared, reason = self._prepare(policy, kv_per_request), ""
         except Exception as error:
-            self.refused += 1
-            self.reason = " ".join(str(error).split()) or type(error).__name__
-            log.warning("adaptive-spec: policy %d was not taken over, the old SPS table stays: %s", policy.version, self.reason)
+            prepared, reason = None, " ".join(str(error).split()) or type(error).__name__
+        if self._unanimous is not None and not self._agreed(prepared is not None):
+            prepared, reason = None, reason or "another rank refused it"
+        if prepared is None:
+            self._refuse(policy.version, reason)
+            return
+        self._budget.sps_table = prepared.table
+        if prepared.temperatures is not None:
+            self._wanted = prepared.temperatures
+        self.swaps += 1
 
-    def _apply(self, policy: Policy) -> None:
-        import torch
+    def at_forward(self) -> None:
+        """Write what temperatures have become, in the order of the work on this stream and without waiting for it."""
+        wanted, self._wanted = self._wanted, None
+        if wanted is None or self._held is None or np.array_equal(wanted, self._temperatures):
+            return
+        for position, value in enumerate(wanted.tolist()):
+            self._held[position].fill_(value)  # in place: graphs keep the address. A number needs no copy from the host.
+        self._temperatures = wanted
+
+    def force(self, draft_tokens: int | None, rows: int) -> None:
+        """Have the coming step verify so many draft tokens of `rows` requests whatever the table says; None: no more."""
+        if draft_tokens is None:
+            if self._forced:
+                self._planner.set_forced_budget_frac(None)
+                self._forced = False
+            return
+        if not self._forced and self._budget.forced_budget_frac is not None:
+            return  # somebody else measures
+        # SGLang takes the whole part of fraction * rows * gamma.
+        self._planner.set_forced_budget_frac((draft_tokens + 0.5) / (rows * self._gamma))
+        self._forced = True
+
+    def restore(self) -> None:
+        """Back to what the server was launched with; temperatures with the next `at_forward`."""
+        if self._version:
+            self._budget.sps_table = self._launch_table
+            self._wanted = self._launched
+            self._version = 0
+
+    def _agreed(self, well: bool) -> bool:
+        try:
+            return self._unanimous is None or self._unanimous(well)
+        except Exception:
+            return False
+
+    def _refuse(self, version: int, reason: str) -> None:
+        self.refused += 1
+        if reason != self.reason:
+            log.warning("adaptive-spec: policy %d was not taken over, the old SPS table stays: %s", version, reason)
+        self.reason = reason
+
+    def _prepare(self, policy: Policy, kv_per_request: float) -> _Prepared:
+        """Raises whatever is wrong with the policy, in SGLang's words or ours."""
         from sglang.srt.speculative.dspark_components.dspark_sps import SpsAdditiveCostTable
         from sglang.srt.speculative.dspark_components.dspark_sts import DSparkStsCalibration
 
-        planner = self._planner
-        budget = planner._budget_planner
-        if budget is None or planner.is_verify_all:
-            raise ValueError("this planner was started without an SPS table and verifies everything")
-        table = SpsAdditiveCostTable(**cost_table(policy, self._gamma)._asdict())
-        head = planner._confidence_head
-        held = head.sts_temperatures if head is not None else None
-        wanted = None
-        # One temperature for all (no file at start) is a constant of captured graphs: only a list can be written into.
-        if held is not None and held.ndim == 1 and len(held) == self._gamma and policy.survival.conditional:
-            fitted = temperatures(policy.survival, held.detach().cpu().numpy().astype(np.float64))
-            wanted = DSparkStsCalibration(temperatures=fitted.tolist()).temperatures
-            if not all(math.isfinite(t) for t in wanted):
-                raise ValueError("a temperature is not finite")
-        # Everything is sound: from here on nothing can fail half-way.
-        if held is not None and wanted is not None:
-            held.copy_(torch.tensor(wanted, dtype=held.dtype))  # in place: graphs keep its address
-        budget.sps_table = table
+        table = SpsAdditiveCostTable(**cost_table(policy, self._gamma, kv_per_request)._asdict())
+        if self._held is None or not policy.survival.conditional:
+            return _Prepared(table, None)
+        fitted = temperatures(policy.survival, self._launched)
+        if not np.isfinite(fitted).all():
+            raise ValueError("a temperature is not finite")
+        return _Prepared(table, np.array(DSparkStsCalibration(temperatures=fitted.tolist()).temperatures))

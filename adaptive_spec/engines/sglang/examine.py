@@ -10,7 +10,7 @@ import os
 import sys
 from importlib import metadata
 
-from adaptive_spec.engines.sglang.hooks import TARGETS, TESTED_VERSIONS, missing_targets
+from adaptive_spec.engines.sglang.hooks import DSPARK_NEEDED, DSPARK_TARGETS, TARGETS, TESTED_VERSIONS, missing_targets
 from adaptive_spec.engines.sglang.plugin_settings import plugin_settings
 from adaptive_spec.errors import BadInput
 
@@ -33,6 +33,11 @@ def findings() -> list[tuple[str, str, str]]:
         found.append(("note", "sglang hooks", f"{text}: the plugin leaves this SGLang alone"))
     if not missing:
         found.append(("ok", "sglang hooks", f"all {len(TARGETS)} targets are there"))
+    missing = missing_targets(DSPARK_TARGETS, DSPARK_NEEDED)
+    for text in missing:
+        found.append(("note", "sglang dspark hooks", f"{text}: the plugin leaves DSPARK servers alone"))
+    if not missing:
+        found.append(("ok", "sglang dspark hooks", f"all {len(DSPARK_TARGETS)} targets are there"))
     found.append(_entry_point())
     try:
         settings = plugin_settings(os.environ)

@@ -14,7 +14,7 @@ import math
 import os
 import pkgutil
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 TESTED_VERSIONS = ("0.5.23",)
@@ -25,6 +25,7 @@ FAULT_VARIABLE = "ADAPTIVE_SPEC_INJECT_FAULT"
 
 _SPECULATIVE = "sglang.srt.speculative."
 _EAGLE = _SPECULATIVE + "eagle_worker_v2."
+_DSPARK = _SPECULATIVE + "dspark_components."
 _RESULTS = "sglang.srt.managers.scheduler_components.batch_result_processor."
 
 log = logging.getLogger("sglang.adaptive_spec")
@@ -50,6 +51,17 @@ TARGETS = (
     Target("results", _RESULTS + "SchedulerBatchResultProcessor._resolve_spec_v2_tokens", ("self", "result", "batch")),
 )
 """All of them, or the plugin leaves SGLang alone."""
+DSPARK_TARGETS = (
+    Target("attach", _DSPARK + "dspark_worker_v2.DSparkWorkerV2.init_cuda_graphs", ("self",)),
+    Target("plan", _DSPARK + "dspark_planner.DSparkVerifyPlanner.prepare_verify_budget", ("self", "batch")),
+    Target("step", _DSPARK + "dspark_worker_v2.DSparkWorkerV2.forward_batch_generation", ("self", "batch")),
+    Target("draft", _DSPARK + "dspark_draft.DraftBlockProposer.propose", ("self", "batch")),
+    Target("verify", _DSPARK + "dspark_verify.TargetVerifyExecutor.run_compact", ("self", "batch", "layout")),
+    Target("verify_all", _DSPARK + "dspark_verify.TargetVerifyExecutor.run_non_compact", ("self", "batch")),
+)
+"""For DSPARK in place of EAGLE's, hooked when SGLang has chosen DSPARK, or the plugin leaves such a server alone."""
+MEETING = frozenset({"step", "plan"})
+"""Hooks in which ranks meet."""
 ONCE = frozenset({"worker", "controller", "attach"})
 """Hooks that run while the server starts: one failure there is final, for a half attached plugin is none."""
 
@@ -60,12 +72,20 @@ NEEDED = (
     "sglang.srt.plugins.hook_registry.HookRegistry",
 )
 """What is used but not hooked."""
+DSPARK_NEEDED = (
+    *(_DSPARK + "dspark_planner.DSparkVerifyPlanner." + name for name in (
+        "is_compact_mode", "is_verify_all", "mode_value", "schedules_verify_budget", "set_forced_budget_frac",
+    )),
+    _DSPARK + "dspark_sps.SpsAdditiveCostTable",
+    _DSPARK + "dspark_sts.DSparkStsCalibration",
+    "sglang.srt.runtime_context.attn_dp_enabled_of",
+)  # fmt: skip
 
 
-def missing_targets() -> list[str]:
+def missing_targets(targets: Sequence[Target] = TARGETS, needed: Sequence[str] = NEEDED) -> list[str]:
     """Say of every target that is not there, or not with the parameters it must have, what is wrong. Empty: all is well."""
     wrong = []
-    for target in TARGETS:
+    for target in targets:
         try:
             found = pkgutil.resolve_name(target.path)
             parameters = inspect.signature(found).parameters
@@ -75,7 +95,7 @@ def missing_targets() -> list[str]:
         lacking = [name for name in target.parameters if name not in parameters]
         if lacking:
             wrong.append(f"{target.path} has no parameter {', '.join(lacking)}")
-    for path in NEEDED:
+    for path in needed:
         try:
             pkgutil.resolve_name(path)
         except Exception as error:
@@ -116,8 +136,8 @@ After = Callable[..., None]
 class Guard:
     """Counts failures by hook. closed: None, or why nothing of ours is called any more. on_close: told once, must not raise.
 
-    lockstep: this is one of several ranks. Then the hook `step` is called even when the guard is closed: the other ranks wait for
-    this one in it, and K stays what they agreed on until all of them have gone back to the launch K.
+    lockstep: this is one of several ranks. Then the hooks of `MEETING` are called even when the guard is closed: the other ranks
+    wait for this one in them, and K stays what they agreed on until all of them have gone back to the launch K.
     """
 
     def __init__(self, faults: str | None = None) -> None:
@@ -156,7 +176,7 @@ class Guard:
         """Return an AROUND hook for SGLang: `wrapper(original, *args, **kwargs)`."""
 
         def wrapper(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            note, went_well = None, self.closed is None or (self.lockstep and hook == "step")
+            note, went_well = None, self.closed is None or (self.lockstep and hook in MEETING)
             if went_well:
                 try:
                     self.fault(hook)

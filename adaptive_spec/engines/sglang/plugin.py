@@ -8,14 +8,25 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from adaptive_spec.engine_report import EngineReport, write_report
-from adaptive_spec.engines.sglang.hooks import TARGETS, TESTED_VERSIONS, Guard, missing_targets
+from adaptive_spec.engines.sglang.hooks import (
+    DSPARK_NEEDED,
+    DSPARK_TARGETS,
+    TARGETS,
+    TESTED_VERSIONS,
+    Guard,
+    Target,
+    missing_targets,
+)
 from adaptive_spec.engines.sglang.plugin_settings import PluginSettings, plugin_settings
 from adaptive_spec.errors import BadInput
+
+if TYPE_CHECKING:
+    from adaptive_spec.engines.sglang.engine_side import EngineSide
 
 log = logging.getLogger("sglang.adaptive_spec")
 
@@ -50,12 +61,13 @@ def refusal(settings: PluginSettings, version: str) -> str | None:
 
 
 def _install(settings: PluginSettings, engine: str) -> None:
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
-
+    """Hook what is EAGLE's and what all algorithms share; DSpark's functions are not even imported before they are needed."""
     from adaptive_spec.engines.sglang.attachment import Attachment
 
     guard = Guard()
     attachment = Attachment(settings, guard, engine)
+    side: list[EngineSide] = [attachment]
+    """The one in charge: EAGLE's until SGLang has chosen something else."""
 
     def controller(original: Callable[..., None], self: Any, worker: Any, policy: Any) -> None:
         chosen = policy
@@ -65,12 +77,56 @@ def _install(settings: PluginSettings, engine: str) -> None:
             guard.failed("controller")
         original(self, worker, chosen)
 
-    own: dict[str, Callable[..., Any]] = {"controller": controller, "attach": attachment.attach}
-    for target in TARGETS:
+    def worker(note: None, worker_class: Any, algorithm: Any, server_args: Any) -> None:
+        if not algorithm.is_dspark():
+            attachment.worker_after(note, worker_class, algorithm, server_args)
+        elif side[0] is attachment:
+            side[0] = dspark_side(settings, guard, engine, worker_class, algorithm, server_args)
+
+    def results_after(*args: Any, **kwargs: Any) -> None:
+        side[0].results_after(*args, **kwargs)
+
+    own: dict[str, Callable[..., Any]] = {
+        "worker": guard.around("worker", None, worker),
+        "controller": controller,
+        "attach": attachment.attach,
+        "results": guard.around("results", attachment.results_before, results_after),
+    }
+    _hook(TARGETS, own, guard, attachment)
+
+
+def dspark_side(
+    settings: PluginSettings, guard: Guard, engine: str, worker_class: Any, algorithm: Any, server_args: Any
+) -> EngineSide:
+    """Hook a DSPARK server, of which no worker has been made yet, or leave it alone and say why."""
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    from adaptive_spec.engines.sglang.dspark_attachment import DSparkAttachment
+
+    side = DSparkAttachment(settings, guard, engine)
+    side.worker_after(None, worker_class, algorithm, server_args)
+    if guard.closed is not None:
+        return side
+    missing = missing_targets(DSPARK_TARGETS, DSPARK_NEEDED)
+    if missing:
+        reason = f"{engine} lacks {'; '.join(missing)}"
+        log.error("adaptive-spec: left SGLang alone: %s", reason)
+        side.refuse(reason)
+        return side
+    _hook(DSPARK_TARGETS, {"attach": side.attach}, guard, side)
+    HookRegistry.apply_hooks()
+    return side
+
+
+def _hook(targets: Sequence[Target], own: Mapping[str, Callable[..., Any]], guard: Guard, side: EngineSide) -> None:
+    """Register hooks: one's own, else the side's methods `{hook}_before` and `{hook}_after`, as far as it has them, guarded."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    for target in targets:
         hook = own.get(target.hook)
         if hook is None:
-            before = getattr(attachment, f"{target.hook}_before", None)
-            hook = guard.around(target.hook, before, getattr(attachment, f"{target.hook}_after"))
+            before, after = (getattr(side, f"{target.hook}_{half}", None) for half in ("before", "after"))
+            hook = guard.around(target.hook, before, after)
         HookRegistry.register(target.path, hook, HookType.AROUND)
 
 

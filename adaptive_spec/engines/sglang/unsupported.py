@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from adaptive_spec.records import MAX_K_LIMIT
+
 
 def unsupported_reason(server_args: Any) -> str | None:
     """Return why adaptive-spec cannot decide K under the given server args, or None if supported.
@@ -40,3 +42,29 @@ def can_observe(server_args: Any) -> bool:
         and cfg.pp_size == 1
         and cfg.dp_size == 1
     )
+
+
+def dspark_unsupported_reason(server_args: Any) -> str | None:
+    """Return why a DSPARK server is left alone, or None if its steps can be watched."""
+    from sglang.srt.arg_groups.overrides import resolved_view, resolving_view
+    from sglang.srt.runtime_context import attn_dp_enabled_of
+    from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
+
+    cfg = resolving_view(server_args)
+    platform_worker = SpeculativeAlgorithm.DSPARK.get_platform_worker_cls()
+    if platform_worker is not None:
+        return f"the platform serves DSPARK with {platform_worker.__name__}"
+    if not str(cfg.device).startswith("cuda"):
+        return f"device={cfg.device} is not supported for DSPARK (only CUDA: elsewhere its copies to the host would wait)"
+    if attn_dp_enabled_of(resolved_view(server_args)):
+        return "attention DP is not supported (its ranks plan different batches)"
+    if cfg.pp_size > 1:
+        return f"pp_size={cfg.pp_size} is not supported for DSPARK (only the last stage plans)"
+    if cfg.dp_size > 1:
+        return f"dp_size={cfg.dp_size} is not supported (start one server and one sidecar per replica)"
+    if cfg.disaggregation_mode == "prefill":
+        return "disaggregation_mode=prefill is not supported (such a server decodes nothing)"
+    gamma = int(cfg.speculative_num_draft_tokens) - 1
+    if gamma > MAX_K_LIMIT:
+        return f"{gamma} draft tokens per request are not supported (at most {MAX_K_LIMIT})"
+    return None

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 from sglang.srt.models.dspark import DSparkConfidenceHead
 from sglang.srt.speculative.dspark_components.dspark_planner import (
     DSparkScheduleConfig,
@@ -20,21 +19,11 @@ from sglang.srt.speculative.dspark_components.dspark_planner import (
 )
 from sglang.srt.speculative.dspark_components.dspark_sps import SpsAdditiveCostTable, SpsCostTable
 
-from adaptive_spec.engines.sglang.dspark import DSparkSwap, cost_table
-from adaptive_spec.engines.sglang.ranks import Rendezvous
+from adaptive_spec.engines.sglang.dspark import DSparkSwap, cost_table, launch_temperatures
 from adaptive_spec.policy import GRID_POINTS, LOGIT_LIMIT, Granularity, Mode, Policy, SurvivalMap, best_verified
 
 GAMMA, MAX_BATCH = 5, 16
 X = np.linspace(-LOGIT_LIMIT, LOGIT_LIMIT, GRID_POINTS)
-
-
-class Alone:
-    def total(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
-        return numbers
-
-    def from_first(self, data: bytes | None, size: int) -> bytes:
-        assert data is not None
-        return data
 
 
 def policy(version: int = 1, tile: int = 16, jump_s: float = 4e-3, slope: float = 0.5) -> Policy:
@@ -61,8 +50,14 @@ def running_planner(temperatures: list[float] | None = None) -> Any:
     return planner
 
 
-def swap_for(planner: Any, interval: int = 1) -> DSparkSwap:
-    return DSparkSwap(planner, GAMMA, Rendezvous(Alone(), 0, interval))
+def swap_for(planner: Any) -> DSparkSwap:
+    return DSparkSwap(planner, GAMMA, launch_temperatures(planner))
+
+
+def take(swap: DSparkSwap, newest: Policy | None, kv_per_request: float = 0.0) -> None:
+    """What a decode step does with its policy."""
+    swap.at_plan(newest, kv_per_request)
+    swap.at_forward()
 
 
 def survivals(rows: int, seed: int) -> torch.Tensor:
@@ -74,7 +69,7 @@ def survivals(rows: int, seed: int) -> torch.Tensor:
 def test_a_refitted_table_plans_what_our_policy_plans(tile: int) -> None:
     """SGLang's own budget search on our table, against our own search on the models it was made of."""
     planner, refitted = running_planner(), policy(tile=tile)
-    swap_for(planner).at_step(lambda: refitted)
+    take(swap_for(planner), refitted)
     table = planner._budget_planner.sps_table
     assert isinstance(table, SpsAdditiveCostTable)
     differing = 0
@@ -107,7 +102,7 @@ def test_the_running_planner_follows_the_swap() -> None:
     found = []
     for version, jump_s in ((1, 1e-5), (2, 4e-3), (3, 1.0)):
         refitted = policy(version, tile=8, jump_s=jump_s)
-        swap.at_step(iter([refitted]).__next__)
+        take(swap, refitted)
         found.append(budget())
         survival = np.asarray(np.float64(np.float32(0.8)) ** np.tile(np.arange(1, GAMMA + 1), (4, 1)), np.float64)
         assert found[-1] == best_verified(survival, float(refitted.fixed_s[GAMMA, 4]), refitted.verify_s)[0]
@@ -134,12 +129,12 @@ def broken(change: Callable[[Policy], Policy]) -> Policy:
 def test_a_broken_one_is_refused_and_the_old_one_stays(change: Callable[[Policy], Policy]) -> None:
     planner = running_planner([1.0] * GAMMA)
     swap = swap_for(planner)
-    swap._apply(policy(1))
+    take(swap, policy(1))
     table, temperatures = planner._budget_planner.sps_table, planner._confidence_head.sts_temperatures.clone()
-    swap._rendezvous.policy = broken(change)
-    swap._rendezvous._interval_steps = 1000
-    swap.at_step(lambda: None)
-    assert (swap.swaps, swap.refused) == (0, 1)
+    refused = broken(change)
+    for _ in range(3):
+        take(swap, refused)
+    assert (swap.swaps, swap.refused) == (1, 1)
     assert swap.reason
     assert planner._budget_planner.sps_table is table
     assert torch.equal(planner._confidence_head.sts_temperatures, temperatures)
@@ -151,29 +146,67 @@ def test_temperatures_calibrate_the_confidence_head() -> None:
     head = planner._confidence_head
     address = head.sts_temperatures.data_ptr()
     swap = swap_for(planner)
-    swap.at_step(lambda: policy(1, slope=0.5))
+    take(swap, policy(1, slope=0.5))
     assert head.sts_temperatures.tolist() == pytest.approx([2.0] * GAMMA, rel=1e-3)
     assert head.sts_temperatures.data_ptr() == address, "captured graphs read from there"
     raw = torch.linspace(-3, 3, 7)[:, None].expand(7, GAMMA)
     torch.testing.assert_close(head.apply_sts(raw), torch.sigmoid(raw / 2.0), atol=1e-4, rtol=1e-3)
-    # The next calibration is one of the confidences as they are now: right ones change nothing.
-    swap.at_step(lambda: policy(2, slope=1.0))
+    # The calibration stays one of confidences under the temperatures of the launch: it changes nothing to say the same again.
+    for version in range(2, 9):
+        take(swap, policy(version, slope=0.5))
     assert head.sts_temperatures.tolist() == pytest.approx([2.0] * GAMMA, rel=1e-3)
+    take(swap, None)
+    assert head.sts_temperatures.tolist() == [1.0] * GAMMA
 
 
 def test_one_temperature_for_all_is_left_alone() -> None:
     planner = running_planner()
-    swap_for(planner).at_step(lambda: policy(1))
+    take(swap_for(planner), policy(1))
     assert planner._confidence_head.sts_temperatures.ndim == 0
     assert isinstance(planner._budget_planner.sps_table, SpsAdditiveCostTable)
 
 
-def test_a_planner_that_verifies_everything_is_left_alone() -> None:
-    planner = running_planner()
-    planner._is_verify_all = True
+def test_temperatures_are_written_on_the_streams_turn_only() -> None:
+    planner = running_planner([1.0] * GAMMA)
     swap = swap_for(planner)
-    swap.at_step(lambda: policy(1))
-    assert "without an SPS table" in swap.reason
+    swap.at_plan(policy(1), 0.0)
+    assert planner._confidence_head.sts_temperatures.tolist() == [1.0] * GAMMA, "another stream may be reading them"
+    assert isinstance(planner._budget_planner.sps_table, SpsAdditiveCostTable)
+
+
+@pytest.mark.parametrize(("mode", "verify_all"), [(Mode.PAUSED, False), (Mode.PINNED, True), (Mode.SWEEP, True)])
+def test_a_policy_that_plans_nothing_leaves_the_table_as_it_is(mode: Mode, verify_all: bool) -> None:
+    planner = running_planner()
+    swap = swap_for(planner)
+    take(swap, policy(1))
+    kept = planner._budget_planner.sps_table
+    take(swap, replace(policy(2, tile=9), mode=mode, verify_all=verify_all))
+    assert planner._budget_planner.sps_table is kept
+    assert (swap.swaps, swap.refused) == (1, 0)
+
+
+def test_context_is_a_cost_of_requests() -> None:
+    planner, refitted = running_planner(), replace(policy(1), context_s_per_token=1e-6)
+    take(swap_for(planner), refitted, kv_per_request=3000.0)
+    for rows in (1, 5, MAX_BATCH):
+        wanted = float(refitted.fixed_s[GAMMA, rows]) + 3e-3 * rows + float(refitted.verify_s[2 * rows])
+        assert planner._budget_planner.sps_table.step_time(num_reqs=rows, budget=rows) == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize("rows", range(1, MAX_BATCH + 1))
+def test_a_forced_count_is_what_sglang_plans(rows: int) -> None:
+    planner = running_planner()
+    swap = swap_for(planner)
+    planner._budget_planner.carry_steps = 0
+    ones, numbers = torch.ones(rows, dtype=torch.int64), torch.arange(rows)
+    for count in range(rows * GAMMA + 1):
+        swap.force(count, rows)
+        budget = planner._budget_planner.compute_budget(
+            confidence=torch.rand(rows, GAMMA), generation=ones, current_generation=ones, req_pool_indices_cpu=numbers
+        )
+        assert budget == count
+    swap.force(None, rows)
+    assert planner._budget_planner.forced_budget_frac is None
 
 
 def test_the_table_has_corners_only() -> None:

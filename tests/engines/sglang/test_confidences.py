@@ -12,6 +12,7 @@ from torch import Tensor
 
 from adaptive_spec.engines.sglang.confidences import (
     ConfidenceTap,
+    LogitConfidences,
     LogitsTap,
     PinnedRing,
     StaticBuffers,
@@ -227,3 +228,33 @@ def test_a_copy_is_contiguous_on_both_sides(monkeypatch: pytest.MonkeyPatch) -> 
     found = sent.ready()
     assert found is not None
     assert found.tolist() == values.tolist()
+
+
+def test_logits_become_confidences_under_fixed_temperatures() -> None:
+    temperatures = np.array([1.0, 2.0, 0.5])
+    tap = LogitConfidences(temperatures, 4, 3, torch.device("cpu"))
+    logits = torch.tensor([[0.0, 1.0, -1.0], [1000.0, -1000.0, float("nan")]], dtype=torch.bfloat16)
+    wanted = torch.sigmoid(logits[0].double() / torch.from_numpy(temperatures))
+    sent = tap.send(logits)
+    logits.zero_()  # SGLang's buffer of the next step
+    found = sent.ready()
+    assert found is not None
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found[0], wanted, rtol=1e-6)
+    assert 0.999 < found[1, 0] < 1.0
+    assert 0.0 < found[1, 1] < 0.001
+    assert np.isnan(found[1, 2]), "unknown stays unknown"
+    one = LogitConfidences(np.ones(()), 4, 3, torch.device("cpu")).send(torch.ones(1, 3)).ready()
+    assert one is not None
+    assert one.shape == (1, 3)
+
+
+def test_logits_on_their_way_are_not_known_yet() -> None:
+    tap, event = LogitConfidences(np.ones(3), 4, 3, torch.device("cpu")), Event()
+    tap._ring = PinnedRing(4, 3, lambda rows, columns: torch.zeros(rows, columns), lambda: event)
+    sent = tap.send(torch.zeros(2, 3))
+    assert sent.ready() is None
+    event.done = True
+    found = sent.ready()
+    assert found is not None
+    assert found.tolist() == [[0.5] * 3] * 2

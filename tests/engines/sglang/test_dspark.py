@@ -10,13 +10,14 @@ from adaptive_spec.engines.sglang.cpu_kit import CpuKit
 pytestmark = pytest.mark.server
 
 
-def test_real_planner_classes(kit: CpuKit) -> None:
-    """dspark_checks.py, in the environment that has SGLang's planner."""
-    checks = Path(__file__).with_name("dspark_checks.py")
+@pytest.mark.parametrize("name", ["dspark_checks.py", "dspark_attachment_checks.py"])
+def test_in_the_environment_that_has_sglang(kit: CpuKit, name: str) -> None:
+    """SGLang's own planner under our swaps, and its own DSpark worker with the plugin in it."""
+    checks = Path(__file__).with_name(name)
     command = kit.command(
         "python", "-m", "pytest", "-q", "-c", "/dev/null", "-p", "no:cacheprovider", "-W", "ignore", str(checks)
     )
-    result = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=400, check=False)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-1000:]
     assert " passed" in result.stdout
     assert "skipped" not in result.stdout

@@ -4,7 +4,16 @@ from typing import Any
 
 import pytest
 
-from adaptive_spec.engines.sglang.hooks import FAILURES_IN_A_ROW, TARGETS, Guard, missing_targets
+from adaptive_spec.engines.sglang.hooks import (
+    DSPARK_NEEDED,
+    DSPARK_TARGETS,
+    FAILURES_IN_A_ROW,
+    MEETING,
+    NEEDED,
+    TARGETS,
+    Guard,
+    missing_targets,
+)
 
 
 def _original(calls: list[Any]) -> Any:
@@ -80,3 +89,21 @@ def test_without_sglang_every_target_is_missing() -> None:
     missing = missing_targets()
     assert len(missing) >= len(TARGETS)
     assert all("ModuleNotFoundError" in line for line in missing)
+
+
+def test_each_algorithm_has_targets_of_its_own() -> None:
+    assert len(missing_targets(DSPARK_TARGETS, DSPARK_NEEDED)) == len(DSPARK_TARGETS) + len(DSPARK_NEEDED)
+    assert not any("dspark" in path for path in (*(target.path for target in TARGETS), *NEEDED))
+    assert {target.path for target in TARGETS}.isdisjoint(target.path for target in DSPARK_TARGETS)
+
+
+@pytest.mark.parametrize("hook", ["step", "plan", "draft"])
+def test_in_lockstep_a_closed_guard_still_meets_the_others(hook: str) -> None:
+    guard, met = Guard(""), list[str]()
+    guard.close("enough")
+    guard.lockstep = True
+    guard.around(hook, lambda: met.append(hook), None)(_original([]))
+    assert met == ([hook] if hook in MEETING else [])
+    guard.lockstep = False
+    guard.around(hook, lambda: met.append(hook), None)(_original([]))
+    assert len(met) == (hook in MEETING)

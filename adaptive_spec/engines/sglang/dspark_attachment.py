@@ -1,0 +1,216 @@
+"""What the plugin holds on to in a scheduler process of a DSPARK server: the hooks' bodies, as a decode step meets them.
+
+    attach                                          once, while the server starts
+    plan -> step -> draft -> verify -> results      every decode step; no `plan` without the overlap scheduler
+
+DSpark always drafts gamma tokens; what varies is how many of each request are verified. So K is gamma, the granularity is by
+request, and a policy acts through SGLang's own planner: its SPS table and temperatures (`DSparkSwap`), and, for trials of a sweep
+or probe and for a pinned K, the number of draft tokens it verifies. Ranks meet where SGLang plans the budget of a step: in `plan`
+under the overlap scheduler, else in `step`.
+
+Nothing here guards itself: `hooks.Guard` catches whatever is raised and leaves the step to SGLang.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from bisect import bisect_left
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adaptive_spec.engines.sglang.dspark import DSparkSwap, launch_temperatures, nothing_to_swap
+from adaptive_spec.engines.sglang.engine_side import STEP_ATTRIBUTE, EngineSide, Place, kv_tokens_of, max_batch, request_id
+from adaptive_spec.engines.sglang.hooks import Guard
+from adaptive_spec.engines.sglang.plugin_settings import PluginSettings
+from adaptive_spec.engines.sglang.ranks import Group
+from adaptive_spec.engines.sglang.stage_clock import clock_for
+from adaptive_spec.engines.sglang.step_book import OpenStep
+from adaptive_spec.policy import Granularity, Mode
+from adaptive_spec.records import StepFlag
+from adaptive_spec.tap import BegunStep, EngineTap
+
+log = logging.getLogger("sglang.adaptive_spec")
+
+
+class DSparkAttachment(EngineSide):
+    """One per process. With mode active and a planner that plans by an SPS table: swap it; otherwise watch only."""
+
+    def __init__(self, settings: PluginSettings, guard: Guard, engine: str) -> None:
+        super().__init__(settings, guard, engine)
+        self._planner: Any = None
+        self._gamma = 0
+        self._swap: DSparkSwap | None = None
+        self._confidences: Any = None
+        self._begun: tuple[Any, BegunStep] | None = None
+        """Batch and decision of a step that ranks have met for and that is not launched yet."""
+
+    # -- once ----------------------------------------------------------------------------------------------------------
+
+    def worker_after(self, note: None, worker_class: Any, algorithm: Any, server_args: Any) -> None:
+        """SGLang has chosen its DSPARK worker: say whether it can be watched."""
+        from adaptive_spec.engines.sglang.unsupported import dspark_unsupported_reason
+
+        reason = dspark_unsupported_reason(server_args)
+        if reason is not None:
+            log.warning("adaptive-spec: left SGLang alone: %s", reason)
+            self.refuse(reason)
+
+    def _before_capture(self, worker: Any) -> None:
+        import torch
+
+        from adaptive_spec.engines.sglang.confidences import LogitConfidences
+
+        self._gamma, self._planner = int(worker.gamma), worker._verify_planner
+        device = torch.device(str(worker.device))
+        self._clock = clock_for(device.type)
+        self._confidences = LogitConfidences(launch_temperatures(self._planner), max_batch(worker), self._gamma, device)
+
+    def _begin(self, worker: Any, place: Place) -> None:
+        self._first_rank = place.rank == 0
+        reason = nothing_to_swap(self._planner)
+        if reason is None and self._settings.mode == "active":
+            unanimous = _unanimous(place.group) if place.group is not None else None
+            self._swap = DSparkSwap(self._planner, self._gamma, self._confidences.temperatures, unanimous)
+        self._tap = self._open_tap(self._info(worker, place, self._gamma, (self._gamma,), Granularity.REQUEST), place)
+        self._worker = worker
+        self.report("attached" if reason is None else "observing", reason or "")
+        log.info("adaptive-spec: DSPARK %s, mode %s, gamma %d. %s", self._state, self._settings.mode, self._gamma, reason or "")
+
+    def _terms(self) -> int:
+        return self._crc("dspark", self._gamma, self._swap is not None)
+
+    # -- every decode step ---------------------------------------------------------------------------------------------
+
+    def plan_before(self, planner: Any, batch: Any, *args: Any, **kwargs: Any) -> None:
+        self._begun = None
+        if self._tap is not None and planner is self._planner and _decodes(batch):
+            self._meet(self._tap, batch)
+
+    def step_before(self, worker: Any, batch: Any, *args: Any, **kwargs: Any) -> OpenStep | None:
+        self._step = None
+        tap = self._tap
+        if tap is None or worker is not self._worker:
+            return None
+        if not _decodes(batch):
+            self._book.interrupt()
+            return None
+        started = self._clock.now() if self._guard.closed is None else None
+        begun = self._begun[1] if self._begun is not None and self._begun[0] is batch else self._meet(tap, batch)
+        self._begun = None
+        if self._swap is not None:
+            self._swap.at_forward()
+        if started is None:
+            return None
+        ids = np.array([request_id(request) for request in batch.reqs], np.uint32)
+        # Before it is known how the verify forward is padded: not at all.
+        self._step = OpenStep(begun, self._gamma, ids, len(ids), started, padded_tokens=0)
+        self._book.begin(self._step)
+        return self._step
+
+    def step_after(self, step: OpenStep | None, result: Any, worker: Any, *args: Any, **kwargs: Any) -> None:
+        self._step = None
+        if step is None:
+            return
+        step.ended = self._clock.now()
+        setattr(result, STEP_ATTRIBUTE, step)
+        self._report_when_due()
+
+    def draft_before(self, *args: Any, **kwargs: Any) -> Any:
+        return self._clock.now() if self._step is not None else None
+
+    def draft_after(self, started: Any, proposal: Any, *args: Any, **kwargs: Any) -> None:
+        if self._step is None or started is None:
+            return
+        self._step.stages["draft"] = (started, self._clock.now())
+        if proposal.confidence_raw is not None:  # static mode has no confidence head: then it is not known
+            self._step.confidences = self._confidences.send(proposal.confidence_raw)
+
+    def verify_before(self, *args: Any, **kwargs: Any) -> Any:
+        return self._clock.now() if self._step is not None else None
+
+    def verify_after(self, started: Any, result: Any, executor: Any, *args: Any, **kwargs: Any) -> None:
+        """Of the packed verify forward: num_tokens follows from verify_len, which comes with the result."""
+        if self._step is None or started is None:
+            return
+        self._step.stages["verify"] = (started, self._clock.now())
+        self._step.padded_tokens = int(kwargs["layout"].graph_num_tokens)
+
+    verify_all_before = verify_before
+
+    def verify_all_after(self, started: Any, result: Any, executor: Any, *args: Any, **kwargs: Any) -> None:
+        """Of the verify forward over all drafted tokens, however many of them may then be accepted."""
+        step = self._step
+        if step is None or started is None:
+            return
+        step.stages["verify"] = (started, self._clock.now())
+        width, rows = self._gamma + 1, len(step.request_ids)
+        step.num_tokens, step.padded_tokens = rows * width, _padded_rows(executor, result, rows) * width
+
+    def _verified(self, result: Any) -> NDArray[np.int64] | None:
+        # SGLang counts the bonus token in; it has brought these to the host with the accepted lengths.
+        return None if result.cap_lens is None else result.cap_lens.numpy().astype(np.int64) - 1
+
+    # -- inside --------------------------------------------------------------------------------------------------------
+
+    def _meet(self, tap: EngineTap, batch: Any) -> BegunStep:
+        """Begin a step: the ranks meet in here, and the planner is set for it."""
+        if self._guard.closed is not None and self._rendezvous is not None:
+            self._rendezvous.failed = True  # at the next meeting all ranks go back to what they were launched with
+        rows, kv_tokens = len(batch.reqs), kv_tokens_of(batch)
+        tap.begin_step(rows, kv_tokens, time.monotonic_ns())
+        begun = tap.begun
+        if self._swap is None:
+            # What a policy would do is none of this step's doing.
+            begun = BegunStep(begun.step, self._gamma, rows, kv_tokens, 0, 0)
+        self._begun = batch, begun
+        if self._swap is None:
+            return begun
+        planner = tap.planner
+        policy = planner.policy if not begun.flags & StepFlag.FALLBACK else None
+        self._swap.at_plan(policy, kv_tokens / max(rows, 1))
+        drafted, wanted = rows * self._gamma, None
+        if policy is not None and policy.acting:
+            if planner.in_trial:
+                wanted = min(max(planner.trial_tokens - rows, 0), drafted) if planner.trial_tokens else drafted
+            elif policy.mode is Mode.PINNED:
+                wanted = drafted
+        self._swap.force(wanted, rows)
+        return begun
+
+    def _closed(self) -> None:
+        # With several ranks the planner stays what they agreed on until all of them go back in the same step.
+        if self._swap is not None and not self._guard.lockstep:
+            try:
+                self._swap.force(None, 1)
+                self._swap.restore()
+                self._swap.at_forward()
+            except Exception as error:
+                log.warning("adaptive-spec: the planner could not be given back: %s", error)
+        super()._closed()
+
+    def _counters(self) -> dict[str, int]:
+        counters = super()._counters()
+        if self._swap is not None:
+            counters |= {"sps_swaps": self._swap.swaps, "sps_refusals": self._swap.refused}
+        return counters
+
+
+def _decodes(batch: Any) -> bool:
+    return not (batch.forward_mode.is_extend() or batch.is_extend_in_batch or batch.forward_mode.is_idle())
+
+
+def _unanimous(group: Group) -> Callable[[bool], bool]:
+    return lambda well: int(group.total(np.array([0 if well else 1], np.int64))[0]) == 0
+
+
+def _padded_rows(executor: Any, result: Any, rows: int) -> int:
+    """Requests after padding to the graph that ran, if one did."""
+    runner = executor.model_runner.decode_cuda_graph_runner
+    if not result.can_run_cuda_graph or runner is None or runner.ragged_verify_mode:
+        return rows
+    at = bisect_left(runner.capture_bs, rows)
+    return int(runner.capture_bs[at]) if at < len(runner.capture_bs) else rows

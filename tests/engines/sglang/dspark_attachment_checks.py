@@ -1,0 +1,640 @@
+"""The plugin in SGLang's own DSpark worker, without model and GPU. Run by test_dspark.py, where SGLang is installed."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import itertools
+import pkgutil
+import textwrap
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from sglang.srt.arg_groups.overrides import field_names
+from sglang.srt.managers.utils import GenerationBatchResult
+from sglang.srt.plugins.hook_registry import HookRegistry
+from sglang.srt.server_args import ServerArgs
+from sglang.srt.speculative.dspark_components.dspark_draft import DraftProposal
+from sglang.srt.speculative.dspark_components.dspark_planner import DSparkVerifyPlanner, HostConfidenceBudgetPlanner
+from sglang.srt.speculative.dspark_components.dspark_sps import SpsAdditiveCostTable, SpsCostTable
+from sglang.srt.speculative.dspark_components.dspark_verify import TargetVerifyExecutor
+from sglang.srt.speculative.dspark_components.dspark_worker_v2 import DSparkWorkerV2
+from sglang.srt.speculative.ragged_verify import RaggedVerifyLayout
+from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
+
+from adaptive_spec.controller import Controller
+from adaptive_spec.engine_report import EngineReport, read_report
+from adaptive_spec.engines.sglang import hooks, plugin
+from adaptive_spec.engines.sglang.dspark_attachment import DSparkAttachment
+from adaptive_spec.engines.sglang.engine_side import EngineSide, Place
+from adaptive_spec.engines.sglang.hooks import DSPARK_NEEDED, DSPARK_TARGETS, FAILURES_IN_A_ROW, Guard, Target, missing_targets
+from adaptive_spec.engines.sglang.plugin_settings import PluginSettings
+from adaptive_spec.engines.sglang.unsupported import dspark_unsupported_reason
+from adaptive_spec.policy import Mode, Policy, Trial, best_verified
+from adaptive_spec.policy_page import PolicyPage, payload_bytes
+from adaptive_spec.records import StepFlag, StepRecord
+from adaptive_spec.ring import RingReader
+from adaptive_spec.settings import ControllerSettings
+from adaptive_spec.tap import PAGE_NAME, RING_NAME
+from tests.engines.sglang.dspark_checks import policy
+from tests.engines.sglang.dspark_stand_in import (
+    CAPTURED,
+    DRAFT_S,
+    GAMMA,
+    LAUNCH_TEMPERATURE,
+    MAX_BATCH,
+    TILE,
+    TRUE_TEMPERATURE,
+    StandInServer,
+    served,
+    verify_seconds,
+)
+
+SERVER_ARGS = {
+    "device": "cuda", "attn_dp_size": 1, "ep_join_mode": None, "pp_size": 1, "dp_size": 1, "disaggregation_mode": "null",
+    "speculative_num_draft_tokens": GAMMA + 1,
+}  # fmt: skip
+
+
+class Plugged:
+    """A stand-in server with the plugin in it, hooked by SGLang's registry into SGLang's classes."""
+
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, folder: Path, *, plugin_mode: Any = "active", faults: str = "", **server: Any
+    ) -> None:
+        self.server = StandInServer(monkeypatch, folder, **server)
+        monkeypatch.setenv(hooks.FAULT_VARIABLE, faults)
+        monkeypatch.setattr(EngineSide, "_place", lambda _: Place(0, 1, None))
+        made: list[DSparkAttachment] = []
+        init = DSparkAttachment.__init__
+
+        def noted(side: DSparkAttachment, *args: Any) -> None:
+            init(side, *args)
+            made.append(side)
+
+        monkeypatch.setattr(DSparkAttachment, "__init__", noted)
+        self.runtime_dir = folder / "run"
+        HookRegistry.reset()
+        plugin._install(PluginSettings(plugin_mode, self.runtime_dir), "sglang test")
+        HookRegistry.apply_hooks()
+        assert SpeculativeAlgorithm.DSPARK.create_worker(SimpleNamespace(**SERVER_ARGS)) is DSparkWorkerV2
+        [self.side] = made
+        self.guard = self.side._guard
+        self.server.start()
+        if self.side._tap is not None:
+            self.side._clock = self.server.clock
+        self.launch_table = getattr(self.server.planner._budget_planner, "sps_table", None)
+
+    def page(self) -> PolicyPage:
+        page = PolicyPage.create_or_open(self.runtime_dir / PAGE_NAME, payload_bytes(MAX_BATCH, GAMMA))
+        page.heartbeat(time.monotonic_ns())
+        assert self.side._tap is not None
+        self.side._tap._look_at = 0
+        return page
+
+    def records(self) -> list[StepRecord]:
+        self.server.drain()
+        self.side._book.interrupt()
+        with RingReader.open(self.runtime_dir / RING_NAME) as ring:
+            return list(ring.poll(10_000))
+
+    @property
+    def report(self) -> EngineReport:
+        self.side.report(self.side._state, self.side._reason)
+        report = read_report(self.runtime_dir)
+        assert report is not None
+        return report
+
+    @property
+    def table(self) -> Any:
+        return self.server.planner._budget_planner.sps_table
+
+    @property
+    def temperatures(self) -> list[float]:
+        found: list[float] = self.server.planner._confidence_head.sts_temperatures.tolist()
+        return found
+
+
+@pytest.fixture(autouse=True)
+def unhooked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGLang's classes are as they were when a test is over."""
+    for target in (*hooks.TARGETS, *DSPARK_TARGETS):
+        owner, name = target.path.rsplit(".", 1)
+        found = pkgutil.resolve_name(owner)
+        monkeypatch.setattr(found, name, vars(found)[name])
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path
+
+
+# -- that it fits SGLang -----------------------------------------------------------------------------------------------
+
+
+def test_every_target_is_there() -> None:
+    assert missing_targets(DSPARK_TARGETS, DSPARK_NEEDED) == []
+
+
+def _assigned(owner: type) -> set[str]:
+    """Attributes that a class has, or gives itself in its constructor."""
+    if (fields := getattr(owner, "__struct_fields__", None) or getattr(owner, "__dataclass_fields__", None)) is not None:
+        return set(fields)
+    tree = ast.parse(textwrap.dedent(inspect.getsource(inspect.unwrap(vars(owner)["__init__"]))))
+    stored = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)}
+    return set(dir(owner)) | stored
+
+
+@pytest.mark.parametrize(
+    ("owner", "attributes"),
+    [
+        (DSparkWorkerV2, ["gamma", "_verify_planner", "device", "server_args", "_target_worker"]),
+        (DSparkVerifyPlanner, ["_budget_planner", "_confidence_head"]),
+        (HostConfidenceBudgetPlanner, ["sps_table", "forced_budget_frac"]),
+        (TargetVerifyExecutor, ["model_runner"]),
+        (DraftProposal, ["confidence_raw"]),
+        (RaggedVerifyLayout, ["graph_num_tokens"]),
+        (GenerationBatchResult, ["cap_lens"]),
+    ],
+)
+def test_every_attribute_used_is_there(owner: type, attributes: list[str]) -> None:
+    assert set(attributes) <= _assigned(owner)
+
+
+def test_every_server_argument_used_is_there() -> None:
+    assert set(SERVER_ARGS) <= field_names(ServerArgs)
+
+
+@pytest.mark.parametrize(
+    ("argument", "value", "words"),
+    [
+        ("device", "npu", "device=npu"), ("attn_dp_size", 2, "attention DP"), ("pp_size", 2, "pp_size=2"),
+        ("dp_size", 2, "dp_size=2"), ("disaggregation_mode", "prefill", "prefill"),
+        ("speculative_num_draft_tokens", 34, "33 draft tokens"),
+    ],
+)  # fmt: skip
+def test_servers_that_are_left_alone(argument: str, value: Any, words: str) -> None:
+    assert dspark_unsupported_reason(SimpleNamespace(**SERVER_ARGS)) is None
+    reason = dspark_unsupported_reason(SimpleNamespace(**{**SERVER_ARGS, argument: value}))
+    assert reason is not None
+    assert words in reason
+
+
+def test_a_renamed_target_refuses_dspark_and_nobody_else(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    path = "sglang.srt.speculative.dspark_components.dspark_planner.DSparkVerifyPlanner.renamed"
+    monkeypatch.setattr(plugin, "DSPARK_TARGETS", (*DSPARK_TARGETS, Target("plan", path, ("self",))))
+    assert plugin.refusal(PluginSettings("active"), hooks.TESTED_VERSIONS[0]) is None, "EAGLE is not concerned"
+    plugged = Plugged(monkeypatch, folder)
+    assert (plugged.report.state, "renamed" in plugged.report.reason) == ("refused", True)
+    assert not any("dspark" in target for target in HookRegistry._hooks)
+    assert any("EAGLEWorkerV2" in target for target in HookRegistry._patched)
+    plugged.server.step(3)
+    plugged.server.drain()
+    assert not (plugged.runtime_dir / RING_NAME).exists()
+
+
+def test_eagle_servers_do_not_even_import_dspark(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    HookRegistry.reset()
+    plugin._install(PluginSettings("active", folder), "sglang test")
+    assert len(HookRegistry._hooks) == len(hooks.TARGETS)
+    assert not any("dspark" in target for target in HookRegistry._hooks)
+
+
+def test_other_algorithms_are_answered_as_before(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    HookRegistry.reset()
+    plugin._install(PluginSettings("active", folder), "sglang test")
+    HookRegistry.apply_hooks()
+    SpeculativeAlgorithm.NGRAM.create_worker(SimpleNamespace(speculative_algorithm="NGRAM", disable_overlap_schedule=False))
+    report = read_report(folder)
+    assert report is not None
+    assert (report.state, report.reason) == ("refused", "speculative_algorithm=NGRAM (only EAGLE/EAGLE3 are supported)")
+    assert not report.failures
+
+
+# -- what is recorded --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize(
+    ("server", "packed"),
+    [
+        ({"mode": "compact"}, True), ({"mode": "compact", "graphs": True}, True), ({"mode": "compact", "sps": False}, True),
+        ({"mode": "cap-accept"}, False), ({"mode": "static"}, False),
+    ],
+)  # fmt: skip
+def test_records_say_what_sglang_did(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, server: dict[str, Any], packed: bool, overlap: bool
+) -> None:
+    plugged = Plugged(monkeypatch, folder, plugin_mode="shadow", overlap=overlap, **server)
+    raw = []
+    for rows in [3, 5, 8, 8, 2, 1] * 3:
+        plugged.server.step(rows)
+        raw.append(plugged.server.worker._proposer.draft_model.raw.numpy())
+    records = plugged.records()
+    assert [(r.verify_len.tolist(), r.accept_len.tolist()) for r in records] == served(plugged.server)
+    assert not plugged.guard.failures
+    graph = CAPTURED[0] if server.get("graphs") else 0
+    for record, logits in zip(records, raw, strict=True):
+        rows = record.batch_size
+        forward = int(record.verify_len.sum()) + rows if packed else rows * (GAMMA + 1)
+        assert (record.k, record.num_tokens, record.kv_tokens) == (GAMMA, forward, 100 * rows)
+        assert record.padded_tokens == (graph or forward)
+        assert record.draft_s == pytest.approx(DRAFT_S, rel=1e-5)
+        assert record.verify_s == pytest.approx(verify_seconds(record.padded_tokens), rel=1e-5)
+        assert record.step_s == pytest.approx(record.draft_s + record.verify_s, rel=1e-4)
+        assert record.policy_version == 0
+        assert record.invalid_reason() is None
+        if server["mode"] == "static":
+            assert record.flags & StepFlag.CENSORED, "there is no confidence head"
+        else:
+            np.testing.assert_allclose(record.confidences, 1.0 / (1.0 + np.exp(-logits / LAUNCH_TEMPERATURE)), rtol=1e-5)
+            assert not record.flags & StepFlag.CENSORED
+    if packed and server.get("sps", True) and not graph:
+        assert len({record.num_tokens for record in records}) > 3
+
+
+@pytest.mark.parametrize(
+    ("server", "words"),
+    [
+        ({"mode": "static"}, "static verifies every drafted token"),
+        ({"mode": "cap-accept"}, "runs every drafted token"),
+        ({"mode": "compact", "sps": False}, "no SPS table"),
+    ],
+)
+def test_what_cannot_be_swapped_is_watched(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, server: dict[str, Any], words: str
+) -> None:
+    plugged = Plugged(monkeypatch, folder, **server)
+    with plugged.page() as page:
+        page.publish(policy(1))
+        for _ in range(5):
+            plugged.server.step(3)
+    assert plugged.report.state == "observing"
+    assert words in plugged.report.reason
+    assert getattr(plugged.server.planner._budget_planner, "sps_table", None) is plugged.launch_table
+    assert len(plugged.records()) == 5
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_prefill_between_is_no_step(monkeypatch: pytest.MonkeyPatch, folder: Path, overlap: bool) -> None:
+    plugged = Plugged(monkeypatch, folder, overlap=overlap)
+    for _ in range(3):
+        plugged.server.step(2)
+        plugged.server.prefill()
+    assert [r.step for r in plugged.records()] == [1, 2, 3]
+    assert not plugged.guard.failures
+
+
+# -- what a policy does ------------------------------------------------------------------------------------------------
+
+
+def budgets(plugged: Plugged, found: list[int]) -> None:
+    """Note every budget SGLang's planner decides on."""
+    planner = plugged.server.planner._budget_planner
+    compute = planner.compute_budget
+
+    def noted(**arguments: Any) -> int:
+        found.append(compute(**arguments))
+        return found[-1]
+
+    planner.compute_budget = noted
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_policy_governs_the_very_step_it_was_adopted_in(monkeypatch: pytest.MonkeyPatch, folder: Path, overlap: bool) -> None:
+    plugged, found = Plugged(monkeypatch, folder, overlap=overlap), list[int]()
+    budgets(plugged, found)
+    with plugged.page() as page:
+        for _ in range(4):
+            plugged.server.step(4)
+        page.publish(policy(1, jump_s=1.0, tile=8))
+        plugged.server.step(4)
+        assert isinstance(plugged.table, SpsAdditiveCostTable)
+        assert found[-1] == 4, "to the end of the tile that the bonus tokens begin"
+        assert plugged.temperatures == pytest.approx([2.0] * GAMMA, rel=1e-3)
+        page.publish(policy(2, jump_s=1e-6, tile=8))
+        plugged.server.step(4)
+        assert found[-1] >= 4 * GAMMA - 2, "but for the least likely tokens"
+        assert plugged.report.counters["sps_swaps"] == 2
+        assert plugged.report.state == "attached"
+        # Shadow, a dead sidecar: what the server was launched with.
+        page.publish(dataclasses.replace(policy(3), mode=Mode.SHADOW, acting=False))
+        plugged.server.step(4)
+        assert plugged.table is plugged.launch_table
+        assert plugged.temperatures == [LAUNCH_TEMPERATURE] * GAMMA
+        page.publish(policy(4))
+        plugged.server.step(4)
+        assert isinstance(plugged.table, SpsAdditiveCostTable)
+        page.heartbeat(time.monotonic_ns() - int(1e9 * 60))
+        plugged.server.step(4)
+        assert plugged.table is plugged.launch_table
+    versions = [record.policy_version for record in plugged.records()]
+    assert versions == [0, 0, 0, 0, 1, 2, 0, 4, 0]
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_trials_and_a_pinned_k_are_planned_by_count(monkeypatch: pytest.MonkeyPatch, folder: Path, overlap: bool) -> None:
+    plugged, found = Plugged(monkeypatch, folder, overlap=overlap), list[int]()
+    budgets(plugged, found)
+    with plugged.page() as page:
+        for _ in range(3):
+            plugged.server.step(4)
+        trials = (Trial(0, GAMMA, 9, 2), Trial(0, GAMMA, 21, 1), Trial(0, GAMMA, 3, 1))
+        page.publish(dataclasses.replace(policy(1, jump_s=1.0, tile=8), mode=Mode.SWEEP, verify_all=True, trials=trials))
+        for _ in range(6):
+            plugged.server.step(4)
+        assert found[-6:-2] == [5, 5, 17, 0]
+        assert found[-2:] != [17, 17]
+        assert plugged.table is plugged.launch_table, "nothing was measured yet"
+        flags = [bool(record.flags & StepFlag.TRIAL) for record in plugged.records()]
+        assert flags == [False] * 3 + [True] * 4 + [False] * 2
+        page.publish(dataclasses.replace(policy(2, jump_s=1.0, tile=8), mode=Mode.PINNED, verify_all=True))
+        plugged.server.step(4)
+        assert found[-1] == 4 * GAMMA
+        page.publish(policy(3, jump_s=1.0, tile=8))
+        plugged.server.step(4)
+        assert found[-1] == 4
+    # What SGLang's own profiling forces stays.
+    plugged.server.worker.set_dspark_forced_budget_frac(1.0)
+    plugged.server.step(4)
+    assert found[-1] == 4 * GAMMA
+
+
+def test_shadow_touches_nothing(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    plugged = Plugged(monkeypatch, folder, plugin_mode="shadow")
+    bare = StandInServer(monkeypatch, folder)
+    with plugged.page() as page:
+        page.publish(policy(1, jump_s=1.0, tile=8))
+        for server in [plugged.server] * 6 + [bare] * 6:
+            server.step(4)
+    assert served(plugged.server) == served(bare)
+    assert plugged.table is plugged.launch_table
+    assert plugged.temperatures == [LAUNCH_TEMPERATURE] * GAMMA
+    assert plugged.report.state == "attached"
+    assert {record.policy_version for record in plugged.records()} == {0}
+
+
+def test_a_refused_policy_is_counted_and_leaves_the_table(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    plugged = Plugged(monkeypatch, folder)
+    with plugged.page() as page:
+        page.publish(policy(1))
+        plugged.server.step(4)
+        kept = plugged.table
+        broken = policy(2)
+        page.publish(dataclasses.replace(broken, verify_s=broken.verify_s * 0, fixed_s=broken.fixed_s * 0))
+        for _ in range(5):
+            plugged.server.step(4)
+    assert plugged.table is kept
+    assert (plugged.report.counters["sps_swaps"], plugged.report.counters["sps_refusals"]) == (1, 1)
+    assert plugged.report.state == "attached"
+    assert not plugged.guard.failures
+
+
+HALVES = [hook + half for hook in ("step", "draft", "verify", "results") for half in ("", "/after")]
+
+
+@pytest.mark.parametrize(("fault", "overlap"), [("plan", True), *itertools.product(HALVES, (False, True))])
+def test_a_hook_that_fails_gives_the_planner_back(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, fault: str, overlap: bool
+) -> None:
+    """SGLang's output is what it is without the plugin; after enough failures nothing of ours is left in the planner."""
+    plugged = Plugged(monkeypatch, folder, faults=f"{fault}:{FAILURES_IN_A_ROW + 50}", overlap=overlap)
+    hook = fault.partition("/")[0]
+    with plugged.page() as page:
+        page.publish(policy(1))
+        for _ in range(FAILURES_IN_A_ROW + 4):
+            plugged.server.step(4)
+    plugged.server.drain()
+    assert len(plugged.server.results) == FAILURES_IN_A_ROW + 4
+    assert plugged.report.failures == {hook: FAILURES_IN_A_ROW}
+    assert (plugged.report.state, f"hook {hook} failed" in plugged.report.reason) == ("detached", True)
+    assert plugged.table is plugged.launch_table
+    assert plugged.temperatures == [LAUNCH_TEMPERATURE] * GAMMA
+    assert plugged.server.planner._budget_planner.forced_budget_frac is None
+
+
+@pytest.mark.parametrize("fault", ["attach", "attach/after"])
+def test_a_failure_at_the_start_is_final(monkeypatch: pytest.MonkeyPatch, folder: Path, fault: str) -> None:
+    plugged = Plugged(monkeypatch, folder, faults=fault)
+    plugged.server.step(3)
+    plugged.server.drain()
+    assert plugged.report.state == "detached"
+    assert plugged.table is plugged.launch_table
+
+
+# -- the whole loop ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_the_loop_finds_staircase_and_temperatures(monkeypatch: pytest.MonkeyPatch, folder: Path, overlap: bool) -> None:
+    """Records to the real controller, its policies to the page, from there into SGLang's planner: sweep, then steady traffic."""
+    plugged = Plugged(monkeypatch, folder, overlap=overlap)
+    with plugged.page() as page, RingReader.open(plugged.runtime_dir / RING_NAME) as ring:
+        controller = Controller(ControllerSettings(), ring.info)
+        dice, seen, late = np.random.default_rng(1), list[StepRecord](), list[StepRecord]()
+        published: list[Policy] = []
+        steps = 0
+        while steps < 2600:
+            rows = int(dice.integers(3, 7))
+            for _ in range(4):
+                plugged.server.step(rows)
+                steps += 1
+            for record in ring.poll(64):
+                seen.append(record)
+                if steps > 1800:
+                    late.append(record)
+                follow(page, controller.observe(record, plugged.server.clock.at_s), published)
+            follow(page, controller.tick(plugged.server.clock.at_s), published)
+            page.heartbeat(time.monotonic_ns())
+        assert not plugged.guard.failures
+        assert controller.mode is Mode.ACTIVE
+        assert plugged.report.counters["sps_swaps"] > 3
+        assert plugged.report.counters["sps_refusals"] == 0
+        assert TILE in {boundary.tokens for boundary in controller.snapshot(0.0).boundaries}
+        trials = [record.num_tokens for record in seen if record.flags & StepFlag.TRIAL]
+        assert len(set(trials)) > 15, "a sweep measures token counts that the table would not plan"
+        # The draft's truth is sigmoid(raw / 2). The swap has had its effect on the planner many times by now: it stays there.
+        assert plugged.temperatures == pytest.approx([TRUE_TEMPERATURE] * GAMMA, rel=0.25)
+        assert isinstance(plugged.launch_table, SpsCostTable)
+        plain = [r for r in late if not r.flags & StepFlag.TRIAL]
+        for record in plain:
+            told = plugged.table.step_time(num_reqs=record.batch_size, budget=record.num_tokens - record.batch_size)
+            assert told == pytest.approx(DRAFT_S + verify_seconds(record.num_tokens), rel=0.05)
+        assert worth(plain) > 0.98, "of what our own search finds on the true curve, with confidences of a step or two before"
+        assert np.mean([record.num_tokens % TILE == 0 for record in plain]) > 0.9, "to the ends of tiles"
+        plugged.server.worker._verify_planner._budget_planner.sps_table = plugged.launch_table
+        plugged.side._swap = None
+        for _ in range(50):
+            plugged.server.step(5)
+        assert worth(ring.poll(64)) < 0.9, "the table of the launch"
+
+
+def worth(records: list[StepRecord]) -> float:
+    """Expected goodput of what was verified, as a share of the best there was, both on true curve and true confidences."""
+    verify = np.array([0.0, *(verify_seconds(m) for m in range(1, MAX_BATCH * (GAMMA + 1) + 1))])
+    ours = best = 0.0
+    for record in records:
+        raw = LAUNCH_TEMPERATURE * np.log(record.confidences.astype(float) / (1.0 - record.confidences + 1e-9))
+        survival = np.cumprod(1.0 / (1.0 + np.exp(-raw / TRUE_TEMPERATURE)), axis=1)
+        tokens = record.batch_size + sum(survival[i, :v].sum() for i, v in enumerate(record.verify_len))
+        ours += tokens / (DRAFT_S + verify[record.num_tokens])
+        best += best_verified(survival, DRAFT_S, verify)[1]
+    return ours / best
+
+
+def follow(page: PolicyPage, found: Policy | None, published: list[Policy]) -> None:
+    if found is not None:
+        page.publish(found)
+        published.append(found)
+
+
+# -- ranks -------------------------------------------------------------------------------------------------------------
+
+
+RANKS, INTERVAL = 3, 3
+
+
+class Meeting:
+    """A group whose ranks are threads; one that does not come is a deadlock, seen after some seconds."""
+
+    def __init__(self) -> None:
+        self.barrier, self.given = threading.Barrier(RANKS, timeout=20), [None] * RANKS
+
+    def exchange(self, rank: int, mine: Any) -> list[Any]:
+        self.given[rank] = mine
+        self.barrier.wait()
+        found = list(self.given)
+        self.barrier.wait()
+        return found
+
+
+class Member:
+    def __init__(self, meeting: Meeting, rank: int) -> None:
+        self._meeting, self._rank = meeting, rank
+
+    def total(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+        return np.asarray(sum(self._meeting.exchange(self._rank, numbers.copy())))
+
+    def from_first(self, data: bytes | None, size: int) -> bytes:
+        found: bytes = self._meeting.exchange(self._rank, data)[0]
+        return found
+
+
+class Rank:
+    """One rank's attachment on a planner of SGLang's. The forward is left out: hooks of classes serve one rank only."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path, meeting: Meeting, rank: int) -> None:
+        self.server = StandInServer(monkeypatch, folder)
+        self.guard = Guard("")
+        self.side = DSparkAttachment(
+            PluginSettings("active", folder / "run", rendezvous_steps=INTERVAL), self.guard, "sglang test"
+        )
+        place = Place(rank, RANKS, Member(meeting, rank))
+        self.side._place = lambda: place  # type: ignore[method-assign]  # no SGLang process groups here
+        self.plan = self.guard.around("plan", self.side.plan_before, None)
+        self.step = self.guard.around("step", self.side.step_before, self.side.step_after)
+        self.overlap = True
+
+    def attach(self) -> None:
+        self.side.attach(lambda worker: None, self.server.worker)
+
+    def run(self, steps: int) -> list[tuple[str, list[float], float | None]]:
+        """After each step: table, temperatures and forced budget."""
+        found = []
+        planner = self.server.planner
+        for number in range(steps):
+            batch = self.server.batch(1 + number % 4)
+            if self.overlap:
+                self.plan(lambda *_: None, planner, batch, None)
+            self.step(lambda *_: SimpleNamespace(), self.server.worker, batch)
+            found.append((
+                planner._budget_planner.sps_table.to_json(), planner._confidence_head.sts_temperatures.tolist(),
+                planner._budget_planner.forced_budget_frac,
+            ))  # fmt: skip
+        return found
+
+
+def together(ranks: list[Rank], call: Any) -> list[Any]:
+    results: list[Any] = [None] * len(ranks)
+
+    def run(index: int) -> None:
+        results[index] = call(ranks[index])
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(len(ranks))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive(), "deadlock"
+    return results
+
+
+@pytest.fixture
+def ranks(monkeypatch: pytest.MonkeyPatch, folder: Path) -> list[Rank]:
+    meeting = Meeting()
+    ranks = [Rank(monkeypatch, folder, meeting, i) for i in range(RANKS)]
+    together(ranks, Rank.attach)
+    assert all(rank.guard.lockstep and rank.guard.closed is None for rank in ranks)
+    return ranks
+
+
+@pytest.fixture
+def page(folder: Path, ranks: list[Rank]) -> Iterator[PolicyPage]:
+    with PolicyPage.create_or_open(folder / "run" / PAGE_NAME, payload_bytes(MAX_BATCH, GAMMA)) as page:
+        page.heartbeat(time.monotonic_ns())
+        assert ranks[0].side._tap is not None
+        ranks[0].side._tap._look_at = 0
+        yield page
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_all_ranks_swap_in_the_same_step(ranks: list[Rank], page: PolicyPage, overlap: bool) -> None:
+    for rank in ranks:
+        rank.overlap = overlap
+    tables = set()
+    for version in range(1, 8):
+        trials = (Trial(0, GAMMA, 7, 2),) if version % 2 else ()
+        page.publish(dataclasses.replace(policy(version, tile=5 + version), trials=trials))
+        found = together(ranks, lambda rank: rank.run(INTERVAL + 2))
+        assert found[0] == found[1] == found[2]
+        tables |= {state[0] for state in found[0]}
+    assert len(tables) >= 5
+
+
+def test_what_one_rank_refuses_none_takes_over(ranks: list[Rank], page: PolicyPage, monkeypatch: pytest.MonkeyPatch) -> None:
+    page.publish(policy(1))
+    before = together(ranks, lambda rank: rank.run(2 * INTERVAL))[0][-1]
+    swap = ranks[1].side._swap
+    assert swap is not None
+    monkeypatch.setattr(swap, "_prepare", lambda *_: {"a": 1}["x"])
+    page.publish(policy(2, tile=9))
+    found = together(ranks, lambda rank: rank.run(2 * INTERVAL))
+    assert found[0] == found[1] == found[2]
+    assert found[0][-1] == before
+    swaps = [rank.side._swap for rank in ranks]
+    assert [(s.swaps, s.refused) for s in swaps if s] == [(1, 1)] * RANKS
+    assert swaps[0] is not None
+    assert swaps[0].reason == "another rank refused it"
+
+
+def test_a_rank_that_detaches_takes_all_back_in_the_same_step(ranks: list[Rank], page: PolicyPage) -> None:
+    launched = ranks[0].server.planner._budget_planner.sps_table.to_json()
+    page.publish(policy(1))
+    swapped = together(ranks, lambda rank: rank.run(2 * INTERVAL + 1))[0][-1]
+    assert swapped[0] != launched
+    failing = ranks[2].guard.around("draft", lambda: {"a": 1}["x"], None)
+    for _ in range(FAILURES_IN_A_ROW):
+        failing(lambda: None)
+    assert ranks[2].guard.closed
+    found = together(ranks, lambda rank: rank.run(3 * INTERVAL))
+    assert found[0] == found[1] == found[2], "also until the meeting"
+    assert found[0][0] == swapped
+    assert found[0][-1] == (launched, [LAUNCH_TEMPERATURE] * GAMMA, None)

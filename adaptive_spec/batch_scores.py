@@ -141,4 +141,4 @@ def refined_k(
     if policy is None or policy.mode is not Mode.ACTIVE or planner.in_trial or len(candidates) < 2:
         return table_k
     chances = survival(history.conditional(request_ids), first_confidence, policy.survival)
-    return best_k(chances, np.cumprod(history.usual), policy, table_k, kv_tokens, padded_rows, candidates)
+    return best_k(chances, np.cumprod(history.usual, dtype=np.float64), policy, table_k, kv_tokens, padded_rows, candidates)

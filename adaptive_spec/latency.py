@@ -60,13 +60,14 @@ class LatencyFit:
     def line_s(self, tokens: NDArray[np.int64]) -> Floats:
         """Seconds on the segments' lines, for any token counts >= 0.
 
-        A count between two segments belongs to the right one: the dearer side when a boundary lies somewhere between.
+        A count between two segments belongs to the right one, as far as that lies between what is known on both sides.
         """
-        lasts = np.array([s.last for s in self.segments])
-        index = np.minimum(np.searchsorted(lasts, tokens), len(lasts) - 1)
-        intercept = np.array([s.intercept_s for s in self.segments])[index]
-        slope = np.array([s.slope_s_per_token for s in self.segments])[index]
+        index, intercept, slope = self._line_at(tokens)
         value: Floats = intercept + slope * tokens
+        gap = self._gap(tokens, index)
+        if gap is not None:
+            inside, low, high, _ = gap
+            value[inside] = np.clip(value[inside], np.minimum(low, high), np.maximum(low, high))
         last = self.segments[-1]
         at_end = last.intercept_s + last.slope_s_per_token * last.last
         beyond = np.asarray(tokens) > last.last
@@ -89,6 +90,11 @@ class LatencyFit:
             np.abs(np.log2(np.maximum(tokens, 1) / self.tokens[np.maximum(at - 1, 0)])),
         )
         far = MISFIT**2 + (UNKNOWN_PER_DOUBLING * distance) ** 2
+        gap = self._gap(tokens, self._line_at(tokens)[0])
+        if gap is not None:
+            # A boundary lies anywhere in the gap: on its left side a count costs the left segment's time.
+            inside, low, high, share = gap
+            far[inside] += share * (1.0 - share) * ((high - low) / value[inside]) ** 2
         relative = np.sqrt(np.where(measured, trust * noise, far + noise) + self.doubt[at] ** 2 + 1e-8)
         return value, relative * value
 
@@ -102,6 +108,28 @@ class LatencyFit:
             "points": np.stack((self.tokens.astype(np.float64), self.mean_s, self.weight, self.samples.astype(np.float64))),
             "quality": np.array([self.mape, self.sigma, self.context_s_per_token]),
         }
+
+    def _line_at(self, tokens: NDArray[np.int64]) -> tuple[NDArray[np.int64], Floats, Floats]:
+        """Index, intercept and slope of the segment each count belongs to."""
+        index = np.minimum(np.searchsorted([s.last for s in self.segments], tokens), len(self.segments) - 1)
+        lines = np.array([(s.intercept_s, s.slope_s_per_token) for s in self.segments])[index]
+        return index, lines[..., 0], lines[..., 1]
+
+    def _gap(
+        self, tokens: NDArray[np.int64], index: NDArray[np.int64]
+    ) -> tuple[NDArray[np.int64], Floats, Floats, Floats] | None:
+        """Counts between two segments, None without any: where they are in `tokens`, seconds at the left segment's last count
+        and at the right one's first, and how far each is from left to right, 0..1.
+        """
+        first = np.array([s.first for s in self.segments])
+        inside = np.flatnonzero((tokens < first[index]) & (index > 0))
+        if not len(inside):
+            return None
+        ends = np.array([[s.intercept_s + s.slope_s_per_token * at for at in (s.first, s.last)] for s in self.segments])
+        last, right = np.array([s.last for s in self.segments]), index[inside]
+        left = right - 1
+        share = (tokens[inside] - last[left]) / (first[right] - last[left])
+        return inside, ends[left, 1], ends[right, 0], share
 
     def _outer_slope(self) -> float:
         """Slope beyond the last measured count: the trend over the outer half of the curve, never falling."""

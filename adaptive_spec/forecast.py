@@ -33,8 +33,6 @@ GROUP_ROWS = 256
 MIN_GROUPS = 2
 FREQUENT = 24
 """Batch sizes forecast exactly at request granularity, besides the powers of two."""
-UNMEASURED_FIXED = 0.08
-"""Relative standard error of the fixed cost of a plan that was never measured."""
 
 
 @dataclass(frozen=True)
@@ -94,9 +92,9 @@ def forecast(models: Models, seed: int) -> Forecast | None:
     fixed_s = np.zeros((max_k + 1, max_batch + 1))
     fixed_error = np.zeros_like(fixed_s)
     for stage in models.stages:
-        seconds, weight = stage.predict(max_k, max_batch)
+        seconds, relative_error = stage.predict(max_k, max_batch)
         fixed_s += seconds
-        fixed_error += (seconds * UNMEASURED_FIXED) ** 2 / (1.0 + weight)
+        fixed_error += (seconds * relative_error) ** 2
     slope = fit.context_s_per_token
     typical = float(np.median(verify_s[1:])) if len(verify_s) > 1 else 0.0
     told_apart = slope * models.kv_per_request > MATERIAL_CONTEXT * typical > 0.0

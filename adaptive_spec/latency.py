@@ -29,10 +29,12 @@ MISFIT = 0.02
 """Relative deviation of real tiles from straight lines (1-3 % in published curves): no cell counts as surer than this."""
 STALE_ERROR = 0.3
 """Relative standard error of a cell as old as `cells.STALE_STEPS`; it grows with the square root of age."""
+UNMEASURED_FIXED = 0.08
+"""Relative standard error of the fixed cost of a plan that was never measured."""
 MISFIT_BETWEEN = 0.1
 """Relative deviation of a plan's fixed cost from the regression over all plans."""
 UNKNOWN_PER_DOUBLING = 0.15
-"""Relative standard error added per doubling of the token count away from what was measured."""
+"""Relative standard error added per doubling of the token count, or the batch, away from what was measured."""
 
 
 @dataclass(frozen=True)
@@ -243,14 +245,18 @@ class PlanCostModel:
         weight = np.sqrt(np.minimum(rows[:, 1], 8.0)) / np.maximum(rows[:, 3], 1e-6)
         design = self._features(k, b)
         scale = np.maximum(np.abs(design).max(axis=0), 1e-12)
-        # A light ridge settles what the plans seen so far cannot tell apart, in favour of the cost per draft token.
-        prior = np.diag([0.3, 0.03, 0.3, 0.1, 0.1, 0.1])
+        # A light ridge settles what the plans seen so far cannot tell apart: rather a cost per draft token than per step, and
+        # rather none per request, which one small batch after another would suffer from when a large one comes.
+        prior = np.diag([0.3, 0.03, 3.0, 1.0, 0.1, 1.0])
         system = np.vstack((design / scale * weight[:, None], prior))
         target = np.concatenate((rows[:, 3] * weight, np.zeros(self.FEATURES)))
         self.coefficients = non_negative_least_squares(system, target) / scale
 
     def predict(self, max_k: int, max_batch: int) -> tuple[Floats, Floats]:
-        """Return seconds [max_k + 1, max_batch + 1] and the weight behind each (0: never measured), as of the last refit."""
+        """Return seconds [max_k + 1, max_batch + 1] and the relative standard error of each, as of the last refit.
+
+        `UNMEASURED_FIXED` where nothing was measured, more with every doubling of b away from all that was; less with weight.
+        """
         k, b = np.meshgrid(np.arange(max_k + 1.0), np.arange(max_batch + 1.0), indexing="ij")
         value: Floats = self._features(k.ravel(), b.ravel()) @ self.coefficients
         value = value.reshape(max_k + 1, max_batch + 1)
@@ -262,7 +268,11 @@ class PlanCostModel:
         worth = (self.table.sigma / MISFIT_BETWEEN) ** 2
         value[at] += cells[:, 1] / (cells[:, 1] + worth) * (cells[:, 3] - value[at])
         weight[at] = cells[:, 1]
-        return value, weight
+        measured = np.log2(np.unique(np.maximum(column, 1)))
+        octaves = np.log2(np.maximum(np.arange(max_batch + 1.0), 1.0))
+        distance = np.abs(octaves[:, None] - measured).min(axis=1) if len(measured) else octaves
+        error = np.hypot(UNMEASURED_FIXED, UNKNOWN_PER_DOUBLING * distance) / np.sqrt(1.0 + weight)
+        return value, error
 
     @staticmethod
     def _features(k: Floats, b: Floats) -> Floats:

@@ -169,10 +169,24 @@ def test_plan_costs_generalise_to_plans_never_run() -> None:
         k, b = int(rng.choice([1, 3, 5])), int(rng.choice([1, 4, 16, 32]))
         model.observe(k, b, (0.0002 + 0.0004 * k + 1e-5 * k * b) * float(np.exp(rng.normal(0, 0.03))), step)
     model.refit()
-    seconds, weight = model.predict(7, 64)
+    seconds, error = model.predict(7, 64)
     assert seconds[7, 24] == pytest.approx(0.0002 + 0.0028 + 1e-5 * 7 * 24, rel=0.1)
-    assert weight[7, 24] == 0
-    assert weight[3, 4] > 5
+    assert error[7, 24] == pytest.approx(np.hypot(0.08, 0.15 * np.log2(32 / 24)))
+    assert error[3, 4] < 0.03
+    assert error[3, 64] > error[3, 32] + 0.05
+
+
+def test_a_large_batch_is_not_charged_for_what_small_ones_cannot_tell() -> None:
+    rng = np.random.default_rng(9)
+    model = PlanCostModel(64, 256)
+    for step in range(600):
+        k = int(rng.integers(1, 4))
+        model.observe(k, 2, (0.0002 + 0.0017 * k) * float(np.exp(rng.normal(0, 0.03))), step)
+    model.refit()
+    seconds, error = model.predict(3, 256)
+    assert seconds[3, 2] == pytest.approx(0.0053, rel=0.03)
+    assert seconds[3, 128] < 2.5 * seconds[3, 2]
+    assert error[3, 128] > 0.5
 
 
 def test_an_absent_stage_costs_nothing() -> None:
@@ -181,6 +195,23 @@ def test_an_absent_stage_costs_nothing() -> None:
         model.observe(step % 4, 2, 0.0, step)
     model.refit()
     assert model.predict(7, 8)[0].max() < 1e-5
+
+
+def test_counts_between_two_tiles_lie_between_their_ends_and_are_unsure() -> None:
+    rng = np.random.default_rng(10)
+    model = LatencyModel(64, 0.15)
+    # A falling tile on the right: its line, continued to the left, would climb above everything measured.
+    measured = {8: 0.0140, 16: 0.0142, 32: 0.0145, 48: 0.0149, 288: 0.0312, 336: 0.0294, 384: 0.0294}
+    for step in range(700):
+        tokens = int(rng.choice(list(measured)))
+        model.observe(tokens, 0, measured[tokens] * float(np.exp(rng.normal(0, 0.01))), step)
+    fit = model.refit()
+    assert fit is not None
+    between = np.array([64, 128, 192, 240, 280])
+    seconds, error = fit.predict(between)
+    assert (seconds <= 0.033).all()
+    assert (seconds >= 0.0145).all()
+    assert (error[1:4] > 0.2 * seconds[1:4]).all()
 
 
 def test_state_round_trip_and_refusal() -> None:

@@ -213,14 +213,14 @@ class CellTable:
                 cell.add(x, y, self.decay)
 
     def rows(self) -> Floats:
-        """Measured cells at the present tempo, float64 [cells, 7], by key.
+        """Measured cells at the present tempo, float64 [cells, 7], by key; not those of another world (`FAR`).
 
         Columns: key, weight (as believed at this tempo), mean_x, mean_y, samples, age in steps, `doubt`.
         """
         cells = [
             (k, self._believed(c, doubt := self.doubt(c)), c.mean_x, self._now_s(c), c.samples, c.last_step, doubt)
             for k, c in self.cells.items()
-            if c.weight > 0.0
+            if c.weight > 0.0 and abs(self.tempo.value - c.tempo) <= FAR
         ]
         rows = np.array(cells, dtype=np.float64).reshape(-1, 7)
         rows = rows[np.argsort(rows[:, 0])]

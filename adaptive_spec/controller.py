@@ -225,19 +225,10 @@ class Controller:
     def _probes(self, forecast_: Forecast, goodput: NDArray[np.float64]) -> tuple[Trial, ...]:
         if self.mode is not Mode.ACTIVE or self.learner.batch_size == 0 or self.ledger.steps == 0:
             return ()
-        left_s, step_s = self._budget.credit_s, self._budget.step_s
         b = min(self.learner.batch_size, self.info.max_batch)
         c = min(self.learner.context, goodput.shape[1] - 1)
-        plans = probe_plans(
-            forecast_, goodput, b, c, int(self._table[b, c]), self.info.granularity, self.settings.policy.min_gain
-        )
-        trials: list[Trial] = []
-        for loss, trial in plans[:3]:
-            cost_s = max(loss, 0.02) * trial.steps * step_s
-            if cost_s <= left_s:
-                left_s -= cost_s
-                trials.append(trial)
-        return tuple(trials)
+        k_now, min_gain = int(self._table[b, c]), self.settings.policy.min_gain
+        return self._budget.choose(probe_plans(forecast_, goodput, b, c, k_now, self.info.granularity, min_gain))
 
     def _refreshed(self, forecast_: Forecast) -> bool:
         """Whether the engine's own per-step search would notice the new models."""

@@ -12,8 +12,8 @@ from adaptive_spec.records import StepRecord
 class Padding:
     """Learns the buckets: of batch sizes at batch granularity (padded = bucket (K + 1)), of token counts at request granularity.
 
-    A size that was seen maps to what it was padded to; another to the smallest known bucket that holds it, if the engine
-    was ever seen padding; beyond every known bucket to itself.
+    A size that was seen maps to what it was padded to; another to the smallest known bucket that holds it, if that is no more
+    padding than the engine was ever seen to add; else to itself: a smaller bucket may well lie in between.
     """
 
     def __init__(self, granularity: Granularity) -> None:
@@ -35,8 +35,9 @@ class Padding:
         if not self.pads:
             return sizes
         buckets = np.unique(list(self.seen.values()))
-        at = np.searchsorted(buckets, sizes)
-        table = np.where(at < len(buckets), buckets[np.minimum(at, len(buckets) - 1)], sizes)
+        holding = buckets[np.minimum(np.searchsorted(buckets, sizes), len(buckets) - 1)]
+        most = max(bucket - size for size, bucket in self.seen.items())
+        table = np.where((holding >= sizes) & (holding - sizes <= most), holding, sizes)
         for size, bucket in self.seen.items():
             if size <= largest:
                 table[size] = bucket

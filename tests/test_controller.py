@@ -235,14 +235,16 @@ def test_padding_buckets_are_learnt() -> None:
         return dataclasses.replace(record, padded_tokens=bucket * (record.k + 1))
 
     s.step = padded_step  # type: ignore[method-assign, assignment]  # the same engine with graph buckets of 8
-    for b in (3, 8, 12, 16):
+    for b in (3, 8, 12, 16, 40):
         s.batch_size = b
         s.run(60)
-    table = s.controller.learner.padding.table(20)
+    table = s.controller.learner.padding.table(48)
     assert table[3] == 8
     assert table[5] == 8, "never seen, but the smallest bucket that holds it is known"
-    assert table[10] == 16
-    assert table[20] == 20, "beyond every bucket nothing is known"
+    assert table[11] == 16
+    assert table[10] == 10, "6 more than were asked for is more padding than was ever seen"
+    assert table[20] == 20, "40 holds it, but so would smaller buckets that were not needed yet"
+    assert table[48] == 48, "beyond every bucket nothing is known"
 
 
 def test_decisions_do_not_depend_on_anything_but_their_arguments() -> None:

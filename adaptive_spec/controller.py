@@ -10,7 +10,6 @@ trust itself; the engine stays on its launch K until a refit succeeds. Time is a
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -19,18 +18,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from adaptive_spec.adoption import PendingTrials
+from adaptive_spec.controller_state import ControllerState
 from adaptive_spec.engine_info import EngineInfo
 from adaptive_spec.forecast import Forecast
 from adaptive_spec.guard import ProbeBudget, SwapWatch, Table, allowed, better_table, probe_plans, table_for
 from adaptive_spec.learner import Learner, Noticed, Stopwatch
 from adaptive_spec.ledger import Histogram
-from adaptive_spec.policy import Granularity, Mode, Planner, Policy, Trial
+from adaptive_spec.policy import Granularity, Mode, Policy, Trial
 from adaptive_spec.records import StepFlag, StepRecord
 from adaptive_spec.settings import ControllerSettings
 from adaptive_spec.snapshot import Snapshot
 from adaptive_spec.sweep import Sweep
 
-STATE_VERSION = 1
 ROLLBACK_HOLD_S = 30.0
 TRIAL_PATIENCE_S = 5.0
 DRIFT_GRANT_STEPS = 10
@@ -52,9 +52,7 @@ class Controller:
         self._sweep = Sweep(settings.sweep, info, settings.latency.jump_threshold)
         self._version = 0
         self._policy_time_s = 0.0
-        self._trials_left = 0
-        self._trials_until_s = 0.0
-        self._plain_since_trial = 0
+        self._trials = PendingTrials()
         self._next_refit_s = 0.0
         self._swap_time_s = -math.inf
         self._swap_version = 0
@@ -77,7 +75,7 @@ class Controller:
         if self.mode is not Mode.SWEEP:
             self.ledger.probe_lost_s += lost_s
             self._budget.spend(lost_s)
-        return self._follow_trials(record, now_s, trial) or self._follow_swap(record, now_s, trial)
+        return self._follow_trials(record, now_s) or self._follow_swap(record, now_s, trial)
 
     def _heed(self, noticed: list[Noticed], now_s: float) -> None:
         """Act on what the learner noticed: refit soon, judge no swap by the old world, allow a few probes."""
@@ -91,19 +89,12 @@ class Controller:
 
     # -- trials --------------------------------------------------------------------------------------------------------
 
-    def _follow_trials(self, record: StepRecord, now_s: float, trial: bool) -> Policy | None:
-        if self._trials_left == 0:
-            return self._next_sweep_round(now_s) if self.mode is Mode.SWEEP and self._sweep_started_s is None else None
-        if record.policy_version != self._version:
+    def _follow_trials(self, record: StepRecord, now_s: float) -> Policy | None:
+        begin = self._trials.left == 0 and self._sweep_started_s is None
+        if self.mode is not Mode.SWEEP:
+            self._trials.ended(record, self._version, now_s)
             return None
-        self._trials_left -= trial
-        self._plain_since_trial = 0 if trial else self._plain_since_trial + 1
-        # The planner waits for a batch that does not come, then skips its trial: such a round ends without them.
-        if self._plain_since_trial > Planner.PATIENCE_STEPS + 8 or now_s > self._trials_until_s:
-            self._trials_left = 0
-        if self._trials_left > 0:
-            return None
-        return self._next_sweep_round(now_s) if self.mode is Mode.SWEEP else None
+        return self._next_sweep_round(now_s) if begin or self._trials.ended(record, self._version, now_s) else None
 
     def _next_sweep_round(self, now_s: float) -> Policy | None:
         if self.learner.batch_size == 0 and not self.info.holds_batch:
@@ -134,7 +125,7 @@ class Controller:
 
     def tick(self, now_s: float) -> Policy | None:
         """What must be done without a record: begin the sweep, refit when due."""
-        if self.mode is Mode.SWEEP and self._trials_left == 0:
+        if self.mode is Mode.SWEEP and self._trials.left == 0:
             return self._next_sweep_round(now_s)
         return self.refit(now_s) if self.refit_due(now_s) else None
 
@@ -167,7 +158,7 @@ class Controller:
         drifted = self._drift_time_s > self._swap_time_s
         if moved and not first and not drifted and now_s - self._swap_time_s < rails.min_dwell_s:
             wanted, moved = current, False
-        if self._trials_left > 0 and now_s < self._trials_until_s and not moved:
+        if self._trials.running(now_s) and not moved:
             return None  # let the probe finish
         previous, self._table = current, wanted
         if moved:
@@ -267,9 +258,7 @@ class Controller:
         table = table_for(self._table, len(edges) + 1)
         self._version += 1
         self._policy_time_s = now_s
-        self._trials_left = sum(t.steps for t in trials)
-        self._trials_until_s = now_s + TRIAL_PATIENCE_S + (25.0 if self.mode is Mode.SWEEP else 0.0)
-        self._plain_since_trial = 0
+        self._trials.begin(trials, now_s + TRIAL_PATIENCE_S + (25.0 if self.mode is Mode.SWEEP else 0.0))
         self.latest_policy = Policy(
             self._version, self.mode, self.mode not in OFF_MODES, info.granularity, info.max_k, table, edges,
             fixed_s.astype(np.float32), verify_s.astype(np.float32), slope, survival,
@@ -359,50 +348,27 @@ class Controller:
 
     def state(self) -> dict[str, NDArray[Any]]:
         """Everything a restarted sidecar needs, as arrays."""
-        head: dict[str, Any] = {
-            "version": STATE_VERSION,
-            "ledger": self.ledger.state(),
-            "policy": self.policy_summary(),
-            "swept": self._swept,
-            "asked": self.settings.mode,
-            "kv_per_request": self.learner.kv_per_request,
-            "batches": self.learner.batches.tolist(),
-            "sweep_steps": self._sweep.steps,
-        }
-        return {
-            "head": np.frombuffer(json.dumps(head).encode(), dtype=np.uint8),
-            **{f"latency.{k}": v for k, v in self.learner.latency_state().items()},
-            **{f"calibration.{k}": v for k, v in self.learner.calibration_state().items()},
-        }
+        learner = self.learner
+        return ControllerState(
+            self.ledger.state(), self.policy_summary(), self._swept, self.settings.mode, learner.kv_per_request, learner.batches,
+            self._sweep.steps, learner.latency_state(), learner.calibration_state(),
+        ).arrays()  # fmt: skip
 
-    def restore(self, state: Mapping[str, NDArray[Any]]) -> None:
+    def restore(self, arrays: Mapping[str, NDArray[Any]]) -> None:
         """Continue from `state()`; ValueError when it is foreign or damaged (use a fresh controller then)."""
-        try:
-            head = json.loads(np.asarray(state["head"]).tobytes())
-            if head["version"] != STATE_VERSION:
-                raise ValueError(f"checkpoint version {head['version']} is not {STATE_VERSION}")
-            parts = {p: {k[len(p) :]: v for k, v in state.items() if k.startswith(p)} for p in ("latency.", "calibration.")}
-            table = np.array(head["policy"]["table"], dtype=np.uint8)
-            batches = np.array(head["batches"], dtype=np.float64)
-            mode = Mode(head["policy"]["mode"])
-            self.ledger.restore(head["ledger"])
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"checkpoint is damaged: {error}") from error
-        if (
-            table.ndim != 2
-            or len(table) != len(self._table)
-            or table.max() > self.info.max_k
-            or batches.shape != self.learner.batches.shape
-        ):
+        state = ControllerState.of(arrays)
+        table = state.table
+        self.ledger.restore(state.ledger)
+        if len(table) != len(self._table) or table.max() > self.info.max_k or state.batches.shape != self.learner.batches.shape:
             raise ValueError("checkpoint is of another engine: the K table does not fit")
-        if head["swept"] or mode is not Mode.SWEEP:
-            self.restore_profile(parts["latency."], parts["calibration."])
+        if state.swept or state.mode is not Mode.SWEEP:
+            self.restore_profile(state.latency, state.calibration)
             # A mode newly asked for in the configuration wins over the one the old process was in.
-            asked = Mode(self.settings.mode) if head["asked"] != self.settings.mode else mode
-            self.mode, self.reason = asked, "continued from the checkpoint"
-        self._table, self.learner.batches, self.learner.kv_per_request = table, batches, float(head["kv_per_request"])
-        self._swept, self._sweep.steps = bool(head["swept"]), int(head["sweep_steps"])
-        self.resume_version(int(head["policy"]["version"]))
+            self.mode = Mode(self.settings.mode) if state.asked != self.settings.mode else state.mode
+            self.reason = "continued from the checkpoint"
+        self._table, self.learner.batches, self.learner.kv_per_request = table, state.batches, state.kv_per_request
+        self._swept, self._sweep.steps = state.swept, state.sweep_steps
+        self.resume_version(state.policy_version)
 
     def k_by_batch_size(self) -> dict[int, int]:
         """K of the table where it changes, up to a little above the largest batch seen."""

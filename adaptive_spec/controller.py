@@ -5,7 +5,8 @@
 
 Modes. SWEEP: rounds of trials until the staircase is known. ACTIVE: the table acts. SHADOW: decides and reports, the engine
 stays on its launch K. PAUSED: keeps the last table, goes on learning. PINNED: one K for all. FALLBACK: the sidecar does not
-trust itself; the engine stays on its launch K until a refit succeeds. Time is an argument everywhere; nothing here does I/O.
+trust itself; the engine stays on its launch K until a refit succeeds. An engine that runs no policy is noticed: ACTIVE is then
+shown as SHADOW, and the page goes on asking. Time is an argument everywhere; nothing here does I/O.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from adaptive_spec.adoption import PendingTrials
+from adaptive_spec.adoption import WATCHED, Adoption, PendingTrials
 from adaptive_spec.controller_state import ControllerState
 from adaptive_spec.engine_info import EngineInfo
 from adaptive_spec.forecast import Forecast
@@ -53,6 +54,7 @@ class Controller:
         self._version = 0
         self._policy_time_s = 0.0
         self._trials = PendingTrials()
+        self._adoption = Adoption()
         self._next_refit_s = 0.0
         self._swap_time_s = -math.inf
         self._swap_version = 0
@@ -75,7 +77,9 @@ class Controller:
         if self.mode is not Mode.SWEEP:
             self.ledger.probe_lost_s += lost_s
             self._budget.spend(lost_s)
-        return self._follow_trials(record, now_s) or self._follow_swap(record, now_s, trial)
+        return (
+            self._follow_adoption(record, now_s) or self._follow_trials(record, now_s) or self._follow_swap(record, now_s, trial)
+        )
 
     def _heed(self, noticed: list[Noticed], now_s: float) -> None:
         """Act on what the learner noticed: refit soon, judge no swap by the old world, allow a few probes."""
@@ -87,6 +91,28 @@ class Controller:
             self._watch = None
             self._budget.grant(DRIFT_GRANT_STEPS)
 
+    # -- what the engine makes of it -----------------------------------------------------------------------------------
+
+    @property
+    def watched_only(self) -> bool:
+        """Whether the mode is shown as SHADOW because the engine runs none of the policies made for it."""
+        return self._adoption.ignored and self.mode is Mode.ACTIVE
+
+    def _follow_adoption(self, record: StepRecord, now_s: float) -> Policy | None:
+        offered = self.latest_policy is not None and self.latest_policy.acting
+        if not self._adoption.changed(record, offered, now_s) or self.mode not in (Mode.SWEEP, Mode.ACTIVE):
+            return None
+        if self._adoption.ignored:
+            self._set_mode(Mode.SHADOW, WATCHED, now_s)
+            self.mode = Mode.ACTIVE  # the page goes on asking
+            self._next_refit_s = now_s
+            return self._publish(now_s)
+        self.mode, words = Mode.SHADOW, "the engine runs the policies made for it"  # shadow is what was shown
+        if not self._swept:
+            return self._begin_sweep(words, now_s)
+        self._set_mode(Mode.ACTIVE, words, now_s)
+        return None
+
     # -- trials --------------------------------------------------------------------------------------------------------
 
     def _follow_trials(self, record: StepRecord, now_s: float) -> Policy | None:
@@ -96,13 +122,19 @@ class Controller:
             return None
         return self._next_sweep_round(now_s) if begin or self._trials.ended(record, self._version, now_s) else None
 
+    def _begin_sweep(self, reason: str, now_s: float) -> Policy | None:
+        self._sweep = Sweep(self.settings.sweep, self.info, self.settings.latency.jump_threshold)
+        self._sweep_started_s = None
+        self._set_mode(Mode.SWEEP, reason, now_s)
+        return self._next_sweep_round(now_s)
+
     def _next_sweep_round(self, now_s: float) -> Policy | None:
         if self.learner.batch_size == 0 and not self.info.holds_batch:
             return None  # token counts depend on the batch: wait for the first step
         if self._sweep_started_s is None:
             self._sweep_started_s = now_s
         table = self.learner.verify.table
-        padded_to = self.learner.padding.seen if self.info.granularity is Granularity.REQUEST else self._padded_tokens()
+        padded_to = self.learner.padding.seen_tokens(self.info.candidates)
         trials = self._sweep.next_round(table.cells, table.sigma, self.learner.batch_size, padded_to)
         if trials:
             self._heed(self.learner.learn_acceptance(), now_s)
@@ -113,10 +145,6 @@ class Controller:
         self._set_mode(Mode.ACTIVE, "sweep done", now_s)
         self._heed(self.learner.fit(), now_s)
         return self._decide(now_s, first=True) or self._publish(now_s)
-
-    def _padded_tokens(self) -> dict[int, int]:
-        seen = self.learner.padding.seen
-        return {b * (k + 1): seen[b] * (k + 1) for b in seen for k in self.info.candidates}
 
     # -- deciding ------------------------------------------------------------------------------------------------------
 
@@ -214,7 +242,7 @@ class Controller:
         return self._publish(now_s)
 
     def _probes(self, forecast_: Forecast, goodput: NDArray[np.float64]) -> tuple[Trial, ...]:
-        if self.mode is not Mode.ACTIVE or self.learner.batch_size == 0 or self.ledger.steps == 0:
+        if self.mode is not Mode.ACTIVE or self._adoption.ignored or self.learner.batch_size == 0 or self.ledger.steps == 0:
             return ()
         left_s, step_s = self._budget.credit_s, self._budget.step_s
         b = min(self.learner.batch_size, self.info.max_batch)
@@ -283,10 +311,7 @@ class Controller:
         if name == "refit":
             return self.refit(now_s)
         if name == "resweep":
-            self._sweep = Sweep(self.settings.sweep, self.info, self.settings.latency.jump_threshold)
-            self._sweep_started_s = None
-            self._set_mode(Mode.SWEEP, "sweep asked for", now_s)
-            return self._next_sweep_round(now_s)
+            return self._begin_sweep("sweep asked for", now_s)
         modes = {"resume": self.settings.mode, "unpin": self.settings.mode, "active": "active", "shadow": "shadow"}
         if name not in modes:
             raise ValueError(f"command {name!r} is not one of pause, resume, shadow, active, pin, unpin, refit, resweep")
@@ -319,6 +344,8 @@ class Controller:
         if mode is not self.mode:
             self.ledger.event(now_s, "mode", f"{self.mode} → {mode}: {reason}")
             self._watch = None
+        if mode is Mode.SWEEP:
+            self._adoption = Adoption()  # trials wait for the engine: it gets its chance
         self.mode, self.reason = mode, reason
 
     # -- state ---------------------------------------------------------------------------------------------------------
@@ -351,7 +378,7 @@ class Controller:
         learner = self.learner
         return ControllerState(
             self.ledger.state(), self.policy_summary(), self._swept, self.settings.mode, learner.kv_per_request, learner.batches,
-            self._sweep.steps, learner.latency_state(), learner.calibration_state(),
+            self._sweep.steps, self._adoption.ignored, learner.latency_state(), learner.calibration_state(),
         ).arrays()  # fmt: skip
 
     def restore(self, arrays: Mapping[str, NDArray[Any]]) -> None:
@@ -368,6 +395,7 @@ class Controller:
             self.reason = "continued from the checkpoint"
         self._table, self.learner.batches, self.learner.kv_per_request = table, state.batches, state.kv_per_request
         self._swept, self._sweep.steps = state.swept, state.sweep_steps
+        self._adoption = Adoption(state.ignored)
         self.resume_version(state.policy_version)
 
     def k_by_batch_size(self) -> dict[int, int]:
@@ -382,7 +410,8 @@ class Controller:
         predicted_gain, measured_gain = ledger.gains()
         share = self._sweep.steps / (self._sweep.steps + 6.0 * self._sweep.FIRST_LOOK * max(self._sweep.open_intervals, 1))
         return Snapshot(
-            time_s=now_s, mode=self.mode, reason=self.reason, engine=self.info.name, launch_k=self.info.launch_k,
+            time_s=now_s, mode=Mode.SHADOW if self.watched_only else self.mode, watched_only=self.watched_only,
+            reason=WATCHED if self.watched_only else self.reason, engine=self.info.name, launch_k=self.info.launch_k,
             policy_version=self._version, policy_time_s=self._policy_time_s, k_by_batch_size=self.k_by_batch_size(),
             segments=fit.segments if fit else (), boundaries=fit.boundaries if fit else (),
             latency_points=tuple(zip(fit.tokens.tolist(), fit.mean_s.tolist(), fit.weight.tolist(), strict=True)) if fit else (),

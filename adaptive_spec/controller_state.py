@@ -19,7 +19,8 @@ Arrays = Mapping[str, NDArray[Any]]
 @dataclass(frozen=True)
 class ControllerState:
     """ledger, policy: JSON forms of the counters and of the policy (`Controller.policy_summary`). swept: the sweep is over.
-    asked: mode of the settings. batches: tally of batch sizes [max_batch + 1]. latency, calibration: arrays of the models.
+    asked: mode of the settings. batches: tally of batch sizes [max_batch + 1]. ignored: the engine only lets itself be watched.
+    latency, calibration: arrays of the models.
     """
 
     ledger: Mapping[str, Any]
@@ -29,6 +30,7 @@ class ControllerState:
     kv_per_request: float
     batches: NDArray[np.float64]
     sweep_steps: int
+    ignored: bool
     latency: Arrays
     calibration: Arrays
 
@@ -50,6 +52,7 @@ class ControllerState:
         head = {
             "version": STATE_VERSION, "ledger": self.ledger, "policy": self.policy, "swept": self.swept, "asked": self.asked,
             "kv_per_request": self.kv_per_request, "batches": self.batches.tolist(), "sweep_steps": self.sweep_steps,
+            "ignored": self.ignored,
         }  # fmt: skip
         return {
             "head": np.frombuffer(json.dumps(head).encode(), dtype=np.uint8),
@@ -69,7 +72,9 @@ class ControllerState:
             )
             state = cls(
                 head["ledger"], head["policy"], bool(head["swept"]), str(head["asked"]), float(head["kv_per_request"]),
-                np.array(head["batches"], dtype=np.float64), int(head["sweep_steps"]), latency, calibration,
+                np.array(head["batches"], dtype=np.float64), int(head["sweep_steps"]),
+                bool(head.get("ignored", False)),  # checkpoints of before it was noticed lack it
+                latency, calibration,
             )  # fmt: skip
             if state.table.ndim != 2 or not state.mode or state.policy_version < 0:
                 raise ValueError("checkpoint is damaged: the policy cannot be one")

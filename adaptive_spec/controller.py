@@ -5,12 +5,12 @@
 
 Modes. SWEEP: rounds of trials until the staircase is known. ACTIVE: the table acts. SHADOW: decides and reports, the engine
 stays on its launch K. PAUSED: keeps the last table, goes on learning. PINNED: one K for all. FALLBACK: the sidecar does not
-trust itself; the engine stays on its launch K until a refit succeeds. Time is an argument everywhere; nothing here does I/O.
+trust itself; the engine stays on its launch K until a refit succeeds. An engine that runs no policy is noticed: ACTIVE is then
+shown as SHADOW, and the page goes on asking. Time is an argument everywhere; nothing here does I/O.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -19,18 +19,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from adaptive_spec.adoption import WATCHED, Adoption, PendingTrials
+from adaptive_spec.controller_state import ControllerState
 from adaptive_spec.engine_info import EngineInfo
 from adaptive_spec.forecast import Forecast
 from adaptive_spec.guard import ProbeBudget, SwapWatch, Table, allowed, better_table, probe_plans, table_for
 from adaptive_spec.learner import Learner, Noticed, Stopwatch
 from adaptive_spec.ledger import Histogram
-from adaptive_spec.policy import Granularity, Mode, Planner, Policy, Trial
+from adaptive_spec.policy import Granularity, Mode, Policy, Trial
 from adaptive_spec.records import StepFlag, StepRecord
 from adaptive_spec.settings import ControllerSettings
 from adaptive_spec.snapshot import Snapshot
 from adaptive_spec.sweep import Sweep
 
-STATE_VERSION = 1
 ROLLBACK_HOLD_S = 30.0
 TRIAL_PATIENCE_S = 5.0
 DRIFT_GRANT_STEPS = 10
@@ -52,9 +53,8 @@ class Controller:
         self._sweep = Sweep(settings.sweep, info, settings.latency.jump_threshold)
         self._version = 0
         self._policy_time_s = 0.0
-        self._trials_left = 0
-        self._trials_until_s = 0.0
-        self._plain_since_trial = 0
+        self._trials = PendingTrials()
+        self._adoption = Adoption()
         self._next_refit_s = 0.0
         self._swap_time_s = -math.inf
         self._swap_version = 0
@@ -77,7 +77,9 @@ class Controller:
         if self.mode is not Mode.SWEEP:
             self.ledger.probe_lost_s += lost_s
             self._budget.spend(lost_s)
-        return self._follow_trials(record, now_s, trial) or self._follow_swap(record, now_s, trial)
+        return (
+            self._follow_adoption(record, now_s) or self._follow_trials(record, now_s) or self._follow_swap(record, now_s, trial)
+        )
 
     def _heed(self, noticed: list[Noticed], now_s: float) -> None:
         """Act on what the learner noticed: refit soon, judge no swap by the old world, allow a few probes."""
@@ -89,21 +91,42 @@ class Controller:
             self._watch = None
             self._budget.grant(DRIFT_GRANT_STEPS)
 
+    # -- what the engine makes of it -----------------------------------------------------------------------------------
+
+    @property
+    def watched_only(self) -> bool:
+        """Whether the mode is shown as SHADOW because the engine runs none of the policies made for it."""
+        return self._adoption.ignored and self.mode is Mode.ACTIVE
+
+    def _follow_adoption(self, record: StepRecord, now_s: float) -> Policy | None:
+        offered = self.latest_policy is not None and self.latest_policy.acting
+        if not self._adoption.changed(record, offered, now_s) or self.mode not in (Mode.SWEEP, Mode.ACTIVE):
+            return None
+        if self._adoption.ignored:
+            self._set_mode(Mode.SHADOW, WATCHED, now_s)
+            self.mode = Mode.ACTIVE  # the page goes on asking
+            self._next_refit_s = now_s
+            return self._publish(now_s)
+        self.mode, words = Mode.SHADOW, "the engine runs the policies made for it"  # shadow is what was shown
+        if not self._swept:
+            return self._begin_sweep(words, now_s)
+        self._set_mode(Mode.ACTIVE, words, now_s)
+        return None
+
     # -- trials --------------------------------------------------------------------------------------------------------
 
-    def _follow_trials(self, record: StepRecord, now_s: float, trial: bool) -> Policy | None:
-        if self._trials_left == 0:
-            return self._next_sweep_round(now_s) if self.mode is Mode.SWEEP and self._sweep_started_s is None else None
-        if record.policy_version != self._version:
+    def _follow_trials(self, record: StepRecord, now_s: float) -> Policy | None:
+        begin = self._trials.left == 0 and self._sweep_started_s is None
+        if self.mode is not Mode.SWEEP:
+            self._trials.ended(record, self._version, now_s)
             return None
-        self._trials_left -= trial
-        self._plain_since_trial = 0 if trial else self._plain_since_trial + 1
-        # The planner waits for a batch that does not come, then skips its trial: such a round ends without them.
-        if self._plain_since_trial > Planner.PATIENCE_STEPS + 8 or now_s > self._trials_until_s:
-            self._trials_left = 0
-        if self._trials_left > 0:
-            return None
-        return self._next_sweep_round(now_s) if self.mode is Mode.SWEEP else None
+        return self._next_sweep_round(now_s) if begin or self._trials.ended(record, self._version, now_s) else None
+
+    def _begin_sweep(self, reason: str, now_s: float) -> Policy | None:
+        self._sweep = Sweep(self.settings.sweep, self.info, self.settings.latency.jump_threshold)
+        self._sweep_started_s = None
+        self._set_mode(Mode.SWEEP, reason, now_s)
+        return self._next_sweep_round(now_s)
 
     def _next_sweep_round(self, now_s: float) -> Policy | None:
         if self.learner.batch_size == 0 and not self.info.holds_batch:
@@ -111,7 +134,7 @@ class Controller:
         if self._sweep_started_s is None:
             self._sweep_started_s = now_s
         table = self.learner.verify.table
-        padded_to = self.learner.padding.seen if self.info.granularity is Granularity.REQUEST else self._padded_tokens()
+        padded_to = self.learner.padding.seen_tokens(self.info.candidates)
         trials = self._sweep.next_round(table.cells, table.sigma, self.learner.batch_size, padded_to)
         if trials:
             self._heed(self.learner.learn_acceptance(), now_s)
@@ -123,10 +146,6 @@ class Controller:
         self._heed(self.learner.fit(), now_s)
         return self._decide(now_s, first=True) or self._publish(now_s)
 
-    def _padded_tokens(self) -> dict[int, int]:
-        seen = self.learner.padding.seen
-        return {b * (k + 1): seen[b] * (k + 1) for b in seen for k in self.info.candidates}
-
     # -- deciding ------------------------------------------------------------------------------------------------------
 
     def refit_due(self, now_s: float) -> bool:
@@ -134,7 +153,7 @@ class Controller:
 
     def tick(self, now_s: float) -> Policy | None:
         """What must be done without a record: begin the sweep, refit when due."""
-        if self.mode is Mode.SWEEP and self._trials_left == 0:
+        if self.mode is Mode.SWEEP and self._trials.left == 0:
             return self._next_sweep_round(now_s)
         return self.refit(now_s) if self.refit_due(now_s) else None
 
@@ -167,7 +186,7 @@ class Controller:
         drifted = self._drift_time_s > self._swap_time_s
         if moved and not first and not drifted and now_s - self._swap_time_s < rails.min_dwell_s:
             wanted, moved = current, False
-        if self._trials_left > 0 and now_s < self._trials_until_s and not moved:
+        if self._trials.running(now_s) and not moved:
             return None  # let the probe finish
         previous, self._table = current, wanted
         if moved:
@@ -223,7 +242,7 @@ class Controller:
         return self._publish(now_s)
 
     def _probes(self, forecast_: Forecast, goodput: NDArray[np.float64]) -> tuple[Trial, ...]:
-        if self.mode is not Mode.ACTIVE or self.learner.batch_size == 0 or self.ledger.steps == 0:
+        if self.mode is not Mode.ACTIVE or self._adoption.ignored or self.learner.batch_size == 0 or self.ledger.steps == 0:
             return ()
         b = min(self.learner.batch_size, self.info.max_batch)
         c = min(self.learner.context, goodput.shape[1] - 1)
@@ -258,9 +277,7 @@ class Controller:
         table = table_for(self._table, len(edges) + 1)
         self._version += 1
         self._policy_time_s = now_s
-        self._trials_left = sum(t.steps for t in trials)
-        self._trials_until_s = now_s + TRIAL_PATIENCE_S + (25.0 if self.mode is Mode.SWEEP else 0.0)
-        self._plain_since_trial = 0
+        self._trials.begin(trials, now_s + TRIAL_PATIENCE_S + (25.0 if self.mode is Mode.SWEEP else 0.0))
         self.latest_policy = Policy(
             self._version, self.mode, self.mode not in OFF_MODES, info.granularity, info.max_k, table, edges,
             fixed_s.astype(np.float32), verify_s.astype(np.float32), slope, survival,
@@ -285,10 +302,7 @@ class Controller:
         if name == "refit":
             return self.refit(now_s)
         if name == "resweep":
-            self._sweep = Sweep(self.settings.sweep, self.info, self.settings.latency.jump_threshold)
-            self._sweep_started_s = None
-            self._set_mode(Mode.SWEEP, "sweep asked for", now_s)
-            return self._next_sweep_round(now_s)
+            return self._begin_sweep("sweep asked for", now_s)
         modes = {"resume": self.settings.mode, "unpin": self.settings.mode, "active": "active", "shadow": "shadow"}
         if name not in modes:
             raise ValueError(f"command {name!r} is not one of pause, resume, shadow, active, pin, unpin, refit, resweep")
@@ -321,6 +335,8 @@ class Controller:
         if mode is not self.mode:
             self.ledger.event(now_s, "mode", f"{self.mode} → {mode}: {reason}")
             self._watch = None
+        if mode is Mode.SWEEP:
+            self._adoption = Adoption()  # trials wait for the engine: it gets its chance
         self.mode, self.reason = mode, reason
 
     # -- state ---------------------------------------------------------------------------------------------------------
@@ -350,50 +366,28 @@ class Controller:
 
     def state(self) -> dict[str, NDArray[Any]]:
         """Everything a restarted sidecar needs, as arrays."""
-        head: dict[str, Any] = {
-            "version": STATE_VERSION,
-            "ledger": self.ledger.state(),
-            "policy": self.policy_summary(),
-            "swept": self._swept,
-            "asked": self.settings.mode,
-            "kv_per_request": self.learner.kv_per_request,
-            "batches": self.learner.batches.tolist(),
-            "sweep_steps": self._sweep.steps,
-        }
-        return {
-            "head": np.frombuffer(json.dumps(head).encode(), dtype=np.uint8),
-            **{f"latency.{k}": v for k, v in self.learner.latency_state().items()},
-            **{f"calibration.{k}": v for k, v in self.learner.calibration_state().items()},
-        }
+        learner = self.learner
+        return ControllerState(
+            self.ledger.state(), self.policy_summary(), self._swept, self.settings.mode, learner.kv_per_request, learner.batches,
+            self._sweep.steps, self._adoption.ignored, learner.latency_state(), learner.calibration_state(),
+        ).arrays()  # fmt: skip
 
-    def restore(self, state: Mapping[str, NDArray[Any]]) -> None:
+    def restore(self, arrays: Mapping[str, NDArray[Any]]) -> None:
         """Continue from `state()`; ValueError when it is foreign or damaged (use a fresh controller then)."""
-        try:
-            head = json.loads(np.asarray(state["head"]).tobytes())
-            if head["version"] != STATE_VERSION:
-                raise ValueError(f"checkpoint version {head['version']} is not {STATE_VERSION}")
-            parts = {p: {k[len(p) :]: v for k, v in state.items() if k.startswith(p)} for p in ("latency.", "calibration.")}
-            table = np.array(head["policy"]["table"], dtype=np.uint8)
-            batches = np.array(head["batches"], dtype=np.float64)
-            mode = Mode(head["policy"]["mode"])
-            self.ledger.restore(head["ledger"])
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"checkpoint is damaged: {error}") from error
-        if (
-            table.ndim != 2
-            or len(table) != len(self._table)
-            or table.max() > self.info.max_k
-            or batches.shape != self.learner.batches.shape
-        ):
+        state = ControllerState.of(arrays)
+        table = state.table
+        self.ledger.restore(state.ledger)
+        if len(table) != len(self._table) or table.max() > self.info.max_k or state.batches.shape != self.learner.batches.shape:
             raise ValueError("checkpoint is of another engine: the K table does not fit")
-        if head["swept"] or mode is not Mode.SWEEP:
-            self.restore_profile(parts["latency."], parts["calibration."])
+        if state.swept or state.mode is not Mode.SWEEP:
+            self.restore_profile(state.latency, state.calibration)
             # A mode newly asked for in the configuration wins over the one the old process was in.
-            asked = Mode(self.settings.mode) if head["asked"] != self.settings.mode else mode
-            self.mode, self.reason = asked, "continued from the checkpoint"
-        self._table, self.learner.batches, self.learner.kv_per_request = table, batches, float(head["kv_per_request"])
-        self._swept, self._sweep.steps = bool(head["swept"]), int(head["sweep_steps"])
-        self.resume_version(int(head["policy"]["version"]))
+            self.mode = Mode(self.settings.mode) if state.asked != self.settings.mode else state.mode
+            self.reason = "continued from the checkpoint"
+        self._table, self.learner.batches, self.learner.kv_per_request = table, state.batches, state.kv_per_request
+        self._swept, self._sweep.steps = state.swept, state.sweep_steps
+        self._adoption = Adoption(state.ignored)
+        self.resume_version(state.policy_version)
 
     def k_by_batch_size(self) -> dict[int, int]:
         """K of the table where it changes, up to a little above the largest batch seen."""
@@ -407,7 +401,8 @@ class Controller:
         predicted_gain, measured_gain = ledger.gains()
         share = self._sweep.steps / (self._sweep.steps + 6.0 * self._sweep.FIRST_LOOK * max(self._sweep.open_intervals, 1))
         return Snapshot(
-            time_s=now_s, mode=self.mode, reason=self.reason, engine=self.info.name, launch_k=self.info.launch_k,
+            time_s=now_s, mode=Mode.SHADOW if self.watched_only else self.mode, watched_only=self.watched_only,
+            reason=WATCHED if self.watched_only else self.reason, engine=self.info.name, launch_k=self.info.launch_k,
             policy_version=self._version, policy_time_s=self._policy_time_s, k_by_batch_size=self.k_by_batch_size(),
             segments=fit.segments if fit else (), boundaries=fit.boundaries if fit else (),
             latency_points=tuple(zip(fit.tokens.tolist(), fit.mean_s.tolist(), fit.weight.tolist(), strict=True)) if fit else (),

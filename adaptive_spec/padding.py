@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -28,6 +30,12 @@ class Padding:
             size, bucket = record.batch_size, record.padded_tokens // (record.k + 1)
         self.seen[size] = max(bucket, size)
         self.pads |= bucket > size
+
+    def seen_tokens(self, candidates: Iterable[int]) -> dict[int, int]:
+        """Padded token counts by token counts, as far as seen; candidates: K there are."""
+        if self._per_request:
+            return dict(self.seen)
+        return {b * (k + 1): bucket * (k + 1) for b, bucket in self.seen.items() for k in candidates}
 
     def table(self, largest: int) -> NDArray[np.int64]:
         """Bucket of every size 0..largest."""

@@ -116,6 +116,8 @@ def _await_end(client: ControlClient, batch: HeldBatch, timeout_s: float, size: 
     deadline_s = time.monotonic() + timeout_s
     while True:
         status = client.status()
+        if status["mode"] == Mode.SHADOW:
+            raise BadInput(f"sweep: not possible: {status['reason']}")
         if status["mode"] != Mode.SWEEP:
             return int(status["sweep"]["steps"])
         if batch.failure is not None:

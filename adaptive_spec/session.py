@@ -44,6 +44,9 @@ class Session:
 
     A controller call that raises is counted and logged once per kind, and the engine goes back to its launch K: a fault of
     ours may cost speed, never the server.
+
+    The log says after which record of the ring each refit (level debug) and each command was: with a trace of the same records
+    the models can be computed anew, to the last digit.
     """
 
     def __init__(
@@ -115,6 +118,7 @@ class Session:
                 controller.note_dropped(reason, count)
         if controller.refit_due(now_s):
             self._publish(self._guarded("refit", controller.refit, now_s, self._stopwatch))
+            log.debug("refit after record %d", self.ring.position)
         elif not records:
             self._publish(self._guarded("tick", controller.tick, now_s))
         self.page.heartbeat(time.monotonic_ns())
@@ -130,7 +134,7 @@ class Session:
             self._count_failure("command")
             self._fall_back("command")
             return f"{name}: failed inside the sidecar, see its log; the engine runs its launch K"
-        log.info("command: %s%s", name, "" if k is None else f" {k}")
+        log.info("command: %s%s, after record %d", name, "" if k is None else f" {k}", self.ring.position)
         self._publish(policy)
         return ""
 

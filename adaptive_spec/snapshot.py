@@ -95,3 +95,5 @@ class Snapshot:
     events: tuple[Event, ...] = ()
     batch_size: int = 0
     """Requests in the newest decode step, 0 before the first."""
+    watched_only: bool = False
+    """The mode is shadow, though another was asked for, because the engine runs none of the policies made for it."""

@@ -43,9 +43,10 @@ def status_document(view: View, beat_s: float, now_s: float) -> dict[str, Any]:
         }  # fmt: skip
     if not s:
         return document
+    why = report.reason if s.watched_only and report is not None and report.state == "observing" else ""
     document |= {
         "mode": s.mode.value,
-        "reason": s.reason,
+        "reason": f"{s.reason} ({why})" if why else s.reason,
         "policy_version": s.policy_version,
         "policy_age_s": round(now_s - s.policy_time_s, 3) if s.policy_version else None,
         "k_by_batch_size": {str(b): k for b, k in s.k_by_batch_size.items()},

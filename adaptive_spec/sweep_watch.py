@@ -15,7 +15,8 @@ POLL_S = 0.25
 
 
 def watch_sweep(client: ControlClient, timeout_s: float) -> None:
-    """Show a progress bar until the sweep is over. Raises BadInput: no sidecar, refused, or no end in time."""
+    """Show a progress bar until the sweep is over. Raises BadInput: no sidecar, refused, an engine that runs no trials, or
+    no end in time."""
     client.send("resweep")
     deadline_s = time.monotonic() + timeout_s
     columns = (
@@ -29,6 +30,8 @@ def watch_sweep(client: ControlClient, timeout_s: float) -> None:
         while True:
             status = client.status()
             sweep = status.get("sweep") or {"progress": 0.0, "steps": 0}
+            if status["mode"] == Mode.SHADOW:
+                raise BadInput(f"sweep: not possible: {status['reason']}")
             over = status["mode"] != Mode.SWEEP
             progress.update(task, completed=1.0 if over else sweep["progress"], steps=sweep["steps"])
             if over:

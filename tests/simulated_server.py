@@ -26,7 +26,10 @@ def engine_info(granularity: Granularity, max_batch: int = 64, holds_batch: bool
 
 @dataclass
 class SimulatedServer:
-    """One engine with its planner, driven by a controller; time is virtual."""
+    """One engine with its planner, driven by a controller; time is virtual.
+
+    watched: it runs none of the policies, its own K throughout.
+    """
 
     info: EngineInfo
     curve: Curve
@@ -40,6 +43,7 @@ class SimulatedServer:
     draft_s: float = 0.0005
     context: int = 600
     seed: int = 0
+    watched: bool = False
     settings: ControllerSettings = field(default_factory=ControllerSettings)
 
     def __post_init__(self) -> None:
@@ -52,7 +56,7 @@ class SimulatedServer:
         self._publish(self.controller.tick(self.now_s))
 
     def _publish(self, policy: object) -> None:
-        if policy is not None:
+        if policy is not None and not self.watched:
             self.planner.adopt(policy)  # type: ignore[arg-type]  # a Policy, as the controller returns it
 
     def run(self, steps: int) -> float:
@@ -96,6 +100,11 @@ class SimulatedServer:
             self.steps, int(self.now_s * 1e9), kv, self.planner.version, num_tokens, num_tokens, b, k, flags, draft_s, verify_s,
             0.0,            step_s, confidences, verify_len, accept_len, np.arange(b, dtype=np.uint32),
         )  # fmt: skip
+
+    def let_act(self) -> None:
+        """From now on it runs policies, first of all the one that lies on the page."""
+        self.watched = False
+        self._publish(self.controller.latest_policy)
 
     def static_goodput(self, k: int, batch_size: int | None = None) -> float:
         """Exact expected goodput of a fixed K without noise (batch granularity)."""

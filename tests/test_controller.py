@@ -93,6 +93,84 @@ def test_shadow_decides_but_does_not_act() -> None:
     assert {r.k for r in [s.step() for _ in range(5)]} == {s.info.launch_k}
 
 
+def test_an_engine_that_only_lets_itself_be_watched_is_shown_as_shadow() -> None:
+    s = server(swept=False, watched=True, draft_s=0.003, batch_size=3)
+    s.run(20)
+    assert s.controller.snapshot(s.now_s).mode is Mode.SWEEP
+    s.run(1000)
+    snapshot = s.controller.snapshot(s.now_s)
+    assert (snapshot.mode, snapshot.watched_only, snapshot.sweep_progress) == (Mode.SHADOW, True, 1.0)
+    assert snapshot.reason.startswith("the engine only lets itself be watched: ")
+    assert [e.text for e in snapshot.events if e.kind == "mode"] == [f"sweep → shadow: {snapshot.reason}"], "once"
+    # It learns from what comes by itself.
+    assert [tokens for tokens, _, _ in snapshot.latency_points] == [3 * (s.info.launch_k + 1)]
+    assert snapshot.latency_points[0][1] == pytest.approx(s.curve(12), rel=0.03)
+    assert snapshot.predicted_gain is not None
+    assert snapshot.calibration_error is not None
+    policy = s.controller.latest_policy
+    assert policy is not None
+    assert policy.acting, "the page goes on asking"
+    assert policy.trials == ()
+
+
+def test_an_engine_with_one_k_can_be_watched() -> None:
+    info = dataclasses.replace(engine_info(Granularity.BATCH), candidates=(3,))
+    s = SimulatedServer(info, staircase(), watched=True)
+    s.run(800)
+    snapshot = s.controller.snapshot(s.now_s)
+    assert snapshot.mode is Mode.SHADOW
+    assert set(snapshot.k_by_batch_size.values()) == {3}
+
+
+def test_a_watched_engine_that_begins_to_act_is_swept_after_all() -> None:
+    s = server(swept=False, watched=True)
+    s.run(1000)
+    assert s.controller.snapshot(s.now_s).mode is Mode.SHADOW
+    restarted = Controller(s.settings, s.info)
+    restarted.restore(s.controller.state())
+    assert restarted.snapshot(s.now_s).mode is Mode.SHADOW, "an idle one is known as it was"
+    s.let_act()
+    s.run(2)
+    snapshot = s.controller.snapshot(s.now_s)
+    assert (snapshot.mode, snapshot.watched_only) == (Mode.SWEEP, False)
+    assert snapshot.events[-1].text == "shadow → sweep: the engine runs the policies made for it"
+    while mode_of(s) == "sweep" and s.steps < 4000:
+        s.run(5)
+    s.run(250)
+    assert s.controller.snapshot(s.now_s).mode is Mode.ACTIVE
+    assert s.run(300) > 0.94 * s.static_goodput(s.best_static())
+
+
+def test_a_profiled_engine_may_be_watched_and_act_again() -> None:
+    s = server()
+    s.watched, s.planner.policy = True, None
+    s.run(800)
+    assert s.controller.snapshot(s.now_s).mode is Mode.SHADOW
+    s._publish(s.controller.command("resume", s.now_s))
+    assert s.controller.snapshot(s.now_s).watched_only, "a command does not make it act"
+    s._publish(s.controller.command("shadow", s.now_s))
+    assert s.controller.snapshot(s.now_s).reason == "shadow by command"
+    s._publish(s.controller.command("resweep", s.now_s))
+    assert s.controller.snapshot(s.now_s).mode is Mode.SWEEP, "it gets another chance"
+    s.run(800)
+    assert s.controller.snapshot(s.now_s).mode is Mode.SHADOW
+    s.let_act()
+    s.run(2)
+    assert s.controller.snapshot(s.now_s).mode is Mode.ACTIVE, "no second sweep"
+
+
+def test_ragged_trials_of_one_k_are_no_watching() -> None:
+    """DSPARK: K is always gamma, trials choose the verified tokens."""
+    info = dataclasses.replace(engine_info(Granularity.REQUEST, holds_batch=True), candidates=(7,))
+    s = SimulatedServer(info, staircase())
+    while mode_of(s) == "sweep" and s.steps < 3000:
+        s.run(5)
+        assert not s.controller.snapshot(s.now_s).watched_only
+    snapshot = s.controller.snapshot(s.now_s)
+    assert snapshot.mode is Mode.ACTIVE
+    assert [b.tokens for b in snapshot.boundaries][:3] == [32, 64, 96]
+
+
 def test_a_rail_keeps_k_inside() -> None:
     s = server(batch_size=3, settings=ControllerSettings(policy=PolicySettings(k_min=1, k_max=2)))
     s.run(300)

@@ -12,8 +12,9 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "adaptive_spec"
 PURE = (
-    "acceptance", "batch_scores", "calibration", "candidates", "cells", "controller", "drift", "forecast", "guard", "history",
-    "latency", "learner", "ledger", "padding", "policy", "recent", "replay", "segments", "snapshot", "story", "sweep", "tempo",
+    "acceptance", "adoption", "batch_scores", "calibration", "candidates", "cells", "controller", "controller_state", "drift",
+    "forecast", "guard", "history", "latency", "learner", "ledger", "padding", "policy", "recent", "replay", "segments",
+    "snapshot", "story", "sweep", "tempo",
 )  # fmt: skip
 VIRTUAL = (
     "ablation", "adaptive", "catalogue", "deciders", "load_path", "plans", "requests", "server", "peers/goodput_bandit",

@@ -8,14 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client import generate_latest
 
+from adaptive_spec.board import Board
 from adaptive_spec.errors import BadInput
+from adaptive_spec.metrics import metrics_registry
 from adaptive_spec.policy import Mode
 from adaptive_spec.policy_page import PolicyPageReader
-from adaptive_spec.ring import RingWriter
+from adaptive_spec.ring import RingReader, RingWriter
 from adaptive_spec.session import Session
 from adaptive_spec.settings import SidecarSettings
 from adaptive_spec.tap import PAGE_NAME, RING_NAME
+from tests.models_anew import fits, metrics_of, models_anew, same_models, thinned
 from tests.numbers_engine import NumbersEngine, engine_info
 
 
@@ -235,6 +239,36 @@ def test_commands(settings: SidecarSettings, engine: NumbersEngine) -> None:
     assert session.command("shadow", None) == ""
     assert {engine.step() for _ in range(5)} == {engine.info.launch_k}
     session.close()
+
+
+def test_models_can_be_computed_anew_from_trace_and_log(
+    settings: SidecarSettings, engine: NumbersEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    """To the last digit: refits by the clock and batches of records of any size leave nothing to chance."""
+    caplog.set_level(logging.DEBUG)
+    with RingReader.open(settings.runtime_dir / RING_NAME) as ring:
+        session = _open(settings)
+        records = []
+        for turn in range(150):
+            for _ in range(turn % 17):
+                engine.step(1 + turn // 40)
+            session.turn()
+            records += ring.poll()
+            if turn == 100:
+                session.command("pin", 3)
+            time.sleep(0.005)
+        session.command("unpin", None)
+    fitted = fits(caplog.text)
+    assert len([fit for fit in fitted if fit.command == "refit"]) >= 2
+    assert [fit.command for fit in fitted if fit.command != "refit"] == ["pin", "unpin"]
+    board = Board(0.0)
+    board.view = session.view(None)
+    session.close()
+    shown = metrics_of(generate_latest(metrics_registry(board)).decode())
+    assert shown["tile_boundary_tokens"]
+    assert same_models(shown, models_anew(records, fitted, engine.info, settings.controller), 0.0) == []
+    fewer, moved = thinned(records, fitted, 20)
+    assert len(same_models(shown, models_anew(fewer, moved, engine.info, settings.controller), 1e-6)) > 10
 
 
 def test_restarted_engine_is_followed(settings: SidecarSettings, engine: NumbersEngine) -> None:

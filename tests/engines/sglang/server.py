@@ -18,13 +18,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
-from prometheus_client.parser import text_string_to_metric_families
-
 from adaptive_spec.engine_report import EngineReport, read_report
 from adaptive_spec.engines.sglang.cpu_kit import REGIONS, CpuKit, Prompt
 from adaptive_spec.records import StepRecord
 from adaptive_spec.ring import RingReader
 from adaptive_spec.tap import RING_NAME
+from tests.models_anew import metrics_of
 
 START_PATIENCE_S = 180.0
 PATIENCE_S = 60.0
@@ -141,12 +140,7 @@ class SglangServer:
 
     def metrics(self) -> dict[str, dict[tuple[tuple[str, str], ...], float]]:
         """Samples by name and labels, without the constant ones."""
-        found: dict[str, dict[tuple[tuple[str, str], ...], float]] = {}
-        for family in text_string_to_metric_families(_get(self.sidecar["url"] + "/metrics", 5.0).decode()):
-            for sample in family.samples:
-                labels = tuple((k, v) for k, v in sorted(sample.labels.items()) if k not in ("model", "gpu", "tp"))
-                found.setdefault(sample.name.removeprefix("adaptive_spec_"), {})[labels] = sample.value
-        return found
+        return metrics_of(_get(self.sidecar["url"] + "/metrics", 5.0).decode())
 
     def total(self, name: str) -> float:
         """Sum of a metric over its labels."""
@@ -191,32 +185,43 @@ class SglangServer:
         return "\n".join(line[:300] for line in lines[-40:])
 
 
+class RingTrace:
+    """Every record an engine writes, read beside the sidecar in a thread. oldest: begin with what the ring still holds."""
+
+    def __init__(self, server: SglangServer, oldest: bool = False) -> None:
+        self.ring = RingReader.open(server.runtime_dir / RING_NAME, "oldest" if oldest else "newest")
+        self.records: list[StepRecord] = []
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._follow)
+        self._thread.start()
+
+    def _follow(self) -> None:
+        while True:
+            last = self._stop.is_set()
+            self.records.extend(self.ring.poll(256))
+            if last:
+                return
+            self._stop.wait(0.02)
+
+    def end(self) -> list[StepRecord]:
+        """Whatever was written until now, complete. Can be asked for again."""
+        if not self._stop.is_set():
+            time.sleep(0.2)
+            self._stop.set()
+            self._thread.join()
+            assert (self.ring.lost, self.ring.torn, self.ring.invalid) == (0, 0, 0)
+            self.ring.close()
+        return self.records
+
+
 @contextlib.contextmanager
 def trace(server: SglangServer) -> Iterator[list[StepRecord]]:
-    """Every record the engine writes meanwhile, read beside the sidecar."""
-    records: list[StepRecord] = []
-    stop = threading.Event()
-    with RingReader.open(server.runtime_dir / RING_NAME) as ring:
-        ring.poll(ring.slots)
-
-        def follow() -> None:
-            while True:
-                last = stop.is_set()
-                records.extend(ring.poll(256))
-                if last:
-                    return
-                stop.wait(0.02)
-
-        thread = threading.Thread(target=follow)
-        thread.start()
-        try:
-            yield records
-        finally:
-            time.sleep(0.2)
-            stop.set()
-            thread.join()
-        assert ring.lost == 0
-        assert ring.torn == 0
+    """Every record the engine writes meanwhile."""
+    traced = RingTrace(server)
+    try:
+        yield traced.records
+    finally:
+        traced.end()
 
 
 def _free_port() -> int:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +12,27 @@ import pytest
 
 from adaptive_spec.engines.sglang.cpu_kit import CpuKit
 from tests.engines.sglang.server import SglangServer, some_prompts, trace
+from tests.processes import run_cli
 
 pytestmark = pytest.mark.server
+
+
+@contextmanager
+def _busy(server: SglangServer) -> Iterator[None]:
+    """Requests all the time."""
+    ended = threading.Event()
+
+    def load() -> None:
+        while not ended.is_set():
+            server.load(some_prompts(12, seed=30), 6)
+
+    thread = threading.Thread(target=load)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def test_eagle3(kit: CpuKit, tmp_path: Path) -> None:
@@ -53,6 +75,24 @@ def test_one_k_can_be_watched(kit: CpuKit, tmp_path: Path) -> None:
         assert report.state == "observing"
         assert report.reason.startswith("speculative_adaptive=False")
         assert sum(int(r.verify_len.sum()) for r in records) == sum(a.meta["spec_num_proposed_drafts"] for a in answers)
+        # The sidecar was asked for mode active, and sees that nobody runs its trials.
+        for seed in range(2, 20):
+            if server.status()["mode"] == "shadow":
+                break
+            server.load(some_prompts(24, seed), 6)
+        status, metrics = server.settled(), server.metrics()
+        assert status["mode"] == "shadow"
+        words = "the engine only lets itself be watched: its steps run none of the policies made for it"
+        assert status["reason"] == f"{words} ({report.reason})"
+        assert metrics["mode"][(("mode", "shadow"),)] == 1.0
+        assert metrics["mode"][(("mode", "sweep"),)] == 0.0
+        assert metrics["sweep_progress_ratio"] == {(): 1.0}
+        assert status["latency_points"], "it learns from what comes by itself"
+        assert set(status["k_by_batch_size"].values()) == {3}
+        with _busy(server):
+            refused = run_cli("sweep", "--runtime-dir", server.runtime_dir, "--timeout", "50")
+        assert refused.returncode == 2, refused.stderr
+        assert refused.stderr.endswith(f"sweep: not possible: {status['reason']}\n")
 
 
 def test_shadow_leaves_k_to_sglang(kit: CpuKit, tmp_path: Path) -> None:

@@ -1,0 +1,83 @@
+"""The controller's state: what a checkpoint keeps of it, as arrays, so that a restarted sidecar goes on where it was."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adaptive_spec.policy import Mode
+
+STATE_VERSION = 1
+Arrays = Mapping[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class ControllerState:
+    """ledger, policy: JSON forms of the counters and of the policy (`Controller.policy_summary`). swept: the sweep is over.
+    asked: mode of the settings. batches: tally of batch sizes [max_batch + 1]. ignored: the engine only lets itself be watched.
+    latency, calibration: arrays of the models.
+    """
+
+    ledger: Mapping[str, Any]
+    policy: Mapping[str, Any]
+    swept: bool
+    asked: str
+    kv_per_request: float
+    batches: NDArray[np.float64]
+    sweep_steps: int
+    ignored: bool
+    latency: Arrays
+    calibration: Arrays
+
+    @property
+    def table(self) -> NDArray[np.uint8]:
+        """K by batch size and context, [max_batch + 1, contexts]."""
+        return np.array(self.policy["table"], dtype=np.uint8)
+
+    @property
+    def mode(self) -> Mode:
+        return Mode(self.policy["mode"])
+
+    @property
+    def policy_version(self) -> int:
+        return int(self.policy["version"])
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """Arrays of one archive."""
+        head = {
+            "version": STATE_VERSION, "ledger": self.ledger, "policy": self.policy, "swept": self.swept, "asked": self.asked,
+            "kv_per_request": self.kv_per_request, "batches": self.batches.tolist(), "sweep_steps": self.sweep_steps,
+            "ignored": self.ignored,
+        }  # fmt: skip
+        return {
+            "head": np.frombuffer(json.dumps(head).encode(), dtype=np.uint8),
+            **{f"latency.{k}": v for k, v in self.latency.items()},
+            **{f"calibration.{k}": v for k, v in self.calibration.items()},
+        }
+
+    @classmethod
+    def of(cls, arrays: Arrays) -> ControllerState:
+        """Read `arrays()`. Raises ValueError when it is of another version or damaged."""
+        try:
+            head = json.loads(np.asarray(arrays["head"]).tobytes())
+            if head["version"] != STATE_VERSION:
+                raise ValueError(f"checkpoint version {head['version']} is not {STATE_VERSION}")
+            latency, calibration = (
+                {k[len(part) :]: v for k, v in arrays.items() if k.startswith(part)} for part in ("latency.", "calibration.")
+            )
+            state = cls(
+                head["ledger"], head["policy"], bool(head["swept"]), str(head["asked"]), float(head["kv_per_request"]),
+                np.array(head["batches"], dtype=np.float64), int(head["sweep_steps"]),
+                bool(head.get("ignored", False)),  # checkpoints of before it was noticed lack it
+                latency, calibration,
+            )  # fmt: skip
+            if state.table.ndim != 2 or not state.mode or state.policy_version < 0:
+                raise ValueError("checkpoint is damaged: the policy cannot be one")
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"checkpoint is damaged: {error}") from error
+        return state

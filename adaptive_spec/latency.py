@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -111,11 +112,17 @@ class LatencyFit:
             "quality": np.array([self.mape, self.sigma, self.context_s_per_token]),
         }
 
+    @cached_property
+    def _lines(self) -> Floats:
+        """Columns of all segments, [4, segments]: first, last, intercept, slope."""
+        rows = [(s.first, s.last, s.intercept_s, s.slope_s_per_token) for s in self.segments]
+        return np.array(rows, dtype=np.float64).T
+
     def _line_at(self, tokens: NDArray[np.int64]) -> tuple[NDArray[np.int64], Floats, Floats]:
         """Index, intercept and slope of the segment each count belongs to."""
-        index = np.minimum(np.searchsorted([s.last for s in self.segments], tokens), len(self.segments) - 1)
-        lines = np.array([(s.intercept_s, s.slope_s_per_token) for s in self.segments])[index]
-        return index, lines[..., 0], lines[..., 1]
+        _, last, intercept, slope = self._lines
+        index = np.minimum(np.searchsorted(last, tokens), len(last) - 1)
+        return index, intercept[index], slope[index]
 
     def _gap(
         self, tokens: NDArray[np.int64], index: NDArray[np.int64]
@@ -123,15 +130,14 @@ class LatencyFit:
         """Counts between two segments, None without any: where they are in `tokens`, seconds at the left segment's last count
         and at the right one's first, and how far each is from left to right, 0..1.
         """
-        first = np.array([s.first for s in self.segments])
+        first, last, intercept, slope = self._lines
         inside = np.flatnonzero((tokens < first[index]) & (index > 0))
         if not len(inside):
             return None
-        ends = np.array([[s.intercept_s + s.slope_s_per_token * at for at in (s.first, s.last)] for s in self.segments])
-        last, right = np.array([s.last for s in self.segments]), index[inside]
+        right = index[inside]
         left = right - 1
         share = (tokens[inside] - last[left]) / (first[right] - last[left])
-        return inside, ends[left, 1], ends[right, 0], share
+        return inside, intercept[left] + slope[left] * last[left], intercept[right] + slope[right] * first[right], share
 
     def _outer_slope(self) -> float:
         """Slope beyond the last measured count: the trend over the outer half of the curve, never falling."""

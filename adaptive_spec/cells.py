@@ -166,11 +166,6 @@ class CellTable:
         changed = max((doubt for step, doubt in self._changes if step > cell.last_step), default=0.0)
         return min(math.hypot(UNSEEN_DOUBT * max(moved, 0.0), changed), MOST_DOUBT)
 
-    def _now_s(self, cell: Cell) -> float:
-        """Mean seconds at the present tempo. In turmoil the tempo of a cell that was not seen is a guess: it is bounded."""
-        moved = self.tempo.value - cell.tempo
-        return cell.mean_y * math.exp(cell.tempo + min(max(moved, -MOST_MOVED), MOST_MOVED))
-
     def _believed(self, cell: Cell, doubt: float) -> float:
         """Effective samples that a doubtful cell is worth."""
         return 1.0 / (1.0 / cell.weight + (doubt / self.sigma) ** 2)
@@ -217,12 +212,21 @@ class CellTable:
 
         Columns: key, weight (as believed at this tempo), mean_x, mean_y, samples, age in steps, `doubt`.
         """
+        # The same arithmetic as for one cell, on all of them: there may be thousands.
         cells = [
-            (k, self._believed(c, doubt := self.doubt(c)), c.mean_x, self._now_s(c), c.samples, c.last_step, doubt)
-            for k, c in self.cells.items()
-            if c.weight > 0.0 and abs(self.tempo.value - c.tempo) <= FAR
+            (k, c.weight, c.mean_x, c.mean_y, c.samples, c.last_step, c.tempo) for k, c in self.cells.items() if c.weight > 0.0
         ]
         rows = np.array(cells, dtype=np.float64).reshape(-1, 7)
+        rows = rows[np.abs(self.tempo.value - rows[:, 6]) <= FAR]
+        last_step, tempo, sigma = rows[:, 5], rows[:, 6], self.sigma
+        moved = self.tempo.value - tempo
+        changed = np.zeros(len(rows))
+        for step, doubt in self._changes:
+            np.maximum(changed, doubt, out=changed, where=last_step < step)
+        doubts = np.minimum(np.hypot(UNSEEN_DOUBT * np.maximum(np.abs(moved) - 0.5 * sigma, 0.0), changed), MOST_DOUBT)
+        rows[:, 1] = 1.0 / (1.0 / rows[:, 1] + (doubts / sigma) ** 2)
+        rows[:, 3] *= np.exp(tempo + np.clip(moved, -MOST_MOVED, MOST_MOVED))
+        rows[:, 6] = doubts
         rows = rows[np.argsort(rows[:, 0])]
         rows[:, 5] = rows[:, 5].max(initial=-np.inf) - rows[:, 5]
         return rows

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from adaptive_spec.cells import CellTable
+from adaptive_spec.cells import FAR, CellTable
 from adaptive_spec.tempo import LASTING, WINDOW, Tempo
 
 SIGMA = 0.03
@@ -115,3 +115,23 @@ def test_on_a_machine_in_turmoil_counts_not_seen_keep_a_sane_price() -> None:
         table.observe(key, 0.0, 0.001 * key * float(np.exp(rng.normal(0.0, 0.03))), step)
     seconds = {int(row[0]): row[3] for row in table.rows()}
     assert [seconds[k] / k for k in (8, 16, 24)] == pytest.approx([0.001] * 3, rel=0.1)
+
+
+def test_rows_doubt_every_cell_as_one_is_doubted_alone_and_leave_out_those_of_another_world() -> None:
+    rng = np.random.default_rng(8)
+    table = CellTable(64)
+    for step in range(4000):
+        key = int(rng.integers(1, 20)) if step < 2000 else int(rng.integers(8, 20))
+        factor = 1.0 if step < 2000 else 1.4 if step < 3900 else 9.0
+        table.observe(key, 0.0, 0.01 * (1 + key // 8) * factor * float(rng.lognormal(0.0, 0.02)), step)
+        if step in (1999, 3899):
+            rows = table.rows()
+            assert len(rows) == len(table.cells)
+            alone = [table.doubt(table.cells[int(key)]) for key in rows[:, 0]]
+            np.testing.assert_allclose(rows[:, 6], alone, rtol=1e-12)
+            weights = [
+                1 / (1 / table.cells[int(k)].weight + (d / table.sigma) ** 2) for k, d in zip(rows[:, 0], alone, strict=True)
+            ]
+            np.testing.assert_allclose(rows[:, 1], weights, rtol=1e-12)
+    assert set(table.rows()[:, 0].astype(int)) == {k for k, c in table.cells.items() if abs(table.tempo.value - c.tempo) <= FAR}
+    assert len(table.rows()) < len(table.cells)

@@ -217,7 +217,9 @@ class CellTable:
             (k, c.weight, c.mean_x, c.mean_y, c.samples, c.last_step, c.tempo) for k, c in self.cells.items() if c.weight > 0.0
         ]
         rows = np.array(cells, dtype=np.float64).reshape(-1, 7)
-        rows = rows[np.abs(self.tempo.value - rows[:, 6]) <= FAR]
+        # Of the tempo of now and the one that has lasted: a burst that passes makes no other world.
+        nearest = np.minimum(np.abs(self.tempo.value - rows[:, 6]), np.abs(self.tempo.announced - rows[:, 6]))
+        rows = rows[nearest <= FAR]
         last_step, tempo, sigma = rows[:, 5], rows[:, 6], self.sigma
         moved = self.tempo.value - tempo
         changed = np.zeros(len(rows))

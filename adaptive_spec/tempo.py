@@ -43,13 +43,13 @@ class Shift:
 
 
 class Tempo:
-    """See the module. value: the tempo, natural log, 0 at first."""
+    """See the module. value: the tempo, natural log, 0 at first. announced: the one that has last been news, a lasting one."""
 
     def __init__(self) -> None:
         self.value = 0.0
         self.median_residual = 0.01
         """Running median of |residual|: noise, and what else the cells do not explain."""
-        self._announced = 0.0
+        self.announced = 0.0
         self._away = 0
         self._lean = 0.0
         self._window: deque[float] = deque(maxlen=WINDOW)
@@ -80,19 +80,19 @@ class Tempo:
                 self._lean = 0.0
         self.value += moved
         if abs(self.value) > FARTHEST:
-            self.value = self._announced = 0.0  # every cell begins again when it is measured
+            self.value = self.announced = 0.0  # every cell begins again when it is measured
         return moved
 
     def news(self) -> Shift | None:
         """Ask once after every sample: a Shift when the tempo has stayed away from the one last announced."""
-        away = self.value - self._announced
+        away = self.value - self.announced
         if abs(away) < ANNOUNCED:
             self._away = 0
             return None
         self._away += 1
         if self._away < LASTING:
             return None
-        self._announced, self._away = self.value, 0
+        self.announced, self._away = self.value, 0
         return Shift(math.exp(away))
 
 

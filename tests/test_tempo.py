@@ -133,5 +133,18 @@ def test_rows_doubt_every_cell_as_one_is_doubted_alone_and_leave_out_those_of_an
                 1 / (1 / table.cells[int(k)].weight + (d / table.sigma) ** 2) for k, d in zip(rows[:, 0], alone, strict=True)
             ]
             np.testing.assert_allclose(rows[:, 1], weights, rtol=1e-12)
-    assert set(table.rows()[:, 0].astype(int)) == {k for k, c in table.cells.items() if abs(table.tempo.value - c.tempo) <= FAR}
+    assert set(table.rows()[:, 0].astype(int)) == {
+        k for k, c in table.cells.items() if abs(table.tempo.announced - c.tempo) <= FAR
+    }
     assert len(table.rows()) < len(table.cells)
+
+
+def test_a_short_burst_makes_no_other_world() -> None:
+    rng = np.random.default_rng(9)
+    table = CellTable(64)
+    for step in range(1000):
+        table.observe(step % 10 + 1, 0.0, 0.01 * float(rng.lognormal(0.0, 0.02)), step)
+    for step in range(1000, 1030):
+        table.observe(1, 0.0, 0.08 * float(rng.lognormal(0.0, 0.02)), step)
+    assert table.tempo.value > FAR
+    assert len(table.rows()) == 10

@@ -28,6 +28,8 @@ PRIOR_STEPS = 10.0
 REQUEST_DECAY, POPULATION_DECAY = 0.98, 0.995
 """What a step still weighs one step later: a request is remembered for some 50 of its steps, the population for 200 steps."""
 MIN_GAIN = 0.01
+REQUESTS_REMEMBERED = 4096
+"""Requests an engine keeps the history of."""
 
 
 class AcceptanceHistory:

@@ -37,6 +37,9 @@ MISFIT_BETWEEN = 0.1
 UNKNOWN_PER_DOUBLING = 0.15
 """Relative standard error added per doubling of the token count, or the batch, away from what was measured."""
 
+Gap = tuple[NDArray[np.int64], Floats, Floats, Floats]
+"""See `LatencyFit._gap`."""
+
 
 @dataclass(frozen=True)
 class LatencyFit:
@@ -65,6 +68,9 @@ class LatencyFit:
 
         A count between two segments belongs to the right one, as far as that lies between what is known on both sides.
         """
+        return self._line_and_gap(tokens)[0]
+
+    def _line_and_gap(self, tokens: NDArray[np.int64]) -> tuple[Floats, Gap | None]:
         index, intercept, slope = self._line_at(tokens)
         value: Floats = intercept + slope * tokens
         gap = self._gap(tokens, index)
@@ -78,11 +84,11 @@ class LatencyFit:
             value = np.where(beyond, at_end + self._outer_slope() * (tokens - last.last), value)
         # A line through two noisy points may point anywhere: never below half of the nearest measured mean.
         nearest = np.clip(np.searchsorted(self.tokens, tokens), 0, len(self.tokens) - 1)
-        return np.maximum(value, 0.5 * self.mean_s[nearest])
+        return np.maximum(value, 0.5 * self.mean_s[nearest]), gap
 
     def predict(self, tokens: NDArray[np.int64]) -> tuple[Floats, Floats]:
         """Token counts [n] >= 1 -> (seconds without context [n], standard errors in seconds [n])."""
-        value = self.line_s(tokens)
+        value, gap = self._line_and_gap(tokens)
         at = np.clip(np.searchsorted(self.tokens, tokens), 0, len(self.tokens) - 1)
         measured = self.tokens[at] == tokens
         noise = self.sigma**2 / np.maximum(self.weight[at], 1e-9) + self.unrest**2
@@ -93,7 +99,6 @@ class LatencyFit:
             np.abs(np.log2(np.maximum(tokens, 1) / self.tokens[np.maximum(at - 1, 0)])),
         )
         far = MISFIT**2 + (UNKNOWN_PER_DOUBLING * distance) ** 2
-        gap = self._gap(tokens, self._line_at(tokens)[0])
         if gap is not None:
             # A boundary lies anywhere in the gap: on its left side a count costs the left segment's time.
             inside, low, high, share = gap
@@ -124,9 +129,7 @@ class LatencyFit:
         index = np.minimum(np.searchsorted(last, tokens), len(last) - 1)
         return index, intercept[index], slope[index]
 
-    def _gap(
-        self, tokens: NDArray[np.int64], index: NDArray[np.int64]
-    ) -> tuple[NDArray[np.int64], Floats, Floats, Floats] | None:
+    def _gap(self, tokens: NDArray[np.int64], index: NDArray[np.int64]) -> Gap | None:
         """Counts between two segments, None without any: where they are in `tokens`, seconds at the left segment's last count
         and at the right one's first, and how far each is from left to right, 0..1.
         """

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from adaptive_spec.batch_scores import AcceptanceHistory, refined_k
+from adaptive_spec.batch_scores import REQUESTS_REMEMBERED, AcceptanceHistory, refined_k
 from adaptive_spec.engines.sglang.draft_policy import SidecarDraftPolicy
-from adaptive_spec.engines.sglang.engine_side import STEP_ATTRIBUTE, EngineSide, Place, kv_tokens_of, max_batch, request_id
+from adaptive_spec.engines.sglang.engine_side import EngineSide, Place, decodes, kv_tokens_of, max_batch, request_id
 from adaptive_spec.engines.sglang.hooks import Guard
 from adaptive_spec.engines.sglang.plugin_settings import PluginSettings
 from adaptive_spec.engines.sglang.stage_clock import clock_for
@@ -24,7 +24,6 @@ from adaptive_spec.engines.sglang.step_book import OpenStep
 from adaptive_spec.policy import Granularity
 from adaptive_spec.tap import BegunStep
 
-REQUESTS_REMEMBERED = 4096
 LAUNCH = -1
 
 log = logging.getLogger("sglang.adaptive_spec")
@@ -108,14 +107,12 @@ class Attachment(EngineSide):
         tap = self._tap
         if tap is None or worker is not self._worker:
             return None
-        if batch.forward_mode.is_extend() or batch.is_extend_in_batch or batch.forward_mode.is_idle():
+        if not decodes(batch):
             self._book.interrupt()
             return None
         rows, kv_tokens = len(batch.reqs), kv_tokens_of(batch)
-        closed = self._guard.closed is not None
-        if closed and self._rendezvous is not None:
-            self._rendezvous.failed = True  # at the next meeting all ranks go back to the launch K
-        started = self._clock.now() if not closed else None
+        self._fall_back_if_closed()
+        started = self._clock.now() if self._guard.closed is None else None
         # First of all, and whatever fails later: the ranks meet in here.
         k = tap.begin_step(rows, kv_tokens, time.monotonic_ns())
         begun = tap.begun
@@ -135,17 +132,8 @@ class Attachment(EngineSide):
         self._book.begin(self._step)
         return self._step
 
-    def step_after(self, step: OpenStep | None, result: Any, worker: Any, *args: Any, **kwargs: Any) -> None:
-        self._step = None
-        if step is None:
-            return
+    def _ran(self, step: OpenStep, worker: Any) -> None:
         step.k = int(worker.speculative_num_steps)
-        step.ended = self._clock.now()
-        setattr(result, STEP_ATTRIBUTE, step)
-        self._report_when_due()
-
-    def draft_before(self, *args: Any, **kwargs: Any) -> Any:
-        return self._clock.now() if self._step is not None else None
 
     def draft_after(self, started: Any, verify_input: Any, draft_worker: Any, batch: Any, *args: Any, **kwargs: Any) -> None:
         step = self._step
@@ -161,9 +149,6 @@ class Attachment(EngineSide):
     def draft_forward_after(self, note: None, result: Any, draft_worker: Any, forward_batch: Any) -> None:
         if self._confidences is not None and not forward_batch.forward_mode.is_idle():
             self._confidences.after_draft_forward()
-
-    def verify_before(self, *args: Any, **kwargs: Any) -> Any:
-        return self._clock.now() if self._step is not None else None
 
     def verify_after(self, started: Any, *args: Any, **kwargs: Any) -> None:
         if self._step is not None and started is not None:

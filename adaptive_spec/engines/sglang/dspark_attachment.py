@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adaptive_spec.engines.sglang.dspark import DSparkSwap, launch_temperatures, nothing_to_swap
-from adaptive_spec.engines.sglang.engine_side import STEP_ATTRIBUTE, EngineSide, Place, kv_tokens_of, max_batch, request_id
+from adaptive_spec.engines.sglang.engine_side import EngineSide, Place, decodes, kv_tokens_of, max_batch, request_id
 from adaptive_spec.engines.sglang.hooks import Guard
 from adaptive_spec.engines.sglang.plugin_settings import PluginSettings
 from adaptive_spec.engines.sglang.ranks import Group
@@ -87,7 +87,7 @@ class DSparkAttachment(EngineSide):
 
     def plan_before(self, planner: Any, batch: Any, *args: Any, **kwargs: Any) -> None:
         self._begun = None
-        if self._tap is not None and planner is self._planner and _decodes(batch):
+        if self._tap is not None and planner is self._planner and decodes(batch):
             self._meet(self._tap, batch)
 
     def step_before(self, worker: Any, batch: Any, *args: Any, **kwargs: Any) -> OpenStep | None:
@@ -95,7 +95,7 @@ class DSparkAttachment(EngineSide):
         tap = self._tap
         if tap is None or worker is not self._worker:
             return None
-        if not _decodes(batch):
+        if not decodes(batch):
             self._book.interrupt()
             return None
         started = self._clock.now() if self._guard.closed is None else None
@@ -111,26 +111,12 @@ class DSparkAttachment(EngineSide):
         self._book.begin(self._step)
         return self._step
 
-    def step_after(self, step: OpenStep | None, result: Any, worker: Any, *args: Any, **kwargs: Any) -> None:
-        self._step = None
-        if step is None:
-            return
-        step.ended = self._clock.now()
-        setattr(result, STEP_ATTRIBUTE, step)
-        self._report_when_due()
-
-    def draft_before(self, *args: Any, **kwargs: Any) -> Any:
-        return self._clock.now() if self._step is not None else None
-
     def draft_after(self, started: Any, proposal: Any, *args: Any, **kwargs: Any) -> None:
         if self._step is None or started is None:
             return
         self._step.stages["draft"] = (started, self._clock.now())
         if proposal.confidence_raw is not None:  # static mode has no confidence head: then it is not known
             self._step.confidences = self._confidences.send(proposal.confidence_raw)
-
-    def verify_before(self, *args: Any, **kwargs: Any) -> Any:
-        return self._clock.now() if self._step is not None else None
 
     def verify_after(self, started: Any, result: Any, executor: Any, *args: Any, **kwargs: Any) -> None:
         """Of the packed verify forward: num_tokens follows from verify_len, which comes with the result."""
@@ -139,7 +125,7 @@ class DSparkAttachment(EngineSide):
         self._step.stages["verify"] = (started, self._clock.now())
         self._step.padded_tokens = int(kwargs["layout"].graph_num_tokens)
 
-    verify_all_before = verify_before
+    verify_all_before = EngineSide.verify_before
 
     def verify_all_after(self, started: Any, result: Any, executor: Any, *args: Any, **kwargs: Any) -> None:
         """Of the verify forward over all drafted tokens, however many of them may then be accepted."""
@@ -158,8 +144,7 @@ class DSparkAttachment(EngineSide):
 
     def _meet(self, tap: EngineTap, batch: Any) -> BegunStep:
         """Begin a step: the ranks meet in here, and the planner is set for it."""
-        if self._guard.closed is not None and self._rendezvous is not None:
-            self._rendezvous.failed = True  # at the next meeting all ranks go back to what they were launched with
+        self._fall_back_if_closed()
         rows, kv_tokens = len(batch.reqs), kv_tokens_of(batch)
         tap.begin_step(rows, kv_tokens, time.monotonic_ns())
         begun = tap.begun
@@ -197,10 +182,6 @@ class DSparkAttachment(EngineSide):
         if self._swap is not None:
             counters |= {"sps_swaps": self._swap.swaps, "sps_refusals": self._swap.refused}
         return counters
-
-
-def _decodes(batch: Any) -> bool:
-    return not (batch.forward_mode.is_extend() or batch.is_extend_in_batch or batch.forward_mode.is_idle())
 
 
 def _unanimous(group: Group) -> Callable[[bool], bool]:

@@ -151,6 +151,24 @@ class EngineSide:
 
     # -- every decode step ---------------------------------------------------------------------------------------------
 
+    def draft_before(self, *args: Any, **kwargs: Any) -> Any:
+        return self._clock.now() if self._step is not None else None
+
+    def verify_before(self, *args: Any, **kwargs: Any) -> Any:
+        return self._clock.now() if self._step is not None else None
+
+    def step_after(self, step: OpenStep | None, result: Any, worker: Any, *args: Any, **kwargs: Any) -> None:
+        self._step = None
+        if step is None:
+            return
+        self._ran(step, worker)
+        step.ended = self._clock.now()
+        setattr(result, STEP_ATTRIBUTE, step)
+        self._report_when_due()
+
+    def _ran(self, step: OpenStep, worker: Any) -> None:
+        """The step was launched."""
+
     def results_before(self, processor: Any, result: Any, batch: Any) -> list[bool]:
         """Which requests SGLang counts: those that have not ended since the step was launched."""
         return [not (request.is_retracted or request.finished()) for request in batch.reqs]
@@ -171,6 +189,11 @@ class EngineSide:
         """The result of a step was taken."""
 
     # -- inside --------------------------------------------------------------------------------------------------------
+
+    def _fall_back_if_closed(self) -> None:
+        """At the next meeting all ranks go back to what they were launched with, once this one has given up."""
+        if self._guard.closed is not None and self._rendezvous is not None:
+            self._rendezvous.failed = True
 
     def _write(self, step: FinishedStep) -> None:
         if self._tap is not None and self._first_rank:
@@ -204,6 +227,11 @@ class EngineSide:
         except Exception as error:
             log.warning("adaptive-spec: the report could not be written: %s", error)
             self._report_at_s = time.monotonic() + 60.0
+
+
+def decodes(batch: Any) -> bool:
+    """Whether a batch is a decode step: no prefill is in it, and it is not idle."""
+    return not (batch.forward_mode.is_extend() or batch.is_extend_in_batch or batch.forward_mode.is_idle())
 
 
 def request_id(request: Any) -> int:

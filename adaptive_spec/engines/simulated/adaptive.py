@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from adaptive_spec.batch_scores import AcceptanceHistory, refined_k
+from adaptive_spec.batch_scores import REQUESTS_REMEMBERED, AcceptanceHistory, refined_k
 from adaptive_spec.controller import Controller
 from adaptive_spec.engine_info import EngineInfo
 from adaptive_spec.engines.simulated.deciders import LAUNCH_K
-from adaptive_spec.engines.simulated.plans import Costs
+from adaptive_spec.engines.simulated.plans import padded_sizes
 from adaptive_spec.engines.simulated.scenario import Scenario
 from adaptive_spec.policy import Granularity, Planner, Policy
 from adaptive_spec.records import StepFlag, StepRecord
@@ -21,8 +21,6 @@ from adaptive_spec.settings import ControllerSettings
 
 DELAY_STEPS = 1
 """Decode steps a decision is on its way: the sidecar sees a record after its step, the engine is in the next one by then."""
-
-REQUESTS_REMEMBERED = 4096
 
 Profile = tuple[Mapping[str, NDArray[Any]], Mapping[str, NDArray[Any]]]
 
@@ -65,7 +63,7 @@ class Adaptive:
         self._request_ids: list[int] = []
         self.version = 0
         self.flags = int(StepFlag.FALLBACK)
-        self._ragged, self._padded = scenario.ragged, Costs(scenario).padded
+        self._ragged, self._padded = scenario.ragged, padded_sizes(scenario)
         self.failures = 0
         self._step = 0
         self._now_s = 0.0

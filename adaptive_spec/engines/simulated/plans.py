@@ -28,9 +28,7 @@ class Costs:
         self.overhead_ms = latency.overhead_ms
         self.context_ms_per_token = latency.context_ms_per_1k_tokens / 1000.0
         self.scale = 1.0
-        buckets = latency.token_buckets if scenario.ragged else latency.graph_batch_sizes
-        sizes = np.arange(self._max_batch * (self._max_k + 1) + 1 if scenario.ragged else self._max_batch + 1)
-        self.padded = _pad(sizes, buckets)
+        self.padded = padded_sizes(scenario)
         """What a size (requests, or tokens at request granularity) is padded to."""
         self.verify_ms: Floats = np.zeros(0)
         self.use(scenario.curve)
@@ -54,6 +52,14 @@ class Costs:
         """Request granularity: mean step time of a draft length and a number of verified tokens."""
         parts = float(self.verify_ms[num_tokens]) + float(self.draft_ms[k]) + self.overhead_ms
         return (parts + self.context_ms_per_token * kv_tokens) * self.scale
+
+
+def padded_sizes(scenario: Scenario) -> NDArray[np.int64]:
+    """What the engine pads every size to: requests at batch granularity, tokens at request granularity, from 0 on."""
+    latency = scenario.file.latency
+    if scenario.ragged:
+        return _pad(np.arange(scenario.max_batch * (scenario.max_k + 1) + 1), latency.token_buckets)
+    return _pad(np.arange(scenario.max_batch + 1), latency.graph_batch_sizes)
 
 
 def _pad(sizes: NDArray[np.int64], buckets: list[int] | None) -> NDArray[np.int64]:

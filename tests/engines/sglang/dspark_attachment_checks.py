@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 from sglang.srt.arg_groups.overrides import field_names
 from sglang.srt.managers.utils import GenerationBatchResult
 from sglang.srt.plugins.hook_registry import HookRegistry
@@ -57,6 +56,7 @@ from tests.engines.sglang.dspark_stand_in import (
     served,
     verify_seconds,
 )
+from tests.engines.sglang.thread_group import ThreadGroup
 
 SERVER_ARGS = {
     "device": "cuda", "attn_dp_size": 1, "ep_join_mode": None, "pp_size": 1, "dp_size": 1, "disaggregation_mode": "null",
@@ -502,42 +502,16 @@ def follow(page: PolicyPage, found: Policy | None, published: list[Policy]) -> N
 RANKS, INTERVAL = 3, 3
 
 
-class Meeting:
-    """A group whose ranks are threads; one that does not come is a deadlock, seen after some seconds."""
-
-    def __init__(self) -> None:
-        self.barrier, self.given = threading.Barrier(RANKS, timeout=20), [None] * RANKS
-
-    def exchange(self, rank: int, mine: Any) -> list[Any]:
-        self.given[rank] = mine
-        self.barrier.wait()
-        found = list(self.given)
-        self.barrier.wait()
-        return found
-
-
-class Member:
-    def __init__(self, meeting: Meeting, rank: int) -> None:
-        self._meeting, self._rank = meeting, rank
-
-    def total(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
-        return np.asarray(sum(self._meeting.exchange(self._rank, numbers.copy())))
-
-    def from_first(self, data: bytes | None, size: int) -> bytes:
-        found: bytes = self._meeting.exchange(self._rank, data)[0]
-        return found
-
-
 class Rank:
     """One rank's attachment on a planner of SGLang's. The forward is left out: hooks of classes serve one rank only."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path, meeting: Meeting, rank: int) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path, group: ThreadGroup, rank: int) -> None:
         self.server = StandInServer(monkeypatch, folder)
         self.guard = Guard("")
         self.side = DSparkAttachment(
             PluginSettings("active", folder / "run", rendezvous_steps=INTERVAL), self.guard, "sglang test"
         )
-        place = Place(rank, RANKS, Member(meeting, rank))
+        place = Place(rank, RANKS, group.member(rank))
         self.side._place = lambda: place  # type: ignore[method-assign]  # no SGLang process groups here
         self.plan = self.guard.around("plan", self.side.plan_before, None)
         self.step = self.guard.around("step", self.side.step_before, self.side.step_after)
@@ -579,8 +553,8 @@ def together(ranks: list[Rank], call: Any) -> list[Any]:
 
 @pytest.fixture
 def ranks(monkeypatch: pytest.MonkeyPatch, folder: Path) -> list[Rank]:
-    meeting = Meeting()
-    ranks = [Rank(monkeypatch, folder, meeting, i) for i in range(RANKS)]
+    group = ThreadGroup(RANKS)
+    ranks = [Rank(monkeypatch, folder, group, i) for i in range(RANKS)]
     together(ranks, Rank.attach)
     assert all(rank.guard.lockstep and rank.guard.closed is None for rank in ranks)
     return ranks

@@ -37,6 +37,19 @@ class Answer(NamedTuple):
     meta: dict[str, Any]
 
 
+@contextlib.contextmanager
+def beside(work: Callable[[threading.Event], None]) -> Iterator[None]:
+    """Run `work` in a thread of its own meanwhile; it is told when to end."""
+    ended = threading.Event()
+    thread = threading.Thread(target=work, args=(ended,))
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+
+
 def some_prompts(
     count: int, seed: int = 0, regions: str = REGIONS, tokens: tuple[int, int] = (40, 120)
 ) -> list[tuple[Prompt, int]]:

@@ -10,10 +10,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 
 from adaptive_spec.engine_report import read_report
 from adaptive_spec.engines.sglang.attachment import Attachment
@@ -24,40 +22,10 @@ from adaptive_spec.policy_page import PolicyPage, payload_bytes
 from adaptive_spec.ring import RingReader
 from adaptive_spec.tap import PAGE_NAME, RING_NAME
 from tests.engines.sglang.rank_policies import CANDIDATES, MAX_BATCH, MAX_K, random_policy
+from tests.engines.sglang.thread_group import ThreadGroup
 
 RANKS = 3
 INTERVAL = 4
-
-
-class ThreadGroup:
-    """A group whose ranks are threads; a rank that does not come is a deadlock, seen after some seconds."""
-
-    def __init__(self) -> None:
-        self._barrier = threading.Barrier(RANKS, timeout=20)
-        self._given: list[Any] = [None] * RANKS
-
-    def member(self, rank: int) -> Member:
-        return Member(self, rank)
-
-    def exchange(self, rank: int, mine: Any) -> list[Any]:
-        self._given[rank] = mine
-        self._barrier.wait()
-        found = list(self._given)
-        self._barrier.wait()
-        return found
-
-
-class Member:
-    def __init__(self, group: ThreadGroup, rank: int) -> None:
-        self._group, self._rank = group, rank
-
-    def total(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
-        return np.asarray(sum(self._group.exchange(self._rank, numbers.copy())))
-
-    def from_first(self, data: bytes | None, size: int) -> bytes:
-        found: bytes = self._group.exchange(self._rank, data)[0]
-        assert len(found) == size
-        return found
 
 
 class Stock:
@@ -152,7 +120,7 @@ def page(tmp_path: Path) -> Any:
 
 
 def test_all_ranks_draft_alike(tmp_path: Path, page: PolicyPage) -> None:
-    group = ThreadGroup()
+    group = ThreadGroup(RANKS)
     ranks = [Rank(i, tmp_path, group) for i in range(RANKS)]
     _together(ranks, Rank.attach)
     assert all(rank.captured and rank.guard.closed is None and rank.guard.lockstep for rank in ranks)
@@ -166,7 +134,7 @@ def test_all_ranks_draft_alike(tmp_path: Path, page: PolicyPage) -> None:
 
 
 def test_a_rank_that_detaches_takes_all_back_to_the_launch_k(tmp_path: Path, page: PolicyPage) -> None:
-    group = ThreadGroup()
+    group = ThreadGroup(RANKS)
     ranks = [Rank(i, tmp_path, group) for i in range(RANKS)]
     _together(ranks, Rank.attach)
     before = _together(ranks, lambda rank: _steps(rank, 2 * INTERVAL, 2))
@@ -182,7 +150,7 @@ def test_a_rank_that_detaches_takes_all_back_to_the_launch_k(tmp_path: Path, pag
 
 @pytest.mark.parametrize("fault", ["attach", "attach/after"])
 def test_a_rank_that_cannot_attach_leaves_all_to_sglang(tmp_path: Path, page: PolicyPage, fault: str) -> None:
-    group = ThreadGroup()
+    group = ThreadGroup(RANKS)
     ranks = [Rank(i, tmp_path, group, fault if i == 2 else "") for i in range(RANKS)]
     _together(ranks, Rank.attach)
     assert all(rank.captured and rank.guard.closed for rank in ranks)
@@ -191,7 +159,7 @@ def test_a_rank_that_cannot_attach_leaves_all_to_sglang(tmp_path: Path, page: Po
 
 
 def test_ranks_told_different_things_leave_all_to_sglang(tmp_path: Path, page: PolicyPage) -> None:
-    group = ThreadGroup()
+    group = ThreadGroup(RANKS)
     ranks = [Rank(i, tmp_path, group, mode="shadow" if i == 1 else "active") for i in range(RANKS)]
     _together(ranks, Rank.attach)
     assert all("do not agree" in str(rank.guard.closed) for rank in ranks)

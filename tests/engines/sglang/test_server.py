@@ -23,7 +23,7 @@ from adaptive_spec.engines.sglang.cpu_kit import CpuKit
 from adaptive_spec.policy_page import PolicyPageReader
 from adaptive_spec.records import StepFlag, StepRecord
 from adaptive_spec.tap import PAGE_NAME
-from tests.engines.sglang.server import RingTrace, SglangServer, some_prompts, trace
+from tests.engines.sglang.server import RingTrace, SglangServer, beside, some_prompts, trace
 from tests.models_anew import NAMES, fits, models_anew, same_models, thinned
 from tests.processes import assert_one_line, run_cli
 
@@ -59,21 +59,17 @@ def _swept(server: SglangServer) -> None:
 def _pinned_in_turn(server: SglangServer) -> Iterator[None]:
     """Hot-swap K as fast as the sidecar takes commands: traffic alone may leave it where it is."""
     client = ControlClient.find(server.runtime_dir, None, None)
-    ended = threading.Event()
 
-    def pin() -> None:
+    def pin(ended: threading.Event) -> None:
         for k in itertools.cycle(sorted(CANDIDATES)):
             if ended.is_set():
                 return
             client.send("pin", k)
 
-    thread = threading.Thread(target=pin)
-    thread.start()
     try:
-        yield
+        with beside(pin):
+            yield
     finally:
-        ended.set()
-        thread.join()
         client.send("unpin")
 
 

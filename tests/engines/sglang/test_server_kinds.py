@@ -3,36 +3,16 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from adaptive_spec.engines.sglang.cpu_kit import CpuKit
-from tests.engines.sglang.server import SglangServer, some_prompts, trace
+from tests.engines.sglang.server import SglangServer, beside, some_prompts, trace
 from tests.processes import run_cli
 
 pytestmark = pytest.mark.server
-
-
-@contextmanager
-def _busy(server: SglangServer) -> Iterator[None]:
-    """Requests all the time."""
-    ended = threading.Event()
-
-    def load() -> None:
-        while not ended.is_set():
-            server.load(some_prompts(12, seed=30), 6)
-
-    thread = threading.Thread(target=load)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join()
 
 
 def test_eagle3(kit: CpuKit, tmp_path: Path) -> None:
@@ -89,7 +69,12 @@ def test_one_k_can_be_watched(kit: CpuKit, tmp_path: Path) -> None:
         assert metrics["sweep_progress_ratio"] == {(): 1.0}
         assert status["latency_points"], "it learns from what comes by itself"
         assert set(status["k_by_batch_size"].values()) == {3}
-        with _busy(server):
+
+        def load(ended: threading.Event) -> None:
+            while not ended.is_set():
+                server.load(some_prompts(12, seed=30), 6)
+
+        with beside(load):
             refused = run_cli("sweep", "--runtime-dir", server.runtime_dir, "--timeout", "50")
         assert refused.returncode == 2, refused.stderr
         assert refused.stderr.endswith(f"sweep: not possible: {status['reason']}\n")

@@ -5,7 +5,7 @@ import pytest
 
 from adaptive_spec.acceptance import KINDS, AcceptanceModel, fit_pairs
 from adaptive_spec.calibration import GRID_SCORE, ScoreHistogram, binned_map, chain_map, fit_logistic, linear_map
-from tests.simulated_drafts import drafts, full_record, record_of
+from tests.support.simulated_drafts import drafts, full_record, record_of
 
 
 def trained(steps: int, seed: int = 0, rows: int = 32, k: int = 5, memory: float = 400, **kind: float) -> AcceptanceModel:

@@ -7,7 +7,7 @@ import pytest
 from adaptive_spec.adoption import IGNORED_S, IGNORED_STEPS, Adoption, PendingTrials
 from adaptive_spec.policy import Granularity, Planner, Trial
 from adaptive_spec.records import StepFlag, StepRecord
-from tests.simulated_server import SimulatedServer, engine_info, staircase
+from tests.support.simulated_server import SimulatedServer, engine_info, staircase
 
 RECORD = SimulatedServer(engine_info(Granularity.BATCH), staircase()).step()
 

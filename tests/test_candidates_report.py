@@ -7,8 +7,8 @@ import pytest
 
 from adaptive_spec.policy import Granularity, Mode
 from adaptive_spec.profile import save_profile
-from tests.processes import assert_one_line, run_cli
-from tests.simulated_server import SimulatedServer, engine_info, staircase
+from tests.support.processes import assert_one_line, run_cli
+from tests.support.simulated_server import SimulatedServer, engine_info, staircase
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import pytest
 
 from adaptive_spec import __version__
 from adaptive_spec.cli import cli
-from tests.processes import assert_one_line, run_cli
+from tests.support.processes import assert_one_line, run_cli
 
 
 def test_help_of_everything() -> None:

@@ -7,7 +7,7 @@ import pytest
 from adaptive_spec.controller import Controller
 from adaptive_spec.policy import Granularity, Mode
 from adaptive_spec.settings import ControllerSettings, PolicySettings
-from tests.simulated_server import SimulatedServer, engine_info, staircase
+from tests.support.simulated_server import SimulatedServer, engine_info, staircase
 
 
 def server(granularity: Granularity = Granularity.BATCH, *, swept: bool = True, **fields: object) -> SimulatedServer:

@@ -15,7 +15,7 @@ from rich.console import Console
 from adaptive_spec.cli import main
 from adaptive_spec.demo import result_document
 from adaptive_spec.demo_view import DemoState, DemoView, compare_table, picture, plain_line
-from tests.processes import PATIENCE_S, assert_one_line, run_cli, wait_for
+from tests.support.processes import PATIENCE_S, assert_one_line, run_cli, wait_for
 
 CONTRACT = {
     "engine": str, "duration_s": float, "sweep_s": float, "decode_steps": int, "output_tokens": int,

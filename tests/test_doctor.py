@@ -10,8 +10,8 @@ from adaptive_spec.doctor import Finding, examine
 from adaptive_spec.policy_page import PolicyPage
 from adaptive_spec.ring import RingWriter
 from adaptive_spec.tap import PAGE_NAME, RING_NAME
-from tests.numbers_engine import NumbersEngine, engine_info
-from tests.processes import run_cli
+from tests.support.numbers_engine import NumbersEngine, engine_info
+from tests.support.processes import run_cli
 
 
 def _find(runtime_dir: Path, tmp_path: Path, port: int = 0) -> dict[str, Finding]:

@@ -9,7 +9,7 @@ import pytest
 from adaptive_spec.archive import load_archive
 from adaptive_spec.errors import BadInput
 from adaptive_spec.fit import fit_files
-from tests.processes import assert_one_line, run_cli
+from tests.support.processes import assert_one_line, run_cli
 
 CURVES = Path(__file__).parent / "curves"
 PNG = b"\x89PNG\r\n\x1a\n"

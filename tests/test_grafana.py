@@ -15,9 +15,9 @@ from adaptive_spec.errors import BadInput
 from adaptive_spec.grafana import Annotator, Grafana, GrafanaError, check_dashboards, push_dashboards, shipped_dashboards
 from adaptive_spec.settings import GrafanaSettings
 from adaptive_spec.snapshot import Event
-from tests.grafana_server import TOKEN, GrafanaServer
-from tests.numbers_engine import NumbersEngine, engine_info
-from tests.processes import SidecarProcess, assert_one_line, run_cli, wait_for
+from tests.support.grafana_server import TOKEN, GrafanaServer
+from tests.support.numbers_engine import NumbersEngine, engine_info
+from tests.support.processes import SidecarProcess, assert_one_line, run_cli, wait_for
 from tests.test_metrics import SNAPSHOT
 
 

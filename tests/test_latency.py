@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from adaptive_spec.cells import STALE_STEPS, Cell, CellTable
 from adaptive_spec.latency import LatencyModel, PlanCostModel, fit_cells, fit_samples, non_negative_least_squares
-from tests.simulated_server import staircase
+from tests.support.simulated_server import staircase
 
 
 def feed(

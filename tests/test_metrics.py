@@ -15,7 +15,7 @@ from adaptive_spec.board import Board, View
 from adaptive_spec.metrics import metrics_registry
 from adaptive_spec.policy import Mode
 from adaptive_spec.snapshot import Boundary, Event, HistogramData, Segment, Snapshot
-from tests.numbers_engine import engine_info
+from tests.support.numbers_engine import engine_info
 
 CONTRACT = {
     "tile_boundary_tokens": ("gauge", {"boundary"}),

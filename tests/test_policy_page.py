@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from adaptive_spec import policy_page
 from adaptive_spec.policy import GRID_POINTS, Granularity, Mode, Policy, SurvivalMap, Trial
 from adaptive_spec.policy_page import PolicyPage, PolicyPageError, PolicyPageReader, decode_policy, encode_policy, payload_bytes
-from tests.wire import policy_of, whole
+from tests.support.wire import policy_of, whole
 
 ROOT = str(Path(__file__).parents[1])
 CAPACITY = payload_bytes(64, 7)
@@ -391,7 +391,7 @@ CHILD = f"""
 import sys, time
 sys.path.insert(0, {ROOT!r})
 from adaptive_spec.policy_page import PolicyPage, payload_bytes
-from tests.wire import policy_of
+from tests.support.wire import policy_of
 page = PolicyPage.create_or_open(sys.argv[1], payload_bytes(64, 7))
 version = page.last_version
 print("ready", version, flush=True)

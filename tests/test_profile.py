@@ -11,7 +11,7 @@ from adaptive_spec.controller import Controller
 from adaptive_spec.errors import BadInput
 from adaptive_spec.policy import Granularity, Mode
 from adaptive_spec.profile import ProfileError, check_writable, load_profile, save_profile, start_plots
-from tests.simulated_server import SimulatedServer, engine_info, staircase
+from tests.support.simulated_server import SimulatedServer, engine_info, staircase
 
 
 @pytest.fixture(scope="module")

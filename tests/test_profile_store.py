@@ -22,10 +22,10 @@ from adaptive_spec.errors import BadInput
 from adaptive_spec.profile import Profile
 from adaptive_spec.profile_store import KEPT, KIND, ProfileStore, StoredProfile
 from adaptive_spec.store_worker import FETCH_PATIENCE_S, StoreWorker
-from tests.processes import SidecarProcess, assert_one_line, run_cli, wait_for
-from tests.store_writer import numbered
+from tests.support.processes import SidecarProcess, assert_one_line, run_cli, wait_for
+from tests.support.store_writer import numbered
+from tests.support.wire import engine
 from tests.test_sidecar import RunningEngine
-from tests.wire import engine
 
 INFO = engine()
 NOW_S = 1_700_000_000.0
@@ -150,7 +150,7 @@ def test_concurrent_writers(tmp_path: Path) -> None:
     """Four replicas write, two readers read all the while: what they get is always whole, and never older than it was."""
     url = f"file://{tmp_path}/store"
     ProfileStore(url).save(INFO, numbered(0), time.time())
-    command = [sys.executable, "-m", "tests.store_writer", url, "25"]
+    command = [sys.executable, "-m", "tests.support.store_writer", url, "25"]
     writers = [subprocess.Popen([*command, str(seed)]) for seed in range(1, 5)]
     reads: list[list[float]] = [[], []]
     faults: list[BaseException] = []

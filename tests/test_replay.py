@@ -20,7 +20,7 @@ from adaptive_spec.replay import Plan, Replay, ReplayedStatic, replay
 from adaptive_spec.replay_report import ReplayedEma, policies_of
 from adaptive_spec.settings import ControllerSettings
 from adaptive_spec.trace import Trace, save_trace
-from tests.processes import assert_one_line, run_cli
+from tests.support.processes import assert_one_line, run_cli
 
 SCENARIOS = Path(__file__).parent / "scenarios"
 

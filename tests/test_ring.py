@@ -25,7 +25,7 @@ from adaptive_spec.engine_info import EngineInfo
 from adaptive_spec.policy import Granularity
 from adaptive_spec.records import LAYOUT_VERSION, StepRecord
 from adaptive_spec.ring import HEADER_BYTES, RingLayoutError, RingReader, RingWriter
-from tests.wire import engine, record_of, same
+from tests.support.wire import engine, record_of, same
 
 ROOT = str(Path(__file__).parents[1])
 DEADLINE_S = 60.0
@@ -39,7 +39,7 @@ def accounted(reader: RingReader) -> int:
 CHILD = f"""
 import sys
 sys.path.insert(0, {ROOT!r})
-from tests.wire import engine, record_of
+from tests.support.wire import engine, record_of
 from adaptive_spec import ring
 path, what, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
 if what == "read":

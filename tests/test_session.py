@@ -19,8 +19,8 @@ from adaptive_spec.ring import RingReader, RingWriter
 from adaptive_spec.session import Session
 from adaptive_spec.settings import SidecarSettings
 from adaptive_spec.tap import PAGE_NAME, RING_NAME
-from tests.models_anew import fits, metrics_of, models_anew, same_models, thinned
-from tests.numbers_engine import NumbersEngine, engine_info
+from tests.support.models_anew import fits, metrics_of, models_anew, same_models, thinned
+from tests.support.numbers_engine import NumbersEngine, engine_info
 
 
 @pytest.fixture

@@ -20,8 +20,8 @@ from adaptive_spec.ring import RingWriter
 from adaptive_spec.settings import SidecarSettings
 from adaptive_spec.sidecar import Sidecar
 from adaptive_spec.tap import RING_NAME
-from tests.numbers_engine import NumbersEngine, engine_info
-from tests.processes import SidecarProcess, assert_one_line, run_cli, wait_for
+from tests.support.numbers_engine import NumbersEngine, engine_info
+from tests.support.processes import SidecarProcess, assert_one_line, run_cli, wait_for
 
 
 class RunningEngine:

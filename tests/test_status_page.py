@@ -18,9 +18,9 @@ from adaptive_spec.board import Board, View
 from adaptive_spec.engine_info import EngineInfo
 from adaptive_spec.snapshot import Event
 from adaptive_spec.web import WebServer
-from tests.browser import Watched, chromium, needs_chromium, watched
-from tests.numbers_engine import engine_info
-from tests.processes import SidecarProcess, wait_for
+from tests.support.browser import Watched, chromium, needs_chromium, watched
+from tests.support.numbers_engine import engine_info
+from tests.support.processes import SidecarProcess, wait_for
 from tests.test_metrics import SNAPSHOT
 from tests.test_sidecar import RunningEngine
 

@@ -8,7 +8,7 @@ from adaptive_spec.policy import Granularity
 from adaptive_spec.settings import ControllerSettings, SweepSettings
 from adaptive_spec.sweep import Sweep
 from tests.curves import load
-from tests.simulated_server import SimulatedServer, engine_info, staircase
+from tests.support.simulated_server import SimulatedServer, engine_info, staircase
 
 
 def sweep(server: SimulatedServer, limit: int = 4000) -> int:

@@ -24,7 +24,7 @@ from adaptive_spec.policy_page import PolicyPage, payload_bytes
 from adaptive_spec.records import StepFlag, StepRecord
 from adaptive_spec.ring import RingReader
 from adaptive_spec.tap import LOOK_STEPS, PAGE_NAME, RING_NAME, BegunStep, EngineTap
-from tests.wire import engine, policy_of
+from tests.support.wire import engine, policy_of
 
 ROOT = str(Path(__file__).parents[1])
 CAPACITY = payload_bytes(64, 7)
@@ -324,7 +324,7 @@ CHILD = f"""
 import sys, time
 sys.path.insert(0, {ROOT!r})
 from adaptive_spec.policy_page import PolicyPage, payload_bytes
-from tests.wire import policy_of
+from tests.support.wire import policy_of
 page = PolicyPage.create_or_open(sys.argv[1], payload_bytes(64, 7))
 page.publish(policy_of(page.last_version + 1, int(sys.argv[2])))
 page.heartbeat(int(sys.argv[3]))

@@ -15,9 +15,9 @@ from adaptive_spec.archive import save_archive
 from adaptive_spec.errors import BadInput
 from adaptive_spec.record import TraceBuffer
 from adaptive_spec.trace import Trace, load_trace, save_trace
-from tests.numbers_engine import NumbersEngine
-from tests.processes import assert_one_line, run_cli, wait_for
-from tests.wire import engine, record_of
+from tests.support.numbers_engine import NumbersEngine
+from tests.support.processes import assert_one_line, run_cli, wait_for
+from tests.support.wire import engine, record_of
 
 
 def test_a_trace_comes_back_as_it_was_written(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from adaptive_spec.board import Board, View
 from adaptive_spec.control import ControlClient
 from adaptive_spec.errors import BadInput
 from adaptive_spec.web import Command, WebServer
-from tests.numbers_engine import engine_info
+from tests.support.numbers_engine import engine_info
 from tests.test_metrics import SNAPSHOT
 
 TOKEN = "secret"

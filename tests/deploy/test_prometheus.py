@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.monitoring import DEPLOY, ROOT, Api, Webhook, alertmanager, needs, program, prometheus, running, scaled
-from tests.processes import SidecarProcess, run_cli
+from tests.support.monitoring import DEPLOY, ROOT, Api, Webhook, alertmanager, needs, program, prometheus, running, scaled
+from tests.support.processes import SidecarProcess, run_cli
 
 RULES = sorted((DEPLOY / "rules").glob("*.yaml"))
 NAMES = {
@@ -91,7 +91,7 @@ def test_a_lying_draft_raises_calibration_decay_and_an_honest_one_ends_it(tmp_pa
     runtime_dir.mkdir(mode=0o700)
     config = tmp_path / "config.yaml"
     config.write_text("controller: {sweep: {max_tokens: 16, max_steps: 200}}\n")
-    engine = [sys.executable, "-m", "tests.lying_engine", "--runtime-dir", str(runtime_dir), "--lie", str(lie)]
+    engine = [sys.executable, "-m", "tests.support.lying_engine", "--runtime-dir", str(runtime_dir), "--lie", str(lie)]
     with (
         SidecarProcess(runtime_dir, tmp_path / "profiles", "--config", str(config)) as sidecar,
         running(engine, tmp_path / "engine.log"),

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from dashboards.build import DASHBOARDS
-from tests.monitoring import ROOT, Api, free_port, needs
-from tests.processes import assert_one_line, wait_for
-from tests.test_dashboards import expressions, load
+from tests.dashboards.test_dashboards import expressions, load
+from tests.support.monitoring import ROOT, Api, free_port, needs
+from tests.support.processes import assert_one_line, wait_for
 
 MAY_BE_EMPTY = ("Tile boundaries over time", "Jump ratios", "annotation ")
 """No boundary on a busy CPU; no swap within the last minute."""

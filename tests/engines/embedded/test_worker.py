@@ -17,7 +17,7 @@ from adaptive_spec.policy import Mode, Trial
 from adaptive_spec.policy_page import PolicyPage, payload_bytes
 from adaptive_spec.records import StepFlag
 from adaptive_spec.ring import RingReader
-from tests.wire import policy_of
+from tests.support.wire import policy_of
 
 
 def worker(folder: Path, *options: str) -> "subprocess.Popen[str]":

@@ -23,7 +23,7 @@ from adaptive_spec.engines.sglang.cpu_kit import REGIONS, CpuKit, Prompt
 from adaptive_spec.records import StepRecord
 from adaptive_spec.ring import RingReader
 from adaptive_spec.tap import RING_NAME
-from tests.models_anew import metrics_of
+from tests.support.models_anew import metrics_of
 
 START_PATIENCE_S = 180.0
 PATIENCE_S = 60.0

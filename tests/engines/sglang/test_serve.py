@@ -13,7 +13,7 @@ import pytest
 from adaptive_spec.engines.sglang.cpu_kit import KIT_VARIABLE, CpuKit
 from adaptive_spec.engines.sglang.hooks import DSPARK_TARGETS, TARGETS
 from tests.engines.sglang.server import SglangServer
-from tests.processes import assert_one_line, run_cli
+from tests.support.processes import assert_one_line, run_cli
 
 pytestmark = pytest.mark.server
 

@@ -24,8 +24,8 @@ from adaptive_spec.policy_page import PolicyPageReader
 from adaptive_spec.records import StepFlag, StepRecord
 from adaptive_spec.tap import PAGE_NAME
 from tests.engines.sglang.server import RingTrace, SglangServer, beside, some_prompts, trace
-from tests.models_anew import NAMES, fits, models_anew, same_models, thinned
-from tests.processes import assert_one_line, run_cli
+from tests.support.models_anew import NAMES, fits, models_anew, same_models, thinned
+from tests.support.processes import assert_one_line, run_cli
 
 pytestmark = pytest.mark.server
 

@@ -10,7 +10,7 @@ import pytest
 
 from adaptive_spec.engines.sglang.cpu_kit import CpuKit
 from tests.engines.sglang.server import SglangServer, beside, some_prompts, trace
-from tests.processes import run_cli
+from tests.support.processes import run_cli
 
 pytestmark = pytest.mark.server
 

@@ -9,7 +9,7 @@ import pytest
 from adaptive_spec.engines.simulated.bench import run_scenarios
 from tests.engines.simulated.conftest import Small
 from tests.engines.simulated.test_scenario import written
-from tests.processes import run_cli
+from tests.support.processes import run_cli
 
 CHAT = {"chat": 1.0}
 

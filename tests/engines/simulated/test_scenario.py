@@ -13,7 +13,7 @@ import yaml
 from adaptive_spec.engines.simulated.scenario import load_scenario
 from adaptive_spec.errors import BadInput
 from tests.engines.simulated.conftest import SMALL, Small
-from tests.processes import assert_one_line, run_cli
+from tests.support.processes import assert_one_line, run_cli
 
 LIBRARY = Path(__file__).parents[2] / "scenarios"
 

@@ -1,6 +1,6 @@
 """The embedded engine with a draft that lies on demand: as sure of itself as ever, it proposes tokens that are not its best.
 
-    python -m tests.lying_engine --runtime-dir DIR --lie FILE
+    python -m tests.support.lying_engine --runtime-dir DIR --lie FILE
 
 While FILE exists the draft lies for `LIE_STEPS` steps, is honest for as many, and so on: quicker than a calibration that
 remembers hundreds of steps can follow. K is the launch K or what the sidecar pins. It ends on SIGTERM.

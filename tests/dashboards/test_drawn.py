@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 
 from dashboards.build import DASHBOARDS, FOLDER
-from tests.monitoring import Api, free_port, needs, prometheus, running
-from tests.processes import wait_for
+from tests.support.monitoring import Api, free_port, needs, prometheus, running
+from tests.support.processes import wait_for
 
 RENDER = FOLDER / "render"
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium")

@@ -12,7 +12,7 @@ from tests.test_metrics import CONTRACT
 
 
 def test_page_in_docs_is_current() -> None:
-    page = Path(__file__).parent.parent / "docs" / "metrics.md"
+    page = Path(__file__).parents[2] / "docs" / "metrics.md"
     assert page.read_text() == metrics_page(), "run `make docs`"
 
 

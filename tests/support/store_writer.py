@@ -1,4 +1,4 @@
-"""A replica that only writes profiles: python -m tests.store_writer URL COUNT SEED. Run by test_profile_store.py."""
+"""A replica that only writes profiles: python -m tests.support.store_writer URL COUNT SEED. Run by test_profile_store.py."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from adaptive_spec.profile import Profile
 from adaptive_spec.profile_store import ProfileStore
-from tests.wire import engine
+from tests.support.wire import engine
 
 
 def numbered(number: int) -> Profile:

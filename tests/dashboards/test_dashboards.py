@@ -18,8 +18,8 @@ from adaptive_spec.board import Board, View
 from adaptive_spec.engine_report import EngineReport
 from adaptive_spec.metrics import metrics_registry
 from dashboards.build import DASHBOARDS, FOLDER, document
-from tests.monitoring import DEPLOY, needs, program
-from tests.numbers_engine import engine_info
+from tests.support.monitoring import DEPLOY, needs, program
+from tests.support.numbers_engine import engine_info
 from tests.test_metrics import SNAPSHOT
 
 VARIABLES = {"$__rate_interval": "1m", "$__interval": "15s", "$job": ".*", "$model": ".*", "$gpu": ".*", "$instance": ".*"}

@@ -20,9 +20,9 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.processes import wait_for
+from tests.support.processes import wait_for
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy" / "prometheus"
 PROGRAMS = {"prometheus": ("prometheus",), "alertmanager": ("prometheus-alertmanager", "alertmanager"), "promtool": ("promtool",),
             "amtool": ("amtool",)}  # fmt: skip

@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adaptive_spec.calibration import GRID, GRID_SCORE, RiverLogistic, ScoreHistogram, all_maps
-from adaptive_spec.policy import GridPosition, SurvivalMap, grid_position
+from adaptive_spec.domain.policy import GridPosition, SurvivalMap, grid_position
+from adaptive_spec.domain.step_record import StepRecord
 from adaptive_spec.recent import RecentDrafts
-from adaptive_spec.records import StepRecord
 
 Floats = NDArray[np.float64]
 

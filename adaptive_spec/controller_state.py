@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from adaptive_spec.policy import Mode
+from adaptive_spec.domain.policy import Mode
 
 STATE_VERSION = 1
 Arrays = Mapping[str, NDArray[Any]]

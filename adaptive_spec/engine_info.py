@@ -6,7 +6,7 @@ import json
 import re
 from dataclasses import asdict, dataclass
 
-from adaptive_spec.policy import Granularity
+from adaptive_spec.domain.policy import Granularity
 
 
 @dataclass(frozen=True)

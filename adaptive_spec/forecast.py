@@ -18,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adaptive_spec.acceptance import AcceptanceModel
+from adaptive_spec.domain.policy import Granularity, SurvivalMap
 from adaptive_spec.latency import LatencyModel, PlanCostModel
 from adaptive_spec.padding import Padding
-from adaptive_spec.policy import Granularity, SurvivalMap
 
 Floats = NDArray[np.float64]
 

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from adaptive_spec.domain.policy import Granularity, Trial
 from adaptive_spec.forecast import Forecast
-from adaptive_spec.policy import Granularity, Trial
 
 Floats = NDArray[np.float64]
 Table = NDArray[np.uint8]

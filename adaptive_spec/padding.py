@@ -7,8 +7,8 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
-from adaptive_spec.policy import Granularity
-from adaptive_spec.records import StepRecord
+from adaptive_spec.domain.policy import Granularity
+from adaptive_spec.domain.step_record import StepRecord
 
 
 class Padding:

@@ -32,9 +32,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adaptive_spec import mapped_file
+from adaptive_spec.domain.policy import GRID_POINTS, Granularity, Mode, Policy, SurvivalMap, Trial
+from adaptive_spec.domain.step_record import MAX_BATCH_LIMIT, MAX_K_LIMIT
 from adaptive_spec.mapped_file import WEAKLY_ORDERED, fence
-from adaptive_spec.policy import GRID_POINTS, Granularity, Mode, Policy, SurvivalMap, Trial
-from adaptive_spec.records import MAX_BATCH_LIMIT, MAX_K_LIMIT
 
 MAGIC = b"ADSPAGE1"
 LAYOUT_VERSION = 1

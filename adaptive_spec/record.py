@@ -13,8 +13,8 @@ from types import FrameType
 
 from rich.console import Console
 
+from adaptive_spec.domain.step_record import StepRecord
 from adaptive_spec.errors import BadInput
-from adaptive_spec.records import StepRecord
 from adaptive_spec.ring import RingLayoutError, RingReader
 from adaptive_spec.tap import RING_NAME
 from adaptive_spec.trace import Trace, save_trace

@@ -40,9 +40,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adaptive_spec import mapped_file
-from adaptive_spec.engine_info import EngineInfo
-from adaptive_spec.mapped_file import WEAKLY_ORDERED, fence
-from adaptive_spec.records import (
+from adaptive_spec.domain.step_record import (
     HEAD,
     LAYOUT_VERSION,
     MAX_BATCH_LIMIT,
@@ -51,6 +49,8 @@ from adaptive_spec.records import (
     StepRecord,
     decode_slot,
 )
+from adaptive_spec.engine_info import EngineInfo
+from adaptive_spec.mapped_file import WEAKLY_ORDERED, fence
 
 MAGIC = b"ADSPRING"
 HEADER_BYTES = 4096

@@ -14,9 +14,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from adaptive_spec.control import ControlClient
+from adaptive_spec.domain.policy import Mode
 from adaptive_spec.errors import BadInput
 from adaptive_spec.http_traffic import HeldBatch, ServerApi
-from adaptive_spec.policy import Mode
 
 LARGEST_DEFAULT = 64
 REQUEST_TOKENS = 256

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from adaptive_spec.policy import Mode
+from adaptive_spec.domain.policy import Mode
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adaptive_spec.cells import Cell
+from adaptive_spec.domain.policy import Granularity, Trial
 from adaptive_spec.engine_info import EngineInfo
-from adaptive_spec.policy import Granularity, Trial
 from adaptive_spec.settings import SweepSettings
 
 EVEN_LOOKS = 32

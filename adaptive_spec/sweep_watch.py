@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from adaptive_spec.control import ControlClient
+from adaptive_spec.domain.policy import Mode
 from adaptive_spec.errors import BadInput
-from adaptive_spec.policy import Mode
 
 POLL_S = 0.25
 

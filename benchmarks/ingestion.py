@@ -17,9 +17,9 @@ import click
 import numpy as np
 
 from adaptive_spec.controller import Controller
+from adaptive_spec.domain.policy import Granularity
+from adaptive_spec.domain.step_record import StepRecord
 from adaptive_spec.engine_info import EngineInfo
-from adaptive_spec.policy import Granularity
-from adaptive_spec.records import StepRecord
 from adaptive_spec.ring import RingReader, RingWriter
 from adaptive_spec.settings import ControllerSettings
 

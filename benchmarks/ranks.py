@@ -16,9 +16,9 @@ from pathlib import Path
 import click
 import numpy as np
 
+from adaptive_spec.domain.policy import GRID_POINTS, Granularity, Mode, Policy, SurvivalMap
 from adaptive_spec.engine_info import EngineInfo
 from adaptive_spec.engines.sglang.ranks import RankedTap, Rendezvous, TorchGroup
-from adaptive_spec.policy import GRID_POINTS, Granularity, Mode, Policy, SurvivalMap
 from adaptive_spec.policy_page import PolicyPage, payload_bytes
 from adaptive_spec.tap import PAGE_NAME
 

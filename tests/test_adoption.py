@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 
 from adaptive_spec.adoption import IGNORED_S, IGNORED_STEPS, Adoption, PendingTrials
-from adaptive_spec.policy import Granularity, Planner, Trial
-from adaptive_spec.records import StepFlag, StepRecord
+from adaptive_spec.domain.policy import Granularity, Planner, Trial
+from adaptive_spec.domain.step_record import StepFlag, StepRecord
 from tests.support.simulated_server import SimulatedServer, engine_info, staircase
 
 RECORD = SimulatedServer(engine_info(Granularity.BATCH), staircase()).step()

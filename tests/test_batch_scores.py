@@ -7,7 +7,7 @@ import pytest
 from numpy.typing import NDArray
 
 from adaptive_spec.batch_scores import AcceptanceHistory, best_k, survival
-from adaptive_spec.policy import GRID_POINTS, LOGIT_LIMIT, Granularity, Mode, Policy, SurvivalMap
+from adaptive_spec.domain.policy import GRID_POINTS, LOGIT_LIMIT, Granularity, Mode, Policy, SurvivalMap
 
 MAX_K = 5
 CANDIDATES = (0, 1, 3, 5)

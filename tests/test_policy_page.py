@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from adaptive_spec import policy_page
-from adaptive_spec.policy import GRID_POINTS, Granularity, Mode, Policy, SurvivalMap, Trial
+from adaptive_spec.domain.policy import GRID_POINTS, Granularity, Mode, Policy, SurvivalMap, Trial
 from adaptive_spec.policy_page import PolicyPage, PolicyPageError, PolicyPageReader, decode_policy, encode_policy, payload_bytes
 from tests.support.wire import policy_of, whole
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from adaptive_spec.controller import Controller
+from adaptive_spec.domain.policy import Granularity, Mode
 from adaptive_spec.errors import BadInput
-from adaptive_spec.policy import Granularity, Mode
 from adaptive_spec.profile import ProfileError, check_writable, load_profile, save_profile, start_plots
 from tests.support.simulated_server import SimulatedServer, engine_info, staircase
 

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from adaptive_spec.domain.policy import Granularity
+from adaptive_spec.domain.step_record import StepRecord
 from adaptive_spec.engine_info import EngineInfo
 from adaptive_spec.engines.simulated.adaptive import engine_info
 from adaptive_spec.engines.simulated.deciders import Static
 from adaptive_spec.engines.simulated.scenario import Scenario, load_scenario
 from adaptive_spec.engines.simulated.server import SimulatedServer
-from adaptive_spec.policy import Granularity
-from adaptive_spec.records import StepRecord
 from adaptive_spec.replay import Plan, Replay, ReplayedStatic, replay
 from adaptive_spec.replay_report import ReplayedEma, policies_of
 from adaptive_spec.settings import ControllerSettings

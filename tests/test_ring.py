@@ -21,9 +21,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from adaptive_spec.domain.policy import Granularity
+from adaptive_spec.domain.step_record import LAYOUT_VERSION, StepRecord
 from adaptive_spec.engine_info import EngineInfo
-from adaptive_spec.policy import Granularity
-from adaptive_spec.records import LAYOUT_VERSION, StepRecord
 from adaptive_spec.ring import HEADER_BYTES, RingLayoutError, RingReader, RingWriter
 from tests.support.wire import engine, record_of, same
 

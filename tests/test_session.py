@@ -11,9 +11,9 @@ import pytest
 from prometheus_client import generate_latest
 
 from adaptive_spec.board import Board
+from adaptive_spec.domain.policy import Mode
 from adaptive_spec.errors import BadInput
 from adaptive_spec.metrics import metrics_registry
-from adaptive_spec.policy import Mode
 from adaptive_spec.policy_page import PolicyPageReader
 from adaptive_spec.ring import RingReader, RingWriter
 from adaptive_spec.session import Session

@@ -3,8 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from adaptive_spec.domain.policy import Granularity
 from adaptive_spec.engine_info import EngineInfo
-from adaptive_spec.policy import Granularity
 from adaptive_spec.settings import ControllerSettings, SweepSettings
 from adaptive_spec.sweep import Sweep
 from tests.curves import load

@@ -18,10 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adaptive_spec import tap as tap_module
+from adaptive_spec.domain.policy import GRID_POINTS, Granularity, Mode, SurvivalMap, Trial
+from adaptive_spec.domain.step_record import StepFlag, StepRecord
 from adaptive_spec.engine_info import EngineInfo
-from adaptive_spec.policy import GRID_POINTS, Granularity, Mode, SurvivalMap, Trial
 from adaptive_spec.policy_page import PolicyPage, payload_bytes
-from adaptive_spec.records import StepFlag, StepRecord
 from adaptive_spec.ring import RingReader
 from adaptive_spec.tap import LOOK_STEPS, PAGE_NAME, RING_NAME, BegunStep, EngineTap
 from tests.support.wire import engine, policy_of

@@ -13,8 +13,8 @@ from typing import NamedTuple
 from prometheus_client.parser import text_string_to_metric_families
 
 from adaptive_spec.controller import Controller
+from adaptive_spec.domain.step_record import StepRecord
 from adaptive_spec.engine_info import EngineInfo
-from adaptive_spec.records import StepRecord
 from adaptive_spec.settings import ControllerSettings
 
 Labels = tuple[tuple[str, str], ...]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from adaptive_spec.records import StepRecord
+from adaptive_spec.domain.step_record import StepRecord
 
 
 def drafts(

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from adaptive_spec.controller import Controller
+from adaptive_spec.domain.policy import Granularity, Planner
+from adaptive_spec.domain.step_record import StepFlag, StepRecord
 from adaptive_spec.engine_info import EngineInfo
-from adaptive_spec.policy import Granularity, Planner
-from adaptive_spec.records import StepFlag, StepRecord
 from adaptive_spec.settings import ControllerSettings
 
 Curve = Callable[[int], float]

@@ -22,6 +22,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from adaptive_spec.domain.policy import Granularity, Mode
+from adaptive_spec.domain.step_record import StepFlag
 from adaptive_spec.engines.sglang.dspark import DSparkSwap, launch_temperatures, nothing_to_swap
 from adaptive_spec.engines.sglang.engine_side import EngineSide, Place, decodes, kv_tokens_of, max_batch, request_id
 from adaptive_spec.engines.sglang.hooks import Guard
@@ -29,8 +31,6 @@ from adaptive_spec.engines.sglang.plugin_settings import PluginSettings
 from adaptive_spec.engines.sglang.ranks import Group
 from adaptive_spec.engines.sglang.stage_clock import clock_for
 from adaptive_spec.engines.sglang.step_book import OpenStep
-from adaptive_spec.policy import Granularity, Mode
-from adaptive_spec.records import StepFlag
 from adaptive_spec.tap import BegunStep, EngineTap
 
 log = logging.getLogger("sglang.adaptive_spec")

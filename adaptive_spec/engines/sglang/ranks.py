@@ -16,8 +16,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from adaptive_spec.domain.policy import Policy
 from adaptive_spec.engine_info import EngineInfo
-from adaptive_spec.policy import Policy
 from adaptive_spec.policy_page import decode_policy, encode_policy
 from adaptive_spec.ring import RingWriter
 from adaptive_spec.tap import EngineTap

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from adaptive_spec.records import StepRecord
+from adaptive_spec.domain.step_record import StepRecord
 from adaptive_spec.ring import RingReader
 from adaptive_spec.tap import RING_NAME
 

@@ -20,7 +20,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from adaptive_spec.records import StepFlag
+from adaptive_spec.domain.step_record import StepFlag
 from adaptive_spec.tap import BegunStep
 
 MOST_OPEN = 8

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from adaptive_spec.domain.policy import best_slots
+from adaptive_spec.domain.step_record import StepRecord
 from adaptive_spec.engines.simulated.plans import best_ragged, expected_tokens
-from adaptive_spec.policy import best_slots
-from adaptive_spec.records import StepRecord
 
 if TYPE_CHECKING:
     from adaptive_spec.engines.simulated.server import SimulatedServer

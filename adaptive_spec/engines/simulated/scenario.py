@@ -15,9 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationInf
 from pydantic_core import PydanticCustomError
 
 from adaptive_spec.config import read_yaml, validated
+from adaptive_spec.domain.step_record import MAX_BATCH_LIMIT, MAX_K_LIMIT
 from adaptive_spec.engines.simulated.curve import Curve, read_curve
 from adaptive_spec.errors import BadInput
-from adaptive_spec.records import MAX_BATCH_LIMIT, MAX_K_LIMIT
 from adaptive_spec.samples import MAX_NUM_TOKENS
 
 MS_LIMIT = 1e6

@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from adaptive_spec.domain.step_record import StepRecord
 from adaptive_spec.engines.simulated.deciders import Decider
 from adaptive_spec.engines.simulated.load_path import LoadPath
 from adaptive_spec.engines.simulated.plans import Costs, best_ragged, expected_tokens
 from adaptive_spec.engines.simulated.requests import Requests
 from adaptive_spec.engines.simulated.scenario import Scenario
-from adaptive_spec.records import StepRecord
 
 Floats = NDArray[np.float64]
 WINDOW_STEPS = 50

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from adaptive_spec.domain.step_record import StepRecord
 from adaptive_spec.engines.embedded.step_tap import FixedK
-from adaptive_spec.records import StepRecord
 
 
 class RecordingTap(FixedK):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from adaptive_spec.domain.step_record import StepFlag
 from adaptive_spec.engines.embedded.decoder import END_OF_TEXT, Decoder
 from adaptive_spec.engines.embedded.kv_cache import PackedRows
 from adaptive_spec.engines.embedded.lossless import greedy_alone
@@ -15,7 +16,6 @@ from adaptive_spec.engines.embedded.requests import PrefixCache, Request
 from adaptive_spec.engines.embedded.shape import ModelShape
 from adaptive_spec.engines.embedded.step_tap import FixedK
 from adaptive_spec.engines.embedded.weights import random_weights
-from adaptive_spec.records import StepFlag
 from tests.engines.embedded.scripted_tap import RandomTap, RecordingTap
 from tests.engines.embedded.test_acceptance_rules import chi_square
 

@@ -19,8 +19,8 @@ from sglang.srt.speculative.dspark_components.dspark_planner import (
 )
 from sglang.srt.speculative.dspark_components.dspark_sps import SpsAdditiveCostTable, SpsCostTable
 
+from adaptive_spec.domain.policy import GRID_POINTS, LOGIT_LIMIT, Granularity, Mode, Policy, SurvivalMap, best_verified
 from adaptive_spec.engines.sglang.dspark import DSparkSwap, cost_table, launch_temperatures
-from adaptive_spec.policy import GRID_POINTS, LOGIT_LIMIT, Granularity, Mode, Policy, SurvivalMap, best_verified
 
 GAMMA, MAX_BATCH = 5, 16
 X = np.linspace(-LOGIT_LIMIT, LOGIT_LIMIT, GRID_POINTS)

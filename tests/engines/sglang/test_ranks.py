@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from adaptive_spec.domain.policy import Policy
 from adaptive_spec.engines.sglang.ranks import RankedTap, Rendezvous
-from adaptive_spec.policy import Policy
 from tests.engines.sglang.rank_policies import random_policy, rank_info
 
 RANKS = 4

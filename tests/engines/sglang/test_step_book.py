@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from adaptive_spec.domain.step_record import StepFlag
 from adaptive_spec.engines.sglang.stage_clock import EventClock, HostMoment
 from adaptive_spec.engines.sglang.step_book import MOST_OPEN, FinishedStep, KnownConfidences, OpenStep, StepBook
-from adaptive_spec.records import StepFlag
 from adaptive_spec.tap import BegunStep
 
 

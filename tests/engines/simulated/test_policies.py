@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from adaptive_spec.domain.policy import Mode
+from adaptive_spec.domain.step_record import StepFlag
 from adaptive_spec.engines.simulated.adaptive import DELAY_STEPS, Adaptive
 from adaptive_spec.engines.simulated.catalogue import ABLATIONS, PEERS, build, first_phase_profile, policy_names
 from adaptive_spec.engines.simulated.deciders import Oracle, Static
@@ -14,8 +16,6 @@ from adaptive_spec.engines.simulated.peers.offline_files import OfflineFiles
 from adaptive_spec.engines.simulated.peers.sglang_ema import StandIn, build_params, configuration
 from adaptive_spec.engines.simulated.server import Run, SimulatedServer
 from adaptive_spec.errors import BadInput
-from adaptive_spec.policy import Mode
-from adaptive_spec.records import StepFlag
 from tests.engines.simulated.conftest import Small
 
 CHAT = {"chat": 1.0}

@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from adaptive_spec.domain.step_record import StepRecord
 from adaptive_spec.engines.simulated.deciders import Oracle, Static
 from adaptive_spec.engines.simulated.load_path import LoadPath
 from adaptive_spec.engines.simulated.plans import Costs, best_ragged, expected_tokens
 from adaptive_spec.engines.simulated.requests import Requests
 from adaptive_spec.engines.simulated.scenario import Scenario, TimelineEntry
 from adaptive_spec.engines.simulated.server import SimulatedServer
-from adaptive_spec.records import StepRecord
 from tests.engines.simulated.conftest import Small
 
 CHAT = {"chat": 1.0}

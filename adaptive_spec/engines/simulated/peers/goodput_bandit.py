@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from adaptive_spec.domain.step_record import StepRecord
 from adaptive_spec.engines.simulated.deciders import PlainDecider
 from adaptive_spec.engines.simulated.scenario import Scenario
-from adaptive_spec.records import StepRecord
 
 TURN_STEPS = 8
 EXPLORE = 0.05

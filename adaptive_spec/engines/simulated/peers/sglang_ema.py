@@ -21,9 +21,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from adaptive_spec.domain.step_record import StepRecord
 from adaptive_spec.engines.simulated.deciders import LAUNCH_K, PlainDecider
 from adaptive_spec.engines.simulated.scenario import Scenario
-from adaptive_spec.records import StepRecord
 
 DEFAULT_CONFIG: dict[str, dict[str, Any]] = {
     "1": {"candidate_steps": [1, 3, 5, 7], "up_hysteresis": 0.0, "down_hysteresis": -0.25},

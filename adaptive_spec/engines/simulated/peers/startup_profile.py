@@ -13,11 +13,11 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from adaptive_spec.domain.policy import best_lengths
+from adaptive_spec.domain.step_record import StepRecord
 from adaptive_spec.engines.simulated.deciders import PlainDecider
 from adaptive_spec.engines.simulated.plans import Costs
 from adaptive_spec.engines.simulated.scenario import Scenario
-from adaptive_spec.policy import best_lengths
-from adaptive_spec.records import StepRecord
 
 Floats = NDArray[np.float64]
 RUNS = 5

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adaptive_spec.records import HEAD, MAX_BATCH_LIMIT, MAX_K_LIMIT, SlotLayout, StepRecord, decode_slot
+from adaptive_spec.domain.step_record import HEAD, MAX_BATCH_LIMIT, MAX_K_LIMIT, SlotLayout, StepRecord, decode_slot
 
 LAYOUT = SlotLayout.of(6, 5)
 

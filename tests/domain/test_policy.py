@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from adaptive_spec.policy import (
+from adaptive_spec.domain.policy import (
     GRID_POINTS,
     LOGIT_LIMIT,
     Granularity,

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from adaptive_spec.engine_info import EngineInfo
-from adaptive_spec.engine_report import EngineReport
 from adaptive_spec.history import Moment
 from adaptive_spec.snapshot import Snapshot
+from adaptive_spec.wire.engine_info import EngineInfo
+from adaptive_spec.wire.engine_report import EngineReport
 
 
 @dataclass(frozen=True)

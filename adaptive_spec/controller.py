@@ -23,7 +23,6 @@ from adaptive_spec.adoption import WATCHED, Adoption, PendingTrials
 from adaptive_spec.controller_state import ControllerState
 from adaptive_spec.domain.policy import Granularity, Mode, Policy, Trial
 from adaptive_spec.domain.step_record import StepFlag, StepRecord
-from adaptive_spec.engine_info import EngineInfo
 from adaptive_spec.forecast import Forecast
 from adaptive_spec.guard import ProbeBudget, SwapWatch, Table, allowed, better_table, probe_plans, table_for
 from adaptive_spec.learner import Learner, Noticed, Stopwatch
@@ -31,6 +30,7 @@ from adaptive_spec.ledger import Histogram
 from adaptive_spec.settings import ControllerSettings
 from adaptive_spec.snapshot import Snapshot
 from adaptive_spec.sweep import Sweep
+from adaptive_spec.wire.engine_info import EngineInfo
 
 ROLLBACK_HOLD_S = 30.0
 TRIAL_PATIENCE_S = 5.0

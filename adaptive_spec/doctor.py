@@ -140,7 +140,7 @@ def _profile_folder(folder: Path) -> Iterator[Finding]:
 
 
 def _ring(runtime_dir: Path) -> Iterator[Finding]:
-    from adaptive_spec.ring import RingLayoutError, RingReader
+    from adaptive_spec.wire.ring import RingLayoutError, RingReader
 
     path = runtime_dir / RING_NAME
     try:
@@ -159,7 +159,7 @@ def _ring(runtime_dir: Path) -> Iterator[Finding]:
 
 
 def _page(runtime_dir: Path) -> Iterator[Finding]:
-    from adaptive_spec.policy_page import PolicyPageError, PolicyPageReader
+    from adaptive_spec.wire.policy_page import PolicyPageError, PolicyPageReader
 
     path = runtime_dir / PAGE_NAME
     try:

@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from adaptive_spec.engine_info import EngineInfo
 from adaptive_spec.errors import BadInput
 from adaptive_spec.settings import GrafanaSettings
 from adaptive_spec.snapshot import Event, Snapshot
+from adaptive_spec.wire.engine_info import EngineInfo
 
 TAG = "adaptive-spec"
 FOLDER_UID = "adaptive-spec"

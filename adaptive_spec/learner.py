@@ -18,12 +18,12 @@ from adaptive_spec.cells import CLIP_SIGMAS
 from adaptive_spec.domain.policy import Granularity
 from adaptive_spec.domain.step_record import StepFlag, StepRecord
 from adaptive_spec.drift import DriftDetector, TrafficDetector
-from adaptive_spec.engine_info import EngineInfo
 from adaptive_spec.forecast import Forecast, Models, forecast
 from adaptive_spec.latency import LatencyModel, PlanCostModel
 from adaptive_spec.ledger import Ledger
 from adaptive_spec.padding import Padding
 from adaptive_spec.settings import ControllerSettings
+from adaptive_spec.wire.engine_info import EngineInfo
 
 LEARN_AT_TOKENS = 8192
 """Queued draft tokens at which the acceptance model learns without waiting for the refit."""

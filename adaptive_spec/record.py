@@ -15,9 +15,9 @@ from rich.console import Console
 
 from adaptive_spec.domain.step_record import StepRecord
 from adaptive_spec.errors import BadInput
-from adaptive_spec.ring import RingLayoutError, RingReader
 from adaptive_spec.tap import RING_NAME
 from adaptive_spec.trace import Trace, save_trace
+from adaptive_spec.wire.ring import RingLayoutError, RingReader
 
 POLL_S = 0.02
 LOOK_S = 1.0

@@ -28,11 +28,11 @@ from numpy.typing import NDArray
 from adaptive_spec.controller import Controller
 from adaptive_spec.domain.policy import Granularity, Mode, Planner
 from adaptive_spec.domain.step_record import StepFlag, StepRecord
-from adaptive_spec.engine_info import EngineInfo
 from adaptive_spec.forecast import Forecast
 from adaptive_spec.learner import Learner
 from adaptive_spec.settings import ControllerSettings
 from adaptive_spec.snapshot import Snapshot
+from adaptive_spec.wire.engine_info import EngineInfo
 
 Floats = NDArray[np.float64]
 FIT_STEPS = 500

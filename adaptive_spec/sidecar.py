@@ -16,12 +16,11 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from adaptive_spec import __version__, mapped_file
+from adaptive_spec import __version__
 from adaptive_spec.archive import write_atomically
 from adaptive_spec.board import Board, View
 from adaptive_spec.control import ADDRESS_NAME, TOKEN_NAME
 from adaptive_spec.controller import Controller
-from adaptive_spec.engine_report import read_report
 from adaptive_spec.errors import BadInput
 from adaptive_spec.grafana import Annotator
 from adaptive_spec.history import History
@@ -31,6 +30,8 @@ from adaptive_spec.session import Session, waiting_engine
 from adaptive_spec.settings import SidecarSettings
 from adaptive_spec.store_worker import StoreWorker
 from adaptive_spec.web import WebServer
+from adaptive_spec.wire import mapped_file
+from adaptive_spec.wire.engine_report import read_report
 
 VIEW_INTERVAL_S = 0.25
 FOLLOW_INTERVAL_S = 0.25

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from adaptive_spec.cells import Cell
 from adaptive_spec.domain.policy import Granularity, Trial
-from adaptive_spec.engine_info import EngineInfo
 from adaptive_spec.settings import SweepSettings
+from adaptive_spec.wire.engine_info import EngineInfo
 
 EVEN_LOOKS = 32
 """Evenly spaced token counts of the first round."""

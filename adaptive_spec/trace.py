@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from adaptive_spec.archive import ArchiveError, load_archive, save_archive
 from adaptive_spec.domain.step_record import StepRecord
-from adaptive_spec.engine_info import EngineInfo
 from adaptive_spec.errors import BadInput
+from adaptive_spec.wire.engine_info import EngineInfo
 
 TRACE = "trace"
 _COUNTS = 10

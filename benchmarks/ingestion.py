@@ -19,9 +19,9 @@ import numpy as np
 from adaptive_spec.controller import Controller
 from adaptive_spec.domain.policy import Granularity
 from adaptive_spec.domain.step_record import StepRecord
-from adaptive_spec.engine_info import EngineInfo
-from adaptive_spec.ring import RingReader, RingWriter
 from adaptive_spec.settings import ControllerSettings
+from adaptive_spec.wire.engine_info import EngineInfo
+from adaptive_spec.wire.ring import RingReader, RingWriter
 
 BATCH, MAX_K = 64, 7
 STEP_S = 0.025

@@ -18,8 +18,8 @@ import click
 
 from adaptive_spec.control import ControlClient
 from adaptive_spec.errors import BadInput
-from adaptive_spec.ring import RingWriter
 from adaptive_spec.tap import RING_NAME
+from adaptive_spec.wire.ring import RingWriter
 from benchmarks.ingestion import engine_info, made_records
 
 HOUR_RECORDS = 144_000

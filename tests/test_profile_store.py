@@ -17,11 +17,11 @@ import pytest
 
 from adaptive_spec import profile_store, store_worker
 from adaptive_spec.archive import archive_bytes
-from adaptive_spec.engine_info import EngineInfo
 from adaptive_spec.errors import BadInput
 from adaptive_spec.profile import Profile
 from adaptive_spec.profile_store import KEPT, KIND, ProfileStore, StoredProfile
 from adaptive_spec.store_worker import FETCH_PATIENCE_S, StoreWorker
+from adaptive_spec.wire.engine_info import EngineInfo
 from tests.support.processes import SidecarProcess, assert_one_line, run_cli, wait_for
 from tests.support.store_writer import numbered
 from tests.support.wire import engine

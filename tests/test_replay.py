@@ -11,7 +11,6 @@ import pytest
 
 from adaptive_spec.domain.policy import Granularity
 from adaptive_spec.domain.step_record import StepRecord
-from adaptive_spec.engine_info import EngineInfo
 from adaptive_spec.engines.simulated.adaptive import engine_info
 from adaptive_spec.engines.simulated.deciders import Static
 from adaptive_spec.engines.simulated.scenario import Scenario, load_scenario
@@ -20,6 +19,7 @@ from adaptive_spec.replay import Plan, Replay, ReplayedStatic, replay
 from adaptive_spec.replay_report import ReplayedEma, policies_of
 from adaptive_spec.settings import ControllerSettings
 from adaptive_spec.trace import Trace, save_trace
+from adaptive_spec.wire.engine_info import EngineInfo
 from tests.support.processes import assert_one_line, run_cli
 
 SCENARIOS = Path(__file__).parent / "scenarios"

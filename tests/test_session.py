@@ -14,11 +14,11 @@ from adaptive_spec.board import Board
 from adaptive_spec.domain.policy import Mode
 from adaptive_spec.errors import BadInput
 from adaptive_spec.metrics import metrics_registry
-from adaptive_spec.policy_page import PolicyPageReader
-from adaptive_spec.ring import RingReader, RingWriter
 from adaptive_spec.session import Session
 from adaptive_spec.settings import SidecarSettings
 from adaptive_spec.tap import PAGE_NAME, RING_NAME
+from adaptive_spec.wire.policy_page import PolicyPageReader
+from adaptive_spec.wire.ring import RingReader, RingWriter
 from tests.support.models_anew import fits, metrics_of, models_anew, same_models, thinned
 from tests.support.numbers_engine import NumbersEngine, engine_info
 

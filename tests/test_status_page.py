@@ -15,9 +15,9 @@ from playwright.sync_api import Browser, expect
 from prometheus_client.parser import text_string_to_metric_families
 
 from adaptive_spec.board import Board, View
-from adaptive_spec.engine_info import EngineInfo
 from adaptive_spec.snapshot import Event
 from adaptive_spec.web import WebServer
+from adaptive_spec.wire.engine_info import EngineInfo
 from tests.support.browser import Watched, chromium, needs_chromium, watched
 from tests.support.numbers_engine import engine_info
 from tests.support.processes import SidecarProcess, wait_for

@@ -20,10 +20,10 @@ from hypothesis import strategies as st
 from adaptive_spec import tap as tap_module
 from adaptive_spec.domain.policy import GRID_POINTS, Granularity, Mode, SurvivalMap, Trial
 from adaptive_spec.domain.step_record import StepFlag, StepRecord
-from adaptive_spec.engine_info import EngineInfo
-from adaptive_spec.policy_page import PolicyPage, payload_bytes
-from adaptive_spec.ring import RingReader
 from adaptive_spec.tap import LOOK_STEPS, PAGE_NAME, RING_NAME, BegunStep, EngineTap
+from adaptive_spec.wire.engine_info import EngineInfo
+from adaptive_spec.wire.policy_page import PolicyPage, payload_bytes
+from adaptive_spec.wire.ring import RingReader
 from tests.support.wire import engine, policy_of
 
 ROOT = str(Path(__file__).parents[1])
@@ -323,7 +323,7 @@ def test_an_engine_described_without_candidates_keeps_its_launch_k(run: Path) ->
 CHILD = f"""
 import sys, time
 sys.path.insert(0, {ROOT!r})
-from adaptive_spec.policy_page import PolicyPage, payload_bytes
+from adaptive_spec.wire.policy_page import PolicyPage, payload_bytes
 from tests.support.wire import policy_of
 page = PolicyPage.create_or_open(sys.argv[1], payload_bytes(64, 7))
 page.publish(policy_of(page.last_version + 1, int(sys.argv[2])))

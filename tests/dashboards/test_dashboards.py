@@ -15,8 +15,8 @@ from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from adaptive_spec.board import Board, View
-from adaptive_spec.engine_report import EngineReport
 from adaptive_spec.metrics import metrics_registry
+from adaptive_spec.wire.engine_report import EngineReport
 from dashboards.build import DASHBOARDS, FOLDER, document
 from tests.support.monitoring import DEPLOY, needs, program
 from tests.support.numbers_engine import engine_info

@@ -9,8 +9,8 @@ import numpy as np
 
 from adaptive_spec.domain.policy import GRID_POINTS, Granularity, Mode, Policy, SurvivalMap, Trial
 from adaptive_spec.domain.step_record import StepRecord
-from adaptive_spec.engine_info import EngineInfo
-from adaptive_spec.policy_page import encode_policy
+from adaptive_spec.wire.engine_info import EngineInfo
+from adaptive_spec.wire.policy_page import encode_policy
 
 
 def engine(max_batch: int = 64, candidates: tuple[int, ...] = tuple(range(8))) -> EngineInfo:

@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
-from adaptive_spec.engine_report import EngineReport, write_report
 from adaptive_spec.engines.sglang.hooks import (
     DSPARK_NEEDED,
     DSPARK_TARGETS,
@@ -24,6 +23,7 @@ from adaptive_spec.engines.sglang.hooks import (
 )
 from adaptive_spec.engines.sglang.plugin_settings import PluginSettings, plugin_settings
 from adaptive_spec.errors import BadInput
+from adaptive_spec.wire.engine_report import EngineReport, write_report
 
 if TYPE_CHECKING:
     from adaptive_spec.engines.sglang.engine_side import EngineSide

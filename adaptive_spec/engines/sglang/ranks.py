@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adaptive_spec.domain.policy import Policy
-from adaptive_spec.engine_info import EngineInfo
-from adaptive_spec.policy_page import decode_policy, encode_policy
-from adaptive_spec.ring import RingWriter
 from adaptive_spec.tap import EngineTap
+from adaptive_spec.wire.engine_info import EngineInfo
+from adaptive_spec.wire.policy_page import decode_policy, encode_policy
+from adaptive_spec.wire.ring import RingWriter
 
 _VERSION, _BYTES, _LIVE, _FAILED = range(4)
 

@@ -13,11 +13,11 @@ from adaptive_spec.batch_scores import REQUESTS_REMEMBERED, AcceptanceHistory, r
 from adaptive_spec.controller import Controller
 from adaptive_spec.domain.policy import Granularity, Planner, Policy
 from adaptive_spec.domain.step_record import StepFlag, StepRecord
-from adaptive_spec.engine_info import EngineInfo
 from adaptive_spec.engines.simulated.deciders import LAUNCH_K
 from adaptive_spec.engines.simulated.plans import padded_sizes
 from adaptive_spec.engines.simulated.scenario import Scenario
 from adaptive_spec.settings import ControllerSettings
+from adaptive_spec.wire.engine_info import EngineInfo
 
 DELAY_STEPS = 1
 """Decode steps a decision is on its way: the sidecar sees a record after its step, the engine is in the next one by then."""

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from adaptive_spec.engine_info import EngineInfo
 from adaptive_spec.engines.embedded.decoder import Decoder
 from adaptive_spec.engines.embedded.lossless import LosslessCheck, greedy_alone
 from adaptive_spec.engines.embedded.models import MAX_BATCH, MAX_K, Models, device_name, engine_info, load_models
@@ -11,6 +10,7 @@ from adaptive_spec.engines.embedded.quantised import WEIGHT_BITS
 from adaptive_spec.engines.embedded.requests import Request
 from adaptive_spec.engines.embedded.weights import load_prompts
 from adaptive_spec.errors import BadInput
+from adaptive_spec.wire.engine_info import EngineInfo
 from tests.engines.embedded.scripted_tap import RecordingTap
 
 

@@ -15,8 +15,8 @@ from adaptive_spec.domain.policy import Mode, Trial
 from adaptive_spec.domain.step_record import StepFlag
 from adaptive_spec.engines.embedded.models import MAX_K
 from adaptive_spec.engines.embedded.worker import main
-from adaptive_spec.policy_page import PolicyPage, payload_bytes
-from adaptive_spec.ring import RingReader
+from adaptive_spec.wire.policy_page import PolicyPage, payload_bytes
+from adaptive_spec.wire.ring import RingReader
 from tests.support.wire import policy_of
 
 

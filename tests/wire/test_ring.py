@@ -23,11 +23,11 @@ from hypothesis import strategies as st
 
 from adaptive_spec.domain.policy import Granularity
 from adaptive_spec.domain.step_record import LAYOUT_VERSION, StepRecord
-from adaptive_spec.engine_info import EngineInfo
-from adaptive_spec.ring import HEADER_BYTES, RingLayoutError, RingReader, RingWriter
+from adaptive_spec.wire.engine_info import EngineInfo
+from adaptive_spec.wire.ring import HEADER_BYTES, RingLayoutError, RingReader, RingWriter
 from tests.support.wire import engine, record_of, same
 
-ROOT = str(Path(__file__).parents[1])
+ROOT = str(Path(__file__).parents[2])
 DEADLINE_S = 60.0
 
 
@@ -40,7 +40,7 @@ CHILD = f"""
 import sys
 sys.path.insert(0, {ROOT!r})
 from tests.support.wire import engine, record_of
-from adaptive_spec import ring
+from adaptive_spec.wire import ring
 path, what, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
 if what == "read":
     reader = ring.RingReader.open(path)

@@ -39,7 +39,6 @@ from typing import Literal, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from adaptive_spec import mapped_file
 from adaptive_spec.domain.step_record import (
     HEAD,
     LAYOUT_VERSION,
@@ -49,8 +48,9 @@ from adaptive_spec.domain.step_record import (
     StepRecord,
     decode_slot,
 )
-from adaptive_spec.engine_info import EngineInfo
-from adaptive_spec.mapped_file import WEAKLY_ORDERED, fence
+from adaptive_spec.wire import mapped_file
+from adaptive_spec.wire.engine_info import EngineInfo
+from adaptive_spec.wire.mapped_file import WEAKLY_ORDERED, fence
 
 MAGIC = b"ADSPRING"
 HEADER_BYTES = 4096

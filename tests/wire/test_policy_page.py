@@ -23,12 +23,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from adaptive_spec import policy_page
 from adaptive_spec.domain.policy import GRID_POINTS, Granularity, Mode, Policy, SurvivalMap, Trial
-from adaptive_spec.policy_page import PolicyPage, PolicyPageError, PolicyPageReader, decode_policy, encode_policy, payload_bytes
+from adaptive_spec.wire import policy_page
+from adaptive_spec.wire.policy_page import (
+    PolicyPage,
+    PolicyPageError,
+    PolicyPageReader,
+    decode_policy,
+    encode_policy,
+    payload_bytes,
+)
 from tests.support.wire import policy_of, whole
 
-ROOT = str(Path(__file__).parents[1])
+ROOT = str(Path(__file__).parents[2])
 CAPACITY = payload_bytes(64, 7)
 DEADLINE_S = 60.0
 S = 1_000_000_000
@@ -390,7 +397,7 @@ def test_a_reader_overtaken_while_it_copies_takes_the_newest_next_time(tmp_path:
 CHILD = f"""
 import sys, time
 sys.path.insert(0, {ROOT!r})
-from adaptive_spec.policy_page import PolicyPage, payload_bytes
+from adaptive_spec.wire.policy_page import PolicyPage, payload_bytes
 from tests.support.wire import policy_of
 page = PolicyPage.create_or_open(sys.argv[1], payload_bytes(64, 7))
 version = page.last_version

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from adaptive_spec.engine_report import REPORT_NAME, EngineReport, read_report, write_report
+from adaptive_spec.wire.engine_report import REPORT_NAME, EngineReport, read_report, write_report
 
 REPORT = EngineReport(os.getpid(), "sglang 0.5.23", "detached", "verify failed 8 times", {"verify": 8}, {"adoptions": 3})
 

@@ -19,8 +19,8 @@ from typing import Literal, NamedTuple
 
 from adaptive_spec import __version__
 from adaptive_spec.control import ControlClient
+from adaptive_spec.engine_side.tap import PAGE_NAME, RING_NAME
 from adaptive_spec.errors import BadInput
-from adaptive_spec.tap import PAGE_NAME, RING_NAME
 
 LIBRARIES = ("numpy", "pydantic", "PyYAML", "click", "rich", "prometheus-client", "river", "bottle", "waitress", "matplotlib")
 SGLANG_PATIENCE_S = 120.0

@@ -14,8 +14,8 @@ from types import FrameType
 from rich.console import Console
 
 from adaptive_spec.domain.step_record import StepRecord
+from adaptive_spec.engine_side.tap import RING_NAME
 from adaptive_spec.errors import BadInput
-from adaptive_spec.tap import RING_NAME
 from adaptive_spec.trace import Trace, save_trace
 from adaptive_spec.wire.ring import RingLayoutError, RingReader
 

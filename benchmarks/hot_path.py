@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adaptive_spec.domain.policy import GRID_POINTS, LOGIT_LIMIT, Granularity, Mode, Planner, Policy, SurvivalMap
-from adaptive_spec.tap import PAGE_NAME, EngineTap
+from adaptive_spec.engine_side.tap import PAGE_NAME, EngineTap
 from adaptive_spec.wire.engine_info import EngineInfo
 from adaptive_spec.wire.policy_page import PolicyPage, PolicyPageReader, payload_bytes
 from adaptive_spec.wire.ring import RingReader, RingWriter

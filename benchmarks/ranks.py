@@ -17,8 +17,8 @@ import click
 import numpy as np
 
 from adaptive_spec.domain.policy import GRID_POINTS, Granularity, Mode, Policy, SurvivalMap
+from adaptive_spec.engine_side.tap import PAGE_NAME
 from adaptive_spec.engines.sglang.ranks import RankedTap, Rendezvous, TorchGroup
-from adaptive_spec.tap import PAGE_NAME
 from adaptive_spec.wire.engine_info import EngineInfo
 from adaptive_spec.wire.policy_page import PolicyPage, payload_bytes
 

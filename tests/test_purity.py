@@ -85,7 +85,7 @@ def _loaded_by(module: str) -> set[str]:
 
 
 def test_the_tap_brings_numpy_and_the_standard_library_only() -> None:
-    extra = _loaded_by("adaptive_spec.tap") - _loaded_by("numpy") - sys.stdlib_module_names
+    extra = _loaded_by("adaptive_spec.engine_side.tap") - _loaded_by("numpy") - sys.stdlib_module_names
     assert extra == {"adaptive_spec"}
 
 

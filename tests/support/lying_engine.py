@@ -18,13 +18,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from adaptive_spec.engine_side.tap import EngineTap
 from adaptive_spec.engines.embedded.decoder import Decoder
 from adaptive_spec.engines.embedded.load import PromptSource
 from adaptive_spec.engines.embedded.models import MAX_BATCH, MAX_K, engine_info, load_models
 from adaptive_spec.engines.embedded.requests import PrefixCache
 from adaptive_spec.engines.embedded.text import KINDS
 from adaptive_spec.engines.embedded.weights import load_prompts
-from adaptive_spec.tap import EngineTap
 
 LIE_STEPS = 300
 CONCURRENCY = 2

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 
 class StepTap(Protocol):
-    """The part of `adaptive_spec.tap.EngineTap` the decoder uses; see there for units and shapes."""
+    """The part of `adaptive_spec.engine_side.tap.EngineTap` the decoder uses; see there for units and shapes."""
 
     @property
     def held_batch_size(self) -> int:

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 
 from adaptive_spec.domain.policy import Mode
+from adaptive_spec.engine_side.tap import EngineTap
 from adaptive_spec.engines.embedded.compare import ADAPTIVE, Arm, Comparison, fixed_arms
 from adaptive_spec.engines.embedded.decoder import Decoder, StepOutcome
 from adaptive_spec.engines.embedded.load import CONCURRENCIES, Phase, PromptSource, phases
@@ -36,7 +37,6 @@ from adaptive_spec.engines.embedded.requests import PrefixCache, Request
 from adaptive_spec.engines.embedded.text import KINDS
 from adaptive_spec.engines.embedded.weights import load_prompts
 from adaptive_spec.errors import BadInput
-from adaptive_spec.tap import EngineTap
 
 STATUS_INTERVAL_S = 0.5
 GOODPUT_WINDOW_S = 5.0

@@ -14,15 +14,15 @@ from typing import Any
 
 import numpy as np
 
-from adaptive_spec.batch_scores import REQUESTS_REMEMBERED, AcceptanceHistory, refined_k
 from adaptive_spec.domain.policy import Granularity
+from adaptive_spec.engine_side.step_choice import REQUESTS_REMEMBERED, AcceptanceHistory, refined_k
+from adaptive_spec.engine_side.tap import BegunStep
 from adaptive_spec.engines.sglang.draft_policy import SidecarDraftPolicy
 from adaptive_spec.engines.sglang.engine_side import EngineSide, Place, decodes, kv_tokens_of, max_batch, request_id
 from adaptive_spec.engines.sglang.hooks import Guard
 from adaptive_spec.engines.sglang.plugin_settings import PluginSettings
 from adaptive_spec.engines.sglang.stage_clock import clock_for
 from adaptive_spec.engines.sglang.step_book import OpenStep
-from adaptive_spec.tap import BegunStep
 
 LAUNCH = -1
 

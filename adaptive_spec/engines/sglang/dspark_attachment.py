@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from adaptive_spec.domain.policy import Granularity, Mode
 from adaptive_spec.domain.step_record import StepFlag
+from adaptive_spec.engine_side.tap import BegunStep, EngineTap
 from adaptive_spec.engines.sglang.dspark import DSparkSwap, launch_temperatures, nothing_to_swap
 from adaptive_spec.engines.sglang.engine_side import EngineSide, Place, decodes, kv_tokens_of, max_batch, request_id
 from adaptive_spec.engines.sglang.hooks import Guard
@@ -31,7 +32,6 @@ from adaptive_spec.engines.sglang.plugin_settings import PluginSettings
 from adaptive_spec.engines.sglang.ranks import Group
 from adaptive_spec.engines.sglang.stage_clock import clock_for
 from adaptive_spec.engines.sglang.step_book import OpenStep
-from adaptive_spec.tap import BegunStep, EngineTap
 
 log = logging.getLogger("sglang.adaptive_spec")
 

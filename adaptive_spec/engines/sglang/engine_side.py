@@ -22,12 +22,12 @@ from numpy.typing import NDArray
 from adaptive_spec import __version__
 from adaptive_spec.domain.policy import Granularity
 from adaptive_spec.domain.step_record import MAX_BATCH_LIMIT
+from adaptive_spec.engine_side.tap import EngineTap
 from adaptive_spec.engines.sglang.hooks import Guard
 from adaptive_spec.engines.sglang.plugin_settings import PluginSettings
 from adaptive_spec.engines.sglang.ranks import Group, RankedTap, Rendezvous, TorchGroup, agree
 from adaptive_spec.engines.sglang.stage_clock import HostClock, StageClock
 from adaptive_spec.engines.sglang.step_book import FinishedStep, OpenStep, StepBook
-from adaptive_spec.tap import EngineTap
 from adaptive_spec.wire.engine_info import EngineInfo
 from adaptive_spec.wire.engine_report import EngineReport, State, write_report
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from adaptive_spec.domain.step_record import StepRecord
-from adaptive_spec.tap import RING_NAME
+from adaptive_spec.engine_side.tap import RING_NAME
 from adaptive_spec.wire.ring import RingReader
 
 POLL_S = 0.02

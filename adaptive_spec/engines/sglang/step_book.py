@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adaptive_spec.domain.step_record import StepFlag
-from adaptive_spec.tap import BegunStep
+from adaptive_spec.engine_side.tap import BegunStep
 
 MOST_OPEN = 8
 """Steps kept waiting; an older one is given up and counted."""

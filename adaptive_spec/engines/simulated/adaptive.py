@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from adaptive_spec.batch_scores import REQUESTS_REMEMBERED, AcceptanceHistory, refined_k
 from adaptive_spec.controller import Controller
 from adaptive_spec.domain.policy import Granularity, Planner, Policy
 from adaptive_spec.domain.step_record import StepFlag, StepRecord
+from adaptive_spec.engine_side.step_choice import REQUESTS_REMEMBERED, AcceptanceHistory, refined_k
 from adaptive_spec.engines.simulated.deciders import LAUNCH_K
 from adaptive_spec.engines.simulated.plans import padded_sizes
 from adaptive_spec.engines.simulated.scenario import Scenario

@@ -32,6 +32,7 @@ from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 from adaptive_spec.controller import Controller
 from adaptive_spec.domain.policy import Mode, Policy, Trial, best_verified
 from adaptive_spec.domain.step_record import StepFlag, StepRecord
+from adaptive_spec.engine_side.tap import PAGE_NAME, RING_NAME
 from adaptive_spec.engines.sglang import hooks, plugin
 from adaptive_spec.engines.sglang.dspark_attachment import DSparkAttachment
 from adaptive_spec.engines.sglang.engine_side import EngineSide, Place
@@ -39,7 +40,6 @@ from adaptive_spec.engines.sglang.hooks import DSPARK_NEEDED, DSPARK_TARGETS, FA
 from adaptive_spec.engines.sglang.plugin_settings import PluginSettings
 from adaptive_spec.engines.sglang.unsupported import dspark_unsupported_reason
 from adaptive_spec.settings import ControllerSettings
-from adaptive_spec.tap import PAGE_NAME, RING_NAME
 from adaptive_spec.wire.engine_report import EngineReport, read_report
 from adaptive_spec.wire.policy_page import PolicyPage, payload_bytes
 from adaptive_spec.wire.ring import RingReader

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from adaptive_spec.domain.policy import GRID_POINTS, Granularity, Mode, Policy, SurvivalMap, Trial
-from adaptive_spec.tap import PAGE_NAME
+from adaptive_spec.engine_side.tap import PAGE_NAME
 from adaptive_spec.wire.engine_info import EngineInfo
 from adaptive_spec.wire.policy_page import PolicyPage, payload_bytes
 

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 
+from adaptive_spec.engine_side.tap import PAGE_NAME, RING_NAME
 from adaptive_spec.engines.sglang.attachment import Attachment
 from adaptive_spec.engines.sglang.engine_side import Place
 from adaptive_spec.engines.sglang.hooks import FAILURES_IN_A_ROW, Guard
 from adaptive_spec.engines.sglang.plugin_settings import PluginSettings
-from adaptive_spec.tap import PAGE_NAME, RING_NAME
 from adaptive_spec.wire.engine_report import read_report
 from adaptive_spec.wire.policy_page import PolicyPage, payload_bytes
 from adaptive_spec.wire.ring import RingReader

@@ -20,8 +20,8 @@ import pytest
 from adaptive_spec.config import load_settings
 from adaptive_spec.control import ControlClient
 from adaptive_spec.domain.step_record import StepFlag, StepRecord
+from adaptive_spec.engine_side.tap import PAGE_NAME
 from adaptive_spec.engines.sglang.cpu_kit import CpuKit
-from adaptive_spec.tap import PAGE_NAME
 from adaptive_spec.wire.policy_page import PolicyPageReader
 from tests.engines.sglang.server import RingTrace, SglangServer, beside, some_prompts, trace
 from tests.support.models_anew import NAMES, fits, models_anew, same_models, thinned

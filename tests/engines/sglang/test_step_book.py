@@ -10,9 +10,9 @@ import pytest
 from numpy.typing import NDArray
 
 from adaptive_spec.domain.step_record import StepFlag
+from adaptive_spec.engine_side.tap import BegunStep
 from adaptive_spec.engines.sglang.stage_clock import EventClock, HostMoment
 from adaptive_spec.engines.sglang.step_book import MOST_OPEN, FinishedStep, KnownConfidences, OpenStep, StepBook
-from adaptive_spec.tap import BegunStep
 
 
 def _step(number: int, ids: Sequence[int], k: int, at_s: float, padded: int | None = None) -> OpenStep:

@@ -53,7 +53,7 @@ dashboards: $(STAMP)
 	$(BIN)/python -m dashboards.build
 
 docs: $(STAMP)
-	$(BIN)/python -m adaptive_spec.config > docs/configuration.md
+	$(BIN)/python -m adaptive_spec.config.load > docs/configuration.md
 	$(BIN)/python -m adaptive_spec.metrics_page > docs/metrics.md
 
 manifests: $(STAMP)

@@ -71,7 +71,7 @@ def sidecar(config: Path | None, **overrides: Any) -> None:
     # One core is the sidecar's; linear algebra on all cores would take them from the engine. Before numpy is imported.
     for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(name, "1")
-    from adaptive_spec.config import load_settings
+    from adaptive_spec.config.load import load_settings
 
     settings = load_settings(config, {key: value for key, value in overrides.items() if value is not None})
     from adaptive_spec.sidecar import run_sidecar
@@ -265,7 +265,7 @@ def record(runtime_dir: Path, out: Path, steps: int, max_mb: int, duration: floa
 @click.option("--json", "json_file", type=PATH, help="Write the results to this file.")
 def replay(trace: Path, policies: str, config: Path | None, json_file: Path | None) -> None:
     """Say what policies would have decided on a recorded TRACE, and what that would have given, before one goes active."""
-    from adaptive_spec.config import load_settings
+    from adaptive_spec.config.load import load_settings
 
     settings = load_settings(config).controller
     from adaptive_spec.replay_report import replay_file

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adaptive_spec.adoption import WATCHED, Adoption, PendingTrials
+from adaptive_spec.config.settings import ControllerSettings
 from adaptive_spec.controller_state import ControllerState
 from adaptive_spec.domain.policy import Granularity, Mode, Policy, Trial
 from adaptive_spec.domain.step_record import StepFlag, StepRecord
@@ -27,7 +28,6 @@ from adaptive_spec.forecast import Forecast
 from adaptive_spec.guard import ProbeBudget, SwapWatch, Table, allowed, better_table, probe_plans, table_for
 from adaptive_spec.learner import Learner, Noticed, Stopwatch
 from adaptive_spec.ledger import Histogram
-from adaptive_spec.settings import ControllerSettings
 from adaptive_spec.snapshot import Snapshot
 from adaptive_spec.sweep import Sweep
 from adaptive_spec.wire.engine_info import EngineInfo

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from adaptive_spec.config.settings import GrafanaSettings
 from adaptive_spec.errors import BadInput
-from adaptive_spec.settings import GrafanaSettings
 from adaptive_spec.snapshot import Event, Snapshot
 from adaptive_spec.wire.engine_info import EngineInfo
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from adaptive_spec.acceptance import AcceptanceModel
 from adaptive_spec.cells import CLIP_SIGMAS
+from adaptive_spec.config.settings import ControllerSettings
 from adaptive_spec.domain.policy import Granularity
 from adaptive_spec.domain.step_record import StepFlag, StepRecord
 from adaptive_spec.drift import DriftDetector, TrafficDetector
@@ -22,7 +23,6 @@ from adaptive_spec.forecast import Forecast, Models, forecast
 from adaptive_spec.latency import LatencyModel, PlanCostModel
 from adaptive_spec.ledger import Ledger
 from adaptive_spec.padding import Padding
-from adaptive_spec.settings import ControllerSettings
 from adaptive_spec.wire.engine_info import EngineInfo
 
 LEARN_AT_TOKENS = 8192

@@ -12,10 +12,10 @@ from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.metrics_core import Metric
 
 from adaptive_spec.board import Board, View
+from adaptive_spec.config.settings import ControllerSettings
 from adaptive_spec.controller import Controller
 from adaptive_spec.domain.policy import Granularity
 from adaptive_spec.metrics import PREFIX, SnapshotCollector
-from adaptive_spec.settings import ControllerSettings
 from adaptive_spec.wire.engine_info import EngineInfo
 
 PROCESS = ("process_resident_memory_bytes", "process_cpu_seconds", "process_start_time_seconds")

@@ -26,11 +26,11 @@ from typing import Any
 
 import yaml
 
-from adaptive_spec.config import load_settings
+from adaptive_spec.config.load import load_settings
+from adaptive_spec.config.settings import SidecarSettings
 from adaptive_spec.control import ADDRESS_NAME
 from adaptive_spec.errors import BadInput
 from adaptive_spec.keeper import Keeper, end, end_with_parent
-from adaptive_spec.settings import SidecarSettings
 
 LOOK_S = 0.2
 SIDECAR_PATIENCE_S = 10.0

@@ -19,6 +19,7 @@ from pathlib import Path
 from adaptive_spec import __version__
 from adaptive_spec.archive import write_atomically
 from adaptive_spec.board import Board, View
+from adaptive_spec.config.settings import SidecarSettings
 from adaptive_spec.control import ADDRESS_NAME, TOKEN_NAME
 from adaptive_spec.controller import Controller
 from adaptive_spec.errors import BadInput
@@ -27,7 +28,6 @@ from adaptive_spec.history import History
 from adaptive_spec.profile import check_writable, start_plots
 from adaptive_spec.profile_store import ProfileStore, restorable
 from adaptive_spec.session import Session, waiting_engine
-from adaptive_spec.settings import SidecarSettings
 from adaptive_spec.store_worker import StoreWorker
 from adaptive_spec.web import WebServer
 from adaptive_spec.wire import mapped_file

@@ -16,10 +16,10 @@ from pathlib import Path
 import click
 import numpy as np
 
+from adaptive_spec.config.settings import ControllerSettings
 from adaptive_spec.controller import Controller
 from adaptive_spec.domain.policy import Granularity
 from adaptive_spec.domain.step_record import StepRecord
-from adaptive_spec.settings import ControllerSettings
 from adaptive_spec.wire.engine_info import EngineInfo
 from adaptive_spec.wire.ring import RingReader, RingWriter
 

@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 
+from adaptive_spec.config.settings import ControllerSettings, PolicySettings
 from adaptive_spec.controller import Controller
 from adaptive_spec.domain.policy import Granularity, Mode
-from adaptive_spec.settings import ControllerSettings, PolicySettings
 from tests.support.simulated_server import SimulatedServer, engine_info, staircase
 
 

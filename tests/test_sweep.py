@@ -3,8 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from adaptive_spec.config.settings import ControllerSettings, SweepSettings
 from adaptive_spec.domain.policy import Granularity
-from adaptive_spec.settings import ControllerSettings, SweepSettings
 from adaptive_spec.sweep import Sweep
 from adaptive_spec.wire.engine_info import EngineInfo
 from tests.curves import load

@@ -14,7 +14,7 @@ COPY --from=build /wheels /tmp/wheels
 # the last command fails here, and not in production, where an image has not.
 RUN pip install --no-cache-dir --no-deps --disable-pip-version-check /tmp/wheels/*.whl \
     && rm -rf /tmp/wheels \
-    && python3 -c "import adaptive_spec.config, adaptive_spec.engines.sglang.plugin"
+    && python3 -c "import adaptive_spec.config.load, adaptive_spec.engines.sglang.plugin"
 ENV HF_HOME=/models/huggingface
 EXPOSE 30000
 ENTRYPOINT ["python3", "-m", "sglang.launch_server"]

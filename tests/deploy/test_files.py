@@ -16,7 +16,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from adaptive_spec.config import load_settings, read_yaml
+from adaptive_spec.config.load import load_settings, read_yaml
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from adaptive_spec.config.settings import ControllerSettings
 from adaptive_spec.controller import Controller
 from adaptive_spec.domain.policy import Granularity, Planner
 from adaptive_spec.domain.step_record import StepFlag, StepRecord
-from adaptive_spec.settings import ControllerSettings
 from adaptive_spec.wire.engine_info import EngineInfo
 
 Curve = Callable[[int], float]

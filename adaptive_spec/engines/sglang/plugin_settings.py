@@ -46,7 +46,7 @@ def plugin_settings(environment: Mapping[str, str]) -> PluginSettings:
         return PluginSettings()
     runtime_dir, max_age_s, k_min, k_max = DEFAULT_RUNTIME_DIR, 30.0, 0, 32
     if config:
-        from adaptive_spec.config import load_settings
+        from adaptive_spec.config.load import load_settings
 
         settings = load_settings(Path(config))
         mode = mode or settings.controller.mode

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from adaptive_spec.config.settings import ControllerSettings
 from adaptive_spec.controller import Controller
 from adaptive_spec.domain.policy import Granularity, Planner, Policy
 from adaptive_spec.domain.step_record import StepFlag, StepRecord
@@ -16,7 +17,6 @@ from adaptive_spec.engine_side.step_choice import REQUESTS_REMEMBERED, Acceptanc
 from adaptive_spec.engines.simulated.deciders import LAUNCH_K
 from adaptive_spec.engines.simulated.plans import padded_sizes
 from adaptive_spec.engines.simulated.scenario import Scenario
-from adaptive_spec.settings import ControllerSettings
 from adaptive_spec.wire.engine_info import EngineInfo
 
 DELAY_STEPS = 1

@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from adaptive_spec.config import read_yaml, validated
+from adaptive_spec.config.load import read_yaml, validated
 from adaptive_spec.domain.step_record import MAX_BATCH_LIMIT, MAX_K_LIMIT
 from adaptive_spec.engines.simulated.curve import Curve, read_curve
 from adaptive_spec.errors import BadInput

@@ -29,6 +29,7 @@ from sglang.srt.speculative.dspark_components.dspark_worker_v2 import DSparkWork
 from sglang.srt.speculative.ragged_verify import RaggedVerifyLayout
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
+from adaptive_spec.config.settings import ControllerSettings
 from adaptive_spec.controller import Controller
 from adaptive_spec.domain.policy import Mode, Policy, Trial, best_verified
 from adaptive_spec.domain.step_record import StepFlag, StepRecord
@@ -39,7 +40,6 @@ from adaptive_spec.engines.sglang.engine_side import EngineSide, Place
 from adaptive_spec.engines.sglang.hooks import DSPARK_NEEDED, DSPARK_TARGETS, FAILURES_IN_A_ROW, Guard, Target, missing_targets
 from adaptive_spec.engines.sglang.plugin_settings import PluginSettings
 from adaptive_spec.engines.sglang.unsupported import dspark_unsupported_reason
-from adaptive_spec.settings import ControllerSettings
 from adaptive_spec.wire.engine_report import EngineReport, read_report
 from adaptive_spec.wire.policy_page import PolicyPage, payload_bytes
 from adaptive_spec.wire.ring import RingReader

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from adaptive_spec.config import configuration_page, load_settings
+from adaptive_spec.config.load import configuration_page, load_settings
+from adaptive_spec.config.settings import SidecarSettings
 from adaptive_spec.errors import BadInput
-from adaptive_spec.settings import SidecarSettings
 
 
 def _load(tmp_path: Path, text: str) -> SidecarSettings:
@@ -77,7 +77,7 @@ def test_overrides_take_precedence(tmp_path: Path) -> None:
 
 
 def test_page_in_docs_is_current() -> None:
-    page = Path(__file__).parent.parent / "docs" / "configuration.md"
+    page = Path(__file__).parents[2] / "docs" / "configuration.md"
     assert page.read_text() == configuration_page(), "run `make docs`"
 
 

@@ -1,6 +1,6 @@
 """The YAML configuration file of the sidecar, and the page that documents it.
 
-`python -m adaptive_spec.config` prints docs/configuration.md.
+`python -m adaptive_spec.config.load` prints docs/configuration.md.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
+from adaptive_spec.config.settings import SidecarSettings
 from adaptive_spec.errors import BadInput
-from adaptive_spec.settings import SidecarSettings
 
 _WANTED = {
     "float_type": "a number",
@@ -163,7 +163,7 @@ def configuration_page() -> str:
     lines = [
         "# Configuration",
         "",
-        "Made by `make docs` from `adaptive_spec/settings.py`; do not edit by hand.",
+        "Made by `make docs` from `adaptive_spec/config/settings.py`; do not edit by hand.",
         "",
         "`adaptive-spec sidecar --config FILE` reads YAML. Every key may be left out. An unknown key, a key given twice, a wrong",
         "type or a value out of range is an error: one line naming the key, its value and what is allowed, and exit status 2.",

@@ -110,14 +110,14 @@ def sweep(
     api_key: str,
 ) -> None:  # fmt: skip
     """A (new) sweep in a running sidecar, watched to its end; with --url of a server, batch size by batch size."""
-    from adaptive_spec.control import ControlClient
+    from adaptive_spec.client.sidecar import ControlClient
     from adaptive_spec.server_sweep import is_sidecar, read_prompts, sweep_server
     from adaptive_spec.sweep_watch import watch_sweep
 
     if url is None or is_sidecar(url):
         watch_sweep(ControlClient.find(runtime_dir, url, token_file), timeout)
         return
-    from adaptive_spec.http_traffic import ServerApi
+    from adaptive_spec.client.sglang import ServerApi
 
     client = ControlClient.find(runtime_dir, None, token_file)
     sweep_server(ServerApi(url, api_key), client, batch_sizes, read_prompts(prompts), timeout)
@@ -134,7 +134,7 @@ def ctl(command: str, k: int | None, url: str | None, runtime_dir: Path, token_f
     """Show or change what a running sidecar does. `pin K` holds one K for all batch sizes until `unpin`."""
     if (command == "pin") != (k is not None):
         raise BadInput(f"K: {k!r} is not allowed: must be a whole number in 0..32 for pin, and absent otherwise")
-    from adaptive_spec.control import ControlClient
+    from adaptive_spec.client.sidecar import ControlClient
 
     client = ControlClient.find(runtime_dir, url, token_file)
     if command != "status":

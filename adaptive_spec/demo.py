@@ -25,7 +25,7 @@ from typing import Any
 import yaml
 
 from adaptive_spec.archive import write_atomically
-from adaptive_spec.control import ADDRESS_NAME, ControlClient
+from adaptive_spec.client.sidecar import ADDRESS_NAME, ControlClient
 from adaptive_spec.demo_view import DemoState, DemoView
 from adaptive_spec.errors import BadInput
 from adaptive_spec.keeper import Keeper, end, end_with_parent

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from adaptive_spec import __version__
-from adaptive_spec.control import ControlClient
+from adaptive_spec.client.sidecar import ControlClient
 from adaptive_spec.engine_side.tap import PAGE_NAME, RING_NAME
 from adaptive_spec.errors import BadInput
 

@@ -26,9 +26,9 @@ from typing import Any
 
 import yaml
 
+from adaptive_spec.client.sidecar import ADDRESS_NAME
 from adaptive_spec.config.load import load_settings
 from adaptive_spec.config.settings import SidecarSettings
-from adaptive_spec.control import ADDRESS_NAME
 from adaptive_spec.errors import BadInput
 from adaptive_spec.keeper import Keeper, end, end_with_parent
 

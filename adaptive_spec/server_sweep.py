@@ -13,10 +13,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from adaptive_spec.control import ControlClient
+from adaptive_spec.client.sglang import HeldBatch, ServerApi
+from adaptive_spec.client.sidecar import ControlClient
 from adaptive_spec.domain.policy import Mode
 from adaptive_spec.errors import BadInput
-from adaptive_spec.http_traffic import HeldBatch, ServerApi
 
 LARGEST_DEFAULT = 64
 REQUEST_TOKENS = 256

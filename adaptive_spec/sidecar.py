@@ -19,8 +19,8 @@ from pathlib import Path
 from adaptive_spec import __version__
 from adaptive_spec.archive import write_atomically
 from adaptive_spec.board import Board, View
+from adaptive_spec.client.sidecar import ADDRESS_NAME, TOKEN_NAME
 from adaptive_spec.config.settings import SidecarSettings
-from adaptive_spec.control import ADDRESS_NAME, TOKEN_NAME
 from adaptive_spec.controller import Controller
 from adaptive_spec.errors import BadInput
 from adaptive_spec.grafana import Annotator

@@ -7,7 +7,7 @@ import time
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from adaptive_spec.control import ControlClient
+from adaptive_spec.client.sidecar import ControlClient
 from adaptive_spec.domain.policy import Mode
 from adaptive_spec.errors import BadInput
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import click
 
-from adaptive_spec.control import ControlClient
+from adaptive_spec.client.sidecar import ControlClient
 from adaptive_spec.engine_side.tap import RING_NAME
 from adaptive_spec.errors import BadInput
 from adaptive_spec.wire.ring import RingWriter

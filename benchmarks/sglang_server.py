@@ -30,11 +30,11 @@ from pathlib import Path
 
 import click
 
-from adaptive_spec.control import ControlClient
+from adaptive_spec.client.sglang import ServerApi
+from adaptive_spec.client.sidecar import ControlClient
 from adaptive_spec.engines.sglang.cpu_kit import CpuKit, Prompt
 from adaptive_spec.engines.sglang.ring_follower import RingFollower
 from adaptive_spec.errors import BadInput
-from adaptive_spec.http_traffic import ServerApi
 
 START_PATIENCE_S = 240.0
 PHASES = (("aab", 1), ("def", 1), ("aab", 8), ("eff", 8), ("abc", 4), ("cde", 4))

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from adaptive_spec.client.sglang import HeldBatch, ServerApi
 from adaptive_spec.errors import BadInput
-from adaptive_spec.http_traffic import HeldBatch, ServerApi
 from adaptive_spec.server_sweep import PROMPTS, default_batch_sizes, parse_batch_sizes, read_prompts
 
 

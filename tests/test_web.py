@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from adaptive_spec.board import Board, View
-from adaptive_spec.control import ControlClient
+from adaptive_spec.client.sidecar import ControlClient
 from adaptive_spec.errors import BadInput
 from adaptive_spec.web import Command, WebServer
 from tests.support.numbers_engine import engine_info

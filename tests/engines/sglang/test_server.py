@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from adaptive_spec.client.sidecar import ControlClient
 from adaptive_spec.config.load import load_settings
-from adaptive_spec.control import ControlClient
 from adaptive_spec.domain.step_record import StepFlag, StepRecord
 from adaptive_spec.engine_side.tap import PAGE_NAME
 from adaptive_spec.engines.sglang.cpu_kit import CpuKit

@@ -13,7 +13,7 @@ from adaptive_spec.archive import write_atomically
 from adaptive_spec.candidates import Choice, choose, config_document, goodput_by_traffic
 from adaptive_spec.config.settings import ControllerSettings
 from adaptive_spec.errors import BadInput
-from adaptive_spec.learner import Learner
+from adaptive_spec.models.model_set import Learner
 from adaptive_spec.profile import load_profile, profiled_engine
 
 

@@ -24,10 +24,10 @@ from adaptive_spec.config.settings import ControllerSettings
 from adaptive_spec.controller_state import ControllerState
 from adaptive_spec.domain.policy import Granularity, Mode, Policy, Trial
 from adaptive_spec.domain.step_record import StepFlag, StepRecord
-from adaptive_spec.forecast import Forecast
 from adaptive_spec.guard import ProbeBudget, SwapWatch, Table, allowed, better_table, probe_plans, table_for
-from adaptive_spec.learner import Learner, Noticed, Stopwatch
 from adaptive_spec.ledger import Histogram
+from adaptive_spec.models.goodput import Forecast
+from adaptive_spec.models.model_set import Learner, Noticed, Stopwatch
 from adaptive_spec.snapshot import Snapshot
 from adaptive_spec.sweep import Sweep
 from adaptive_spec.wire.engine_info import EngineInfo

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adaptive_spec.domain.policy import Granularity, Trial
-from adaptive_spec.forecast import Forecast
+from adaptive_spec.models.goodput import Forecast
 
 Floats = NDArray[np.float64]
 Table = NDArray[np.uint8]

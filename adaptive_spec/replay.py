@@ -29,8 +29,8 @@ from adaptive_spec.config.settings import ControllerSettings
 from adaptive_spec.controller import Controller
 from adaptive_spec.domain.policy import Granularity, Mode, Planner
 from adaptive_spec.domain.step_record import StepFlag, StepRecord
-from adaptive_spec.forecast import Forecast
-from adaptive_spec.learner import Learner
+from adaptive_spec.models.goodput import Forecast
+from adaptive_spec.models.model_set import Learner
 from adaptive_spec.snapshot import Snapshot
 from adaptive_spec.wire.engine_info import EngineInfo
 

@@ -15,9 +15,9 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from adaptive_spec.cells import Cell
 from adaptive_spec.config.settings import SweepSettings
 from adaptive_spec.domain.policy import Granularity, Trial
+from adaptive_spec.models.latency.robust_mean import Cell
 from adaptive_spec.wire.engine_info import EngineInfo
 
 EVEN_LOOKS = 32

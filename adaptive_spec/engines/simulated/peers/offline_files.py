@@ -11,13 +11,13 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from adaptive_spec.acceptance import AcceptanceModel
 from adaptive_spec.domain.policy import SurvivalMap, best_lengths
 from adaptive_spec.domain.step_record import StepRecord
 from adaptive_spec.engines.simulated.deciders import PlainDecider, Static
 from adaptive_spec.engines.simulated.plans import Costs
 from adaptive_spec.engines.simulated.scenario import Scenario
 from adaptive_spec.engines.simulated.server import SimulatedServer
+from adaptive_spec.models.acceptance.online import AcceptanceModel
 
 Floats = NDArray[np.float64]
 RECORDED_STEPS = 400

@@ -13,16 +13,16 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from adaptive_spec.acceptance import AcceptanceModel
-from adaptive_spec.cells import CLIP_SIGMAS
 from adaptive_spec.config.settings import ControllerSettings
 from adaptive_spec.domain.policy import Granularity
 from adaptive_spec.domain.step_record import StepFlag, StepRecord
-from adaptive_spec.drift import DriftDetector, TrafficDetector
-from adaptive_spec.forecast import Forecast, Models, forecast
-from adaptive_spec.latency import LatencyModel, PlanCostModel
 from adaptive_spec.ledger import Ledger
-from adaptive_spec.padding import Padding
+from adaptive_spec.models.acceptance.online import AcceptanceModel
+from adaptive_spec.models.drift import DriftDetector, TrafficDetector
+from adaptive_spec.models.goodput import Forecast, Models, forecast
+from adaptive_spec.models.latency.padding import Padding
+from adaptive_spec.models.latency.robust_mean import CLIP_SIGMAS
+from adaptive_spec.models.latency.staircase import LatencyModel, PlanCostModel
 from adaptive_spec.wire.engine_info import EngineInfo
 
 LEARN_AT_TOKENS = 8192

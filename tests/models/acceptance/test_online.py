@@ -3,8 +3,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from adaptive_spec.acceptance import KINDS, AcceptanceModel, fit_pairs
-from adaptive_spec.calibration import GRID_SCORE, ScoreHistogram, binned_map, chain_map, fit_logistic, linear_map
+from adaptive_spec.models.acceptance.calibration_maps import (
+    GRID_SCORE,
+    ScoreHistogram,
+    binned_map,
+    chain_map,
+    fit_logistic,
+    linear_map,
+)
+from adaptive_spec.models.acceptance.online import KINDS, AcceptanceModel, fit_pairs
 from tests.support.simulated_drafts import drafts, full_record, record_of
 
 

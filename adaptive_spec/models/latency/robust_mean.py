@@ -20,7 +20,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from adaptive_spec.tempo import LEAST_JUMP, MAX_SIGMA, MIN_SIGMA, Shift, Tempo, running_median
+from adaptive_spec.models.latency.speed_factor import LEAST_JUMP, MAX_SIGMA, MIN_SIGMA, Shift, Tempo, running_median
 
 Floats = NDArray[np.float64]
 

@@ -15,10 +15,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from adaptive_spec.calibration import GRID, GRID_SCORE, RiverLogistic, ScoreHistogram, all_maps
 from adaptive_spec.domain.policy import GridPosition, SurvivalMap, grid_position
 from adaptive_spec.domain.step_record import StepRecord
-from adaptive_spec.recent import RecentDrafts
+from adaptive_spec.models.acceptance.calibration_maps import GRID, GRID_SCORE, RiverLogistic, ScoreHistogram, all_maps
+from adaptive_spec.models.acceptance.draft_imputation import RecentDrafts
 
 Floats = NDArray[np.float64]
 

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from adaptive_spec.acceptance import AcceptanceModel
 from adaptive_spec.domain.policy import Granularity, SurvivalMap
-from adaptive_spec.latency import LatencyModel, PlanCostModel
-from adaptive_spec.padding import Padding
+from adaptive_spec.models.acceptance.online import AcceptanceModel
+from adaptive_spec.models.latency.padding import Padding
+from adaptive_spec.models.latency.staircase import LatencyModel, PlanCostModel
 
 Floats = NDArray[np.float64]
 

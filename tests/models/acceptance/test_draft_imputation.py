@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from adaptive_spec.recent import CARD_STEPS, CARDS, FULL_DECK, NEWEST_ROWS, ROWS, RecentDrafts
+from adaptive_spec.models.acceptance.draft_imputation import CARD_STEPS, CARDS, FULL_DECK, NEWEST_ROWS, ROWS, RecentDrafts
 
 
 def drafts(rng: np.random.Generator, rows: int, k: int, sure: float) -> np.ndarray:

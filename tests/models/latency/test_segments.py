@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adaptive_spec.latency import fit_samples
-from adaptive_spec.segments import line, partition
+from adaptive_spec.models.latency.segments import line, partition
+from adaptive_spec.models.latency.staircase import fit_samples
 from tests.curves import load
 
 

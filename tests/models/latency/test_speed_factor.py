@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from adaptive_spec.cells import FAR, CellTable
-from adaptive_spec.tempo import LASTING, WINDOW, Tempo
+from adaptive_spec.models.latency.robust_mean import FAR, CellTable
+from adaptive_spec.models.latency.speed_factor import LASTING, WINDOW, Tempo
 
 SIGMA = 0.03
 

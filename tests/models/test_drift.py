@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from adaptive_spec.drift import DriftDetector, TrafficChange, TrafficDetector
+from adaptive_spec.models.drift import DriftDetector, TrafficChange, TrafficDetector
 
 
 @pytest.mark.parametrize("seed", range(4))

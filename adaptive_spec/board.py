@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from adaptive_spec.control.snapshot import Snapshot
 from adaptive_spec.history import Moment
-from adaptive_spec.snapshot import Snapshot
 from adaptive_spec.wire.engine_info import EngineInfo
 from adaptive_spec.wire.engine_report import EngineReport
 

@@ -22,8 +22,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from adaptive_spec.config.settings import GrafanaSettings
+from adaptive_spec.control.snapshot import Event, Snapshot
 from adaptive_spec.errors import BadInput
-from adaptive_spec.snapshot import Event, Snapshot
 from adaptive_spec.wire.engine_info import EngineInfo
 
 TAG = "adaptive-spec"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from typing import NamedTuple
 
-from adaptive_spec.snapshot import Snapshot
+from adaptive_spec.control.snapshot import Snapshot
 
 INTERVAL_S = 2.0
 MOMENTS = 900

@@ -13,7 +13,7 @@ from prometheus_client.metrics_core import Metric
 
 from adaptive_spec.board import Board, View
 from adaptive_spec.config.settings import ControllerSettings
-from adaptive_spec.controller import Controller
+from adaptive_spec.control.controller import Controller
 from adaptive_spec.domain.policy import Granularity
 from adaptive_spec.metrics import PREFIX, SnapshotCollector
 from adaptive_spec.wire.engine_info import EngineInfo

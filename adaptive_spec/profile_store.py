@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from adaptive_spec.archive import ArchiveError, archive_bytes, parse_archive, write_atomically
-from adaptive_spec.controller import Controller
+from adaptive_spec.control.controller import Controller
 from adaptive_spec.errors import BadInput
 from adaptive_spec.profile import CALIBRATION, LATENCY_MODEL, Profile, ProfileError, identity
 from adaptive_spec.wire.engine_info import EngineInfo

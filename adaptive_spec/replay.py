@@ -26,12 +26,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adaptive_spec.config.settings import ControllerSettings
-from adaptive_spec.controller import Controller
+from adaptive_spec.control.controller import Controller
+from adaptive_spec.control.snapshot import Snapshot
 from adaptive_spec.domain.policy import Granularity, Mode, Planner
 from adaptive_spec.domain.step_record import StepFlag, StepRecord
 from adaptive_spec.models.goodput import Forecast
 from adaptive_spec.models.model_set import Learner
-from adaptive_spec.snapshot import Snapshot
 from adaptive_spec.wire.engine_info import EngineInfo
 
 Floats = NDArray[np.float64]

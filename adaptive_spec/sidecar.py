@@ -21,7 +21,7 @@ from adaptive_spec.archive import write_atomically
 from adaptive_spec.board import Board, View
 from adaptive_spec.client.sidecar import ADDRESS_NAME, TOKEN_NAME
 from adaptive_spec.config.settings import SidecarSettings
-from adaptive_spec.controller import Controller
+from adaptive_spec.control.controller import Controller
 from adaptive_spec.errors import BadInput
 from adaptive_spec.grafana import Annotator
 from adaptive_spec.history import History

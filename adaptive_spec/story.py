@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import NamedTuple
 
-from adaptive_spec.snapshot import Event, Snapshot
+from adaptive_spec.control.snapshot import Event, Snapshot
 
 RECENT_S = 5.0
 """Time the acceptance of the moment is taken over."""

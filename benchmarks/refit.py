@@ -12,7 +12,7 @@ import click
 import numpy as np
 
 from adaptive_spec.config.settings import ControllerSettings
-from adaptive_spec.controller import Controller
+from adaptive_spec.control.controller import Controller
 from adaptive_spec.domain.policy import Granularity
 from adaptive_spec.domain.step_record import StepRecord
 from adaptive_spec.wire.engine_info import EngineInfo

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from adaptive_spec.controller import Controller
+from adaptive_spec.control.controller import Controller
 from adaptive_spec.domain.policy import Granularity, Mode
 from adaptive_spec.errors import BadInput
 from adaptive_spec.profile import ProfileError, check_writable, load_profile, save_profile, start_plots

@@ -15,7 +15,7 @@ from playwright.sync_api import Browser, expect
 from prometheus_client.parser import text_string_to_metric_families
 
 from adaptive_spec.board import Board, View
-from adaptive_spec.snapshot import Event
+from adaptive_spec.control.snapshot import Event
 from adaptive_spec.web import WebServer
 from adaptive_spec.wire.engine_info import EngineInfo
 from tests.support.browser import Watched, chromium, needs_chromium, watched

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from adaptive_spec.snapshot import Boundary, Event, Snapshot
+from adaptive_spec.control.snapshot import Boundary, Event, Snapshot
 from adaptive_spec.story import Story
 from tests.test_metrics import SNAPSHOT
 

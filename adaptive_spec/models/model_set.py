@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adaptive_spec.config.settings import ControllerSettings
+from adaptive_spec.control.counters import Ledger
 from adaptive_spec.domain.policy import Granularity
 from adaptive_spec.domain.step_record import StepFlag, StepRecord
-from adaptive_spec.ledger import Ledger
 from adaptive_spec.models.acceptance.online import AcceptanceModel
 from adaptive_spec.models.drift import DriftDetector, TrafficDetector
 from adaptive_spec.models.goodput import Forecast, Models, forecast

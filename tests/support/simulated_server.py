@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from adaptive_spec.config.settings import ControllerSettings
-from adaptive_spec.controller import Controller
+from adaptive_spec.control.controller import Controller
 from adaptive_spec.domain.policy import Granularity, Planner
 from adaptive_spec.domain.step_record import StepFlag, StepRecord
 from adaptive_spec.wire.engine_info import EngineInfo

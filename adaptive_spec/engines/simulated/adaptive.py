@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adaptive_spec.config.settings import ControllerSettings
-from adaptive_spec.controller import Controller
+from adaptive_spec.control.controller import Controller
 from adaptive_spec.domain.policy import Granularity, Planner, Policy
 from adaptive_spec.domain.step_record import StepFlag, StepRecord
 from adaptive_spec.engine_side.step_choice import REQUESTS_REMEMBERED, AcceptanceHistory, refined_k

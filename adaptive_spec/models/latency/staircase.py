@@ -21,10 +21,10 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from adaptive_spec.control.snapshot import Boundary, Segment
 from adaptive_spec.models.latency.robust_mean import STALE_STEPS, Cell, CellTable
 from adaptive_spec.models.latency.segments import Floats, find_boundaries, fit_segments
 from adaptive_spec.models.latency.speed_factor import Shift, Tempo
-from adaptive_spec.snapshot import Boundary, Segment
 
 MISFIT = 0.02
 """Relative deviation of real tiles from straight lines (1-3 % in published curves): no cell counts as surer than this."""

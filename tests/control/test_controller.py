@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from adaptive_spec.config.settings import ControllerSettings, PolicySettings
-from adaptive_spec.controller import Controller
+from adaptive_spec.control.controller import Controller
 from adaptive_spec.domain.policy import Granularity, Mode
 from tests.support.simulated_server import SimulatedServer, engine_info, staircase
 

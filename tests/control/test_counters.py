@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from adaptive_spec.ledger import Ledger
+from adaptive_spec.control.counters import Ledger
 
 
 def test_lucky_trials_survive_a_restart() -> None:

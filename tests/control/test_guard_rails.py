@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from adaptive_spec.guard import ProbeBudget, SwapWatch, better_table, table_for
+from adaptive_spec.control.guard_rails import ProbeBudget, SwapWatch, better_table, table_for
 
 
 def table(k: int) -> np.ndarray:

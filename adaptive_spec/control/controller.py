@@ -19,17 +19,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from adaptive_spec.adoption import WATCHED, Adoption, PendingTrials
 from adaptive_spec.config.settings import ControllerSettings
-from adaptive_spec.controller_state import ControllerState
+from adaptive_spec.control.checkpoint import ControllerState
+from adaptive_spec.control.counters import Histogram
+from adaptive_spec.control.engine_response import WATCHED, Adoption, PendingTrials
+from adaptive_spec.control.guard_rails import ProbeBudget, SwapWatch, Table, allowed, better_table, probe_plans, table_for
+from adaptive_spec.control.snapshot import Snapshot
+from adaptive_spec.control.sweep import Sweep
 from adaptive_spec.domain.policy import Granularity, Mode, Policy, Trial
 from adaptive_spec.domain.step_record import StepFlag, StepRecord
-from adaptive_spec.guard import ProbeBudget, SwapWatch, Table, allowed, better_table, probe_plans, table_for
-from adaptive_spec.ledger import Histogram
 from adaptive_spec.models.goodput import Forecast
 from adaptive_spec.models.model_set import Learner, Noticed, Stopwatch
-from adaptive_spec.snapshot import Snapshot
-from adaptive_spec.sweep import Sweep
 from adaptive_spec.wire.engine_info import EngineInfo
 
 ROLLBACK_HOLD_S = 30.0

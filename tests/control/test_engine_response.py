@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from adaptive_spec.adoption import IGNORED_S, IGNORED_STEPS, Adoption, PendingTrials
+from adaptive_spec.control.engine_response import IGNORED_S, IGNORED_STEPS, Adoption, PendingTrials
 from adaptive_spec.domain.policy import Granularity, Planner, Trial
 from adaptive_spec.domain.step_record import StepFlag, StepRecord
 from tests.support.simulated_server import SimulatedServer, engine_info, staircase

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from adaptive_spec.control.snapshot import Event, HistogramData
 from adaptive_spec.domain.step_record import StepRecord
-from adaptive_spec.snapshot import Event, HistogramData
 
 STEP_EDGES_S = (*tuple(round(m * 10.0**e, 10) for e in range(-5, 1) for m in (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)), 10.0)
 STAGES = ("draft", "verify", "draft_extend", "step")

@@ -24,11 +24,11 @@ from typing import Any
 
 import yaml
 
-from adaptive_spec.archive import write_atomically
 from adaptive_spec.client.sidecar import ADDRESS_NAME, ControlClient
 from adaptive_spec.demo_view import DemoState, DemoView
 from adaptive_spec.errors import BadInput
 from adaptive_spec.keeper import Keeper, end, end_with_parent
+from adaptive_spec.storage.archive import write_atomically
 
 LOOK_S = 0.25
 END_PATIENCE_S = 30.0

@@ -16,7 +16,7 @@ from rich.console import Console
 from adaptive_spec.domain.step_record import StepRecord
 from adaptive_spec.engine_side.tap import RING_NAME
 from adaptive_spec.errors import BadInput
-from adaptive_spec.trace import Trace, save_trace
+from adaptive_spec.storage.trace import Trace, save_trace
 from adaptive_spec.wire.ring import RingLayoutError, RingReader
 
 POLL_S = 0.02

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from adaptive_spec.domain.policy import Granularity, Mode
-from adaptive_spec.profile import save_profile
+from adaptive_spec.storage.profile import save_profile
 from tests.support.processes import assert_one_line, run_cli
 from tests.support.simulated_server import SimulatedServer, engine_info, staircase
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from adaptive_spec.archive import load_archive
 from adaptive_spec.errors import BadInput
 from adaptive_spec.fit import fit_files
+from adaptive_spec.storage.archive import load_archive
 from tests.support.processes import assert_one_line, run_cli
 
 CURVES = Path(__file__).parent / "curves"

@@ -18,7 +18,7 @@ from adaptive_spec.engines.simulated.scenario import Scenario, load_scenario
 from adaptive_spec.engines.simulated.server import SimulatedServer
 from adaptive_spec.replay import Plan, Replay, ReplayedStatic, replay
 from adaptive_spec.replay_report import ReplayedEma, policies_of
-from adaptive_spec.trace import Trace, save_trace
+from adaptive_spec.storage.trace import Trace, save_trace
 from adaptive_spec.wire.engine_info import EngineInfo
 from tests.support.processes import assert_one_line, run_cli
 

@@ -7,8 +7,8 @@ import time
 
 import numpy as np
 
-from adaptive_spec.profile import Profile
-from adaptive_spec.profile_store import ProfileStore
+from adaptive_spec.storage.profile import Profile
+from adaptive_spec.storage.profile_store import ProfileStore
 from tests.support.wire import engine
 
 

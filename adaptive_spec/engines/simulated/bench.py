@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from adaptive_spec.archive import write_atomically
 from adaptive_spec.engines.simulated.catalogue import build, policy_names
 from adaptive_spec.engines.simulated.peers.sglang_ema import build_params
 from adaptive_spec.engines.simulated.scenario import Scenario, load_scenario
 from adaptive_spec.engines.simulated.server import Run, SimulatedServer
 from adaptive_spec.errors import BadInput
+from adaptive_spec.storage.archive import write_atomically
 
 Progress = Callable[[float], None]
 

@@ -10,7 +10,7 @@ import pytest
 from adaptive_spec.control.controller import Controller
 from adaptive_spec.domain.policy import Granularity, Mode
 from adaptive_spec.errors import BadInput
-from adaptive_spec.profile import ProfileError, check_writable, load_profile, save_profile, start_plots
+from adaptive_spec.storage.profile import ProfileError, check_writable, load_profile, save_profile, start_plots
 from tests.support.simulated_server import SimulatedServer, engine_info, staircase
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from adaptive_spec.archive import ArchiveError, load_archive, save_archive, write_atomically
+from adaptive_spec.storage.archive import ArchiveError, load_archive, save_archive, write_atomically
 
 ARRAYS: dict[str, NDArray[Any]] = {
     "file": np.arange(6.0).reshape(2, 3),  # also a parameter's name of np.savez
@@ -45,7 +45,7 @@ def test_a_write_that_fails_leaves_the_old_file(path: Path, monkeypatch: pytest.
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("adaptive_spec.archive.os.fsync", full)
+    monkeypatch.setattr("adaptive_spec.storage.archive.os.fsync", full)
     with pytest.raises(OSError, match="No space"):
         write_atomically(path, b"new")
     assert path.read_bytes() == before
@@ -115,6 +115,6 @@ def test_never_unpickled(tmp_path: Path) -> None:
 def test_another_kind_or_version(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ArchiveError, match="holds 'test', not 'other'"):
         load_archive(path, "other")
-    monkeypatch.setattr("adaptive_spec.archive.FORMAT_VERSION", 2)
+    monkeypatch.setattr("adaptive_spec.storage.archive.FORMAT_VERSION", 2)
     with pytest.raises(ArchiveError, match="version 1, this program reads 2"):
         load_archive(path, "test")

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-from adaptive_spec.archive import ArchiveError, archive_bytes, parse_archive, write_atomically
 from adaptive_spec.control.controller import Controller
 from adaptive_spec.errors import BadInput
-from adaptive_spec.profile import CALIBRATION, LATENCY_MODEL, Profile, ProfileError, identity
+from adaptive_spec.storage.archive import ArchiveError, archive_bytes, parse_archive, write_atomically
+from adaptive_spec.storage.profile import CALIBRATION, LATENCY_MODEL, Profile, ProfileError, identity
 from adaptive_spec.wire.engine_info import EngineInfo
 
 KIND = "profile"

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from adaptive_spec.archive import save_archive
 from adaptive_spec.errors import BadInput
 from adaptive_spec.record import TraceBuffer
-from adaptive_spec.trace import Trace, load_trace, save_trace
+from adaptive_spec.storage.archive import save_archive
+from adaptive_spec.storage.trace import Trace, load_trace, save_trace
 from tests.support.numbers_engine import NumbersEngine
 from tests.support.processes import assert_one_line, run_cli, wait_for
 from tests.support.wire import engine, record_of

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 from rich.table import Table
 
-from adaptive_spec.candidates import Choice, choose, config_document, goodput_by_traffic
 from adaptive_spec.config.settings import ControllerSettings
 from adaptive_spec.errors import BadInput
 from adaptive_spec.models.model_set import Learner
+from adaptive_spec.offline.draft_length_choice import Choice, choose, config_document, goodput_by_traffic
 from adaptive_spec.storage.archive import write_atomically
 from adaptive_spec.storage.profile import load_profile, profiled_engine
 

@@ -46,7 +46,7 @@ def fit(latency: Path | None, calibration: Path | None, out: Path, jump_threshol
     from rich.console import Console
 
     with Console(stderr=True).status("fitting"):
-        from adaptive_spec.fit import fit_files
+        from adaptive_spec.offline.fit import fit_files
 
         result = fit_files(latency, calibration, out, jump_threshold)
     if as_json:
@@ -165,7 +165,7 @@ def candidates(profile: Path, states: int, max_batch: int | None, out: Path | No
     if out is not None:
         write_config(choice, out)
     if as_json:
-        from adaptive_spec.candidates import config_document
+        from adaptive_spec.offline.draft_length_choice import config_document
 
         dropping = {str(k): {"mean": mean, "worst": worst} for k, (mean, worst) in choice.dropping.items()}
         document = {"states": list(choice.ks), "loss": choice.loss, "dropping": dropping, "config": config_document(choice)}

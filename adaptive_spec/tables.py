@@ -10,7 +10,7 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from adaptive_spec.doctor import Finding
-    from adaptive_spec.fit import FitResult
+    from adaptive_spec.offline.fit import FitResult
 
 _STATES = {"ok": ("✓", "green"), "note": ("-", "yellow"), "broken": ("✗", "bold red")}
 

@@ -25,7 +25,7 @@ from adaptive_spec.storage.archive import ArchiveError, load_archive, save_archi
 from adaptive_spec.wire.engine_info import EngineInfo
 
 if TYPE_CHECKING:  # plots imports matplotlib, which must stay out of the sidecar
-    from adaptive_spec.plots import PlotData
+    from adaptive_spec.offline.plots import PlotData
 
 LATENCY_MODEL = "latency_model"
 CALIBRATION = "calibration"
@@ -120,7 +120,7 @@ def start_plots(folder: Path, snapshot: Snapshot) -> subprocess.Popen[bytes] | N
             data.write(json.dumps(_plot_data(snapshot, folder.name)).encode())
             data.seek(0)
             return subprocess.Popen(
-                [sys.executable, "-m", "adaptive_spec.plots", str(folder / "plots")],
+                [sys.executable, "-m", "adaptive_spec.offline.plots", str(folder / "plots")],
                 stdin=data, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
             )  # fmt: skip
     except OSError:

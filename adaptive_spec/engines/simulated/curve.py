@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adaptive_spec.errors import BadInput
-from adaptive_spec.samples import MAX_NUM_TOKENS, read_latency
+from adaptive_spec.offline.samples import MAX_NUM_TOKENS, read_latency
 
 Floats = NDArray[np.float64]
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from adaptive_spec.errors import BadInput
-from adaptive_spec.samples import read_calibration, read_latency
+from adaptive_spec.offline.samples import read_calibration, read_latency
 
 L, C = "num_tokens,latency_ms\n", "cumulative_score,accepted\n"
 

@@ -16,13 +16,13 @@ from adaptive_spec.engines.simulated.adaptive import engine_info
 from adaptive_spec.engines.simulated.deciders import Static
 from adaptive_spec.engines.simulated.scenario import Scenario, load_scenario
 from adaptive_spec.engines.simulated.server import SimulatedServer
-from adaptive_spec.replay import Plan, Replay, ReplayedStatic, replay
+from adaptive_spec.offline.replay import Plan, Replay, ReplayedStatic, replay
 from adaptive_spec.replay_report import ReplayedEma, policies_of
 from adaptive_spec.storage.trace import Trace, save_trace
 from adaptive_spec.wire.engine_info import EngineInfo
 from tests.support.processes import assert_one_line, run_cli
 
-SCENARIOS = Path(__file__).parent / "scenarios"
+SCENARIOS = Path(__file__).parents[1] / "scenarios"
 
 
 class Wanderer(Static):
@@ -117,7 +117,7 @@ def test_shorter_drafts_are_counted_exactly() -> None:
     full = replayed(scenario, records, "static-2").estimates["static-2"]
     assert full.mean_k == 2.0
     info = engine_info(scenario)
-    from adaptive_spec.replay import Hindsight
+    from adaptive_spec.offline.replay import Hindsight
 
     hindsight = Hindsight(info, records)
     tokens = sum(hindsight.value(i, record, Plan(2))[0] for i, record in enumerate(records))

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from adaptive_spec.errors import BadInput
-from adaptive_spec.fit import fit_files
+from adaptive_spec.offline.fit import fit_files
 from adaptive_spec.storage.archive import load_archive
 from tests.support.processes import assert_one_line, run_cli
 
-CURVES = Path(__file__).parent / "curves"
+CURVES = Path(__file__).parents[1] / "curves"
 PNG = b"\x89PNG\r\n\x1a\n"
 
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from adaptive_spec import candidates
-from adaptive_spec.candidates import choose, config_document, goodput_by_traffic
+from adaptive_spec.offline import draft_length_choice as candidates
+from adaptive_spec.offline.draft_length_choice import choose, config_document, goodput_by_traffic
 
 MAX_K = 7
 

@@ -1,6 +1,6 @@
 """The three pictures of a profile: latency model, calibration, token distribution.
 
-`python -m adaptive_spec.plots DIR < DATA.json` draws them in a process of its own, so that matplotlib never enters the
+`python -m adaptive_spec.offline.plots DIR < DATA.json` draws them in a process of its own, so that matplotlib never enters the
 sidecar's memory. Drawing needs no display.
 """
 

@@ -61,7 +61,7 @@ manifests: $(STAMP)
 
 # The plots of the status page; npm checks what it fetches against the registry's own checksum.
 UPLOT := 1.6.32
-VENDOR := adaptive_spec/status/vendor
+VENDOR := adaptive_spec/sidecar/page/vendor
 vendor:
 	fetched=$$(mktemp -d) && trap 'rm -rf "$$fetched"' EXIT && npm pack --silent --pack-destination "$$fetched" uplot@$(UPLOT) \
 		&& tar -xzf "$$fetched"/uplot-*.tgz -C "$$fetched" && cd $(VENDOR) \

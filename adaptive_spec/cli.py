@@ -74,7 +74,7 @@ def sidecar(config: Path | None, **overrides: Any) -> None:
     from adaptive_spec.config.load import load_settings
 
     settings = load_settings(config, {key: value for key, value in overrides.items() if value is not None})
-    from adaptive_spec.sidecar import run_sidecar
+    from adaptive_spec.sidecar.process import run_sidecar
 
     run_sidecar(settings)
 
@@ -289,7 +289,7 @@ _grafana_timeout = click.option(
 
 
 def _grafana(url: str, token_file: Path | None, timeout: float) -> Any:
-    from adaptive_spec.grafana import Grafana, read_token
+    from adaptive_spec.sidecar.grafana import Grafana, read_token
 
     token = read_token(token_file, "--token-file") if token_file else os.environ.get("GRAFANA_TOKEN", "")
     return Grafana(url, token, timeout)
@@ -302,7 +302,7 @@ def _grafana(url: str, token_file: Path | None, timeout: float) -> Any:
 @click.option("--folder", default="adaptive-spec", show_default=True, help="Title of the folder, where it must be made.")
 def push(grafana_url: str, token_file: Path | None, timeout: float, folder: str) -> None:
     """Write the dashboards that are missing or different. The same again changes nothing."""
-    from adaptive_spec.grafana import GrafanaError, push_dashboards, summary
+    from adaptive_spec.sidecar.grafana import GrafanaError, push_dashboards, summary
 
     try:
         findings = push_dashboards(_grafana(grafana_url, token_file, timeout), folder, f"adaptive-spec {__version__}")
@@ -318,7 +318,7 @@ def push(grafana_url: str, token_file: Path | None, timeout: float, folder: str)
 @_grafana_timeout
 def check(grafana_url: str, token_file: Path | None, timeout: float) -> int:
     """Say of each dashboard whether Grafana has it as shipped. Exit status 1 when one is missing or different."""
-    from adaptive_spec.grafana import GrafanaError, check_dashboards, summary
+    from adaptive_spec.sidecar.grafana import GrafanaError, check_dashboards, summary
 
     try:
         findings = check_dashboards(_grafana(grafana_url, token_file, timeout))

@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.metrics_core import Metric
 
-from adaptive_spec.board import Board, View
 from adaptive_spec.config.settings import ControllerSettings
 from adaptive_spec.control.controller import Controller
 from adaptive_spec.domain.policy import Granularity
-from adaptive_spec.metrics import PREFIX, SnapshotCollector
+from adaptive_spec.sidecar.metrics import PREFIX, SnapshotCollector
+from adaptive_spec.sidecar.view import Board, View
 from adaptive_spec.wire.engine_info import EngineInfo
 
 PROCESS = ("process_resident_memory_bytes", "process_cpu_seconds", "process_start_time_seconds")
@@ -49,7 +49,7 @@ def metrics_page() -> str:
     lines = [
         "# Metrics",
         "",
-        "Made by `make docs` from `adaptive_spec/metrics.py`; do not edit by hand.",
+        "Made by `make docs` from `adaptive_spec/sidecar/metrics.py`; do not edit by hand.",
         "",
         "`/metrics` of the sidecar, in Prometheus' text format or OpenMetrics, as asked. Once an engine is attached all",
         "carry the constant labels `model`, `gpu` and `tp` besides those below (a refit has a `model` of its own, which of our",

@@ -104,7 +104,7 @@ def test_only_the_plugin_imports_sglang_and_the_benchmark_that_compares_with_its
 
 
 def test_the_sidecar_brings_neither_torch_nor_matplotlib() -> None:
-    loaded = _loaded_by("adaptive_spec.sidecar")
+    loaded = _loaded_by("adaptive_spec.sidecar.process")
     assert "river" in loaded
     assert not loaded & {"torch", "matplotlib", "sglang", "rich", "fsspec"}
 

@@ -14,13 +14,13 @@ import yaml
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from adaptive_spec.board import Board, View
-from adaptive_spec.metrics import metrics_registry
+from adaptive_spec.sidecar.metrics import metrics_registry
+from adaptive_spec.sidecar.view import Board, View
 from adaptive_spec.wire.engine_report import EngineReport
 from dashboards.build import DASHBOARDS, FOLDER, document
+from tests.sidecar.test_metrics import SNAPSHOT
 from tests.support.monitoring import DEPLOY, needs, program
 from tests.support.numbers_engine import engine_info
-from tests.test_metrics import SNAPSHOT
 
 VARIABLES = {"$__rate_interval": "1m", "$__interval": "15s", "$job": ".*", "$model": ".*", "$gpu": ".*", "$instance": ".*"}
 PANEL_TYPES = {"timeseries", "stat", "trend", "table"}

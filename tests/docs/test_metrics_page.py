@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from adaptive_spec.metrics_page import exposed_name, metric_families, metrics_page, own_labels
-from tests.test_metrics import CONTRACT
+from tests.sidecar.test_metrics import CONTRACT
 
 
 def test_page_in_docs_is_current() -> None:

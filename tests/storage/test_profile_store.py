@@ -23,10 +23,10 @@ from adaptive_spec.storage.profile import Profile
 from adaptive_spec.storage.profile_store import KEPT, KIND, ProfileStore, StoredProfile
 from adaptive_spec.storage.profile_store_worker import FETCH_PATIENCE_S, StoreWorker
 from adaptive_spec.wire.engine_info import EngineInfo
+from tests.sidecar.test_process import RunningEngine
 from tests.support.processes import SidecarProcess, assert_one_line, run_cli, wait_for
 from tests.support.store_writer import numbered
 from tests.support.wire import engine
-from tests.test_sidecar import RunningEngine
 
 INFO = engine()
 NOW_S = 1_700_000_000.0

@@ -146,7 +146,7 @@ def shipped_dashboards() -> dict[str, Document]:
     """Our dashboards by name, in the order they are listed. Raises BadInput when they are not installed."""
     folder = resources.files("adaptive_spec") / "dashboards"
     if not folder.is_dir():
-        folder = Path(__file__).parent.parent / "dashboards"
+        folder = Path(__file__).parents[2] / "dashboards"
     found = {p.name.removesuffix(".json"): json.loads(p.read_text("utf-8")) for p in folder.iterdir() if p.name.endswith(".json")}
     if not found:
         raise BadInput("dashboards: none is installed with this package")

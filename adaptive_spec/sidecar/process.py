@@ -17,19 +17,19 @@ from functools import partial
 from pathlib import Path
 
 from adaptive_spec import __version__
-from adaptive_spec.board import Board, View
 from adaptive_spec.client.sidecar import ADDRESS_NAME, TOKEN_NAME
 from adaptive_spec.config.settings import SidecarSettings
 from adaptive_spec.control.controller import Controller
 from adaptive_spec.errors import BadInput
-from adaptive_spec.grafana import Annotator
-from adaptive_spec.history import History
-from adaptive_spec.session import Session, waiting_engine
+from adaptive_spec.sidecar.grafana import Annotator
+from adaptive_spec.sidecar.history import History
+from adaptive_spec.sidecar.http_server import WebServer
+from adaptive_spec.sidecar.session import Session, waiting_engine
+from adaptive_spec.sidecar.view import Board, View
 from adaptive_spec.storage.archive import write_atomically
 from adaptive_spec.storage.profile import check_writable, start_plots
 from adaptive_spec.storage.profile_store import ProfileStore, restorable
 from adaptive_spec.storage.profile_store_worker import StoreWorker
-from adaptive_spec.web import WebServer
 from adaptive_spec.wire import mapped_file
 from adaptive_spec.wire.engine_report import read_report
 

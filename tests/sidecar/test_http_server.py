@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 
-from adaptive_spec.board import Board, View
 from adaptive_spec.client.sidecar import ControlClient
 from adaptive_spec.errors import BadInput
-from adaptive_spec.web import Command, WebServer
+from adaptive_spec.sidecar.http_server import Command, WebServer
+from adaptive_spec.sidecar.view import Board, View
+from tests.sidecar.test_metrics import SNAPSHOT
 from tests.support.numbers_engine import engine_info
-from tests.test_metrics import SNAPSHOT
 
 TOKEN = "secret"
 
@@ -109,7 +109,7 @@ def test_page_asks_nobody_else(server: WebServer) -> None:
 
 
 def test_vendored_files_are_the_ones_that_were_fetched() -> None:
-    folder = Path(str(resources.files("adaptive_spec"))) / "status" / "vendor"
+    folder = Path(str(resources.files("adaptive_spec"))) / "sidecar" / "page" / "vendor"
     sums = dict(line.split()[::-1] for line in (folder / "SHA256SUMS").read_text().splitlines())
     assert sums.keys() == {"uPlot.iife.min.js", "uPlot.min.css", "uPlot.LICENSE"}
     for name, checksum in sums.items():

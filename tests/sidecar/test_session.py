@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 from prometheus_client import generate_latest
 
-from adaptive_spec.board import Board
 from adaptive_spec.config.settings import SidecarSettings
 from adaptive_spec.domain.policy import Mode
 from adaptive_spec.engine_side.tap import PAGE_NAME, RING_NAME
 from adaptive_spec.errors import BadInput
-from adaptive_spec.metrics import metrics_registry
-from adaptive_spec.session import Session
+from adaptive_spec.sidecar.metrics import metrics_registry
+from adaptive_spec.sidecar.session import Session
+from adaptive_spec.sidecar.view import Board
 from adaptive_spec.wire.policy_page import PolicyPageReader
 from adaptive_spec.wire.ring import RingReader, RingWriter
 from tests.support.models_anew import fits, metrics_of, models_anew, same_models, thinned

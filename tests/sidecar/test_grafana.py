@@ -14,11 +14,11 @@ from prometheus_client.parser import text_string_to_metric_families
 from adaptive_spec.config.settings import GrafanaSettings
 from adaptive_spec.control.snapshot import Event
 from adaptive_spec.errors import BadInput
-from adaptive_spec.grafana import Annotator, Grafana, GrafanaError, check_dashboards, push_dashboards, shipped_dashboards
+from adaptive_spec.sidecar.grafana import Annotator, Grafana, GrafanaError, check_dashboards, push_dashboards, shipped_dashboards
+from tests.sidecar.test_metrics import SNAPSHOT
 from tests.support.grafana_server import TOKEN, GrafanaServer
 from tests.support.numbers_engine import NumbersEngine, engine_info
 from tests.support.processes import SidecarProcess, assert_one_line, run_cli, wait_for
-from tests.test_metrics import SNAPSHOT
 
 
 @pytest.fixture

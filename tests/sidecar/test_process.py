@@ -18,7 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from adaptive_spec.config.settings import SidecarSettings
 from adaptive_spec.engine_side.tap import RING_NAME
 from adaptive_spec.errors import BadInput
-from adaptive_spec.sidecar import Sidecar
+from adaptive_spec.sidecar.process import Sidecar
 from adaptive_spec.wire.ring import RingWriter
 from tests.support.numbers_engine import NumbersEngine, engine_info
 from tests.support.processes import SidecarProcess, assert_one_line, run_cli, wait_for

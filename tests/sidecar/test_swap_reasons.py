@@ -3,8 +3,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from adaptive_spec.control.snapshot import Boundary, Event, Snapshot
-from adaptive_spec.story import Story
-from tests.test_metrics import SNAPSHOT
+from adaptive_spec.sidecar.swap_reasons import Story
+from tests.sidecar.test_metrics import SNAPSHOT
 
 
 def _at(time_s: float, boundaries: tuple[int, ...], events: tuple[Event, ...], verified: int = 0, accepted: int = 0) -> Snapshot:

@@ -26,10 +26,10 @@ from prometheus_client.exposition import choose_encoder
 from waitress import wasyncore
 from waitress.server import create_server
 
-from adaptive_spec.board import Board
 from adaptive_spec.errors import BadInput
-from adaptive_spec.metrics import metrics_registry
-from adaptive_spec.status_report import history_document, status_document
+from adaptive_spec.sidecar.metrics import metrics_registry
+from adaptive_spec.sidecar.status_document import history_document, status_document
+from adaptive_spec.sidecar.view import Board
 
 ALIVE_S = 5.0
 """A loop that has not beaten for this long is taken for dead."""
@@ -167,7 +167,7 @@ def _page(name: str) -> bytes | str:
     bottle.response.content_type = f"{_PAGE[name]}; charset=utf-8"
     for header, value in _HEADERS.items():
         bottle.response.set_header(header, value)
-    return (resources.files("adaptive_spec") / "status" / (name or "index.html")).read_bytes()
+    return (resources.files("adaptive_spec") / "sidecar" / "page" / (name or "index.html")).read_bytes()
 
 
 def _json(document: Mapping[str, Any]) -> str:

@@ -6,9 +6,9 @@ import os
 from typing import Any
 
 from adaptive_spec import __version__
-from adaptive_spec.board import View
 from adaptive_spec.domain.policy import Mode
-from adaptive_spec.history import INTERVAL_S, Moment
+from adaptive_spec.sidecar.history import INTERVAL_S, Moment
+from adaptive_spec.sidecar.view import View
 
 
 def status_document(view: View, beat_s: float, now_s: float) -> dict[str, Any]:

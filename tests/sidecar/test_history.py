@@ -2,8 +2,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from adaptive_spec.history import INTERVAL_S, MOMENTS, History, Moment
-from tests.test_metrics import SNAPSHOT
+from adaptive_spec.sidecar.history import INTERVAL_S, MOMENTS, History, Moment
+from tests.sidecar.test_metrics import SNAPSHOT
 
 
 def test_a_moment_every_two_seconds() -> None:

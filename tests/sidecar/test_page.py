@@ -14,15 +14,15 @@ import pytest
 from playwright.sync_api import Browser, expect
 from prometheus_client.parser import text_string_to_metric_families
 
-from adaptive_spec.board import Board, View
 from adaptive_spec.control.snapshot import Event
-from adaptive_spec.web import WebServer
+from adaptive_spec.sidecar.http_server import WebServer
+from adaptive_spec.sidecar.view import Board, View
 from adaptive_spec.wire.engine_info import EngineInfo
+from tests.sidecar.test_metrics import SNAPSHOT
+from tests.sidecar.test_process import RunningEngine
 from tests.support.browser import Watched, chromium, needs_chromium, watched
 from tests.support.numbers_engine import engine_info
 from tests.support.processes import SidecarProcess, wait_for
-from tests.test_metrics import SNAPSHOT
-from tests.test_sidecar import RunningEngine
 
 pytestmark = needs_chromium
 Samples = dict[tuple[str, str], float]

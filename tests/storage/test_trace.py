@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from adaptive_spec.cli.record import TraceBuffer
 from adaptive_spec.errors import BadInput
-from adaptive_spec.record import TraceBuffer
 from adaptive_spec.storage.archive import save_archive
 from adaptive_spec.storage.trace import Trace, load_trace, save_trace
 from tests.support.numbers_engine import NumbersEngine

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from adaptive_spec.cli.server_sweep import PROMPTS, default_batch_sizes, parse_batch_sizes, read_prompts
 from adaptive_spec.client.sglang import HeldBatch, ServerApi
 from adaptive_spec.errors import BadInput
-from adaptive_spec.server_sweep import PROMPTS, default_batch_sizes, parse_batch_sizes, read_prompts
 
 
 def test_default_sizes_are_doublings_and_the_largest() -> None:

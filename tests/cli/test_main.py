@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from adaptive_spec import __version__
-from adaptive_spec.cli import cli
+from adaptive_spec.cli.main import cli
 from tests.support.processes import assert_one_line, run_cli
 
 

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from adaptive_spec.tables import k_words, number
+from adaptive_spec.cli.tables import k_words, number
 
 
 def test_k_words_joins_runs() -> None:

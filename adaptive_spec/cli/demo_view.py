@@ -14,7 +14,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from adaptive_spec.tables import k_words, number
+from adaptive_spec.cli.tables import k_words, number
 
 LINE_INTERVAL_S = 5.0
 EVENTS_SHOWN = 8

@@ -3,7 +3,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from adaptive_spec.keeper import Keeper
+from adaptive_spec.cli.supervisor import Keeper
 
 
 def _ends_at_once() -> subprocess.Popen[bytes]:

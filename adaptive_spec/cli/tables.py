@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from adaptive_spec.doctor import Finding
+    from adaptive_spec.cli.doctor import Finding
     from adaptive_spec.offline.fit import FitResult
 
 _STATES = {"ok": ("✓", "green"), "note": ("-", "yellow"), "broken": ("✗", "bold red")}

@@ -26,17 +26,17 @@ from typing import Any
 
 import yaml
 
+from adaptive_spec.cli.supervisor import Keeper, end, end_with_parent
 from adaptive_spec.client.sidecar import ADDRESS_NAME
 from adaptive_spec.config.load import load_settings
 from adaptive_spec.config.settings import SidecarSettings
 from adaptive_spec.errors import BadInput
-from adaptive_spec.keeper import Keeper, end, end_with_parent
 
 LOOK_S = 0.2
 SIDECAR_PATIENCE_S = 10.0
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 
-log = logging.getLogger("adaptive_spec.serve")
+log = logging.getLogger("adaptive_spec.cli.serve")
 
 
 @dataclass(frozen=True)

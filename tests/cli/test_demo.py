@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from adaptive_spec.cli import main
-from adaptive_spec.demo import result_document
-from adaptive_spec.demo_view import DemoState, DemoView, compare_table, picture, plain_line
+from adaptive_spec.cli.demo import result_document
+from adaptive_spec.cli.demo_view import DemoState, DemoView, compare_table, picture, plain_line
+from adaptive_spec.cli.main import main
 from tests.support.processes import PATIENCE_S, assert_one_line, run_cli, wait_for
 
 CONTRACT = {
@@ -103,7 +103,7 @@ def test_compare_table_names_the_best_fixed_k() -> None:
 
 @pytest.mark.parametrize("status", [0, 1])
 def test_the_status_of_the_run_is_the_commands_own(monkeypatch: pytest.MonkeyPatch, status: int) -> None:
-    monkeypatch.setattr("adaptive_spec.demo.run_demo", lambda _options: status)
+    monkeypatch.setattr("adaptive_spec.cli.demo.run_demo", lambda _options: status)
     monkeypatch.setattr(sys, "argv", ["adaptive-spec", "demo", "--port", "0"])
     with pytest.raises(SystemExit) as ended:
         main()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from adaptive_spec.doctor import Finding, examine
+from adaptive_spec.cli.doctor import Finding, examine
 from adaptive_spec.engine_side.tap import PAGE_NAME, RING_NAME
 from adaptive_spec.wire.policy_page import PolicyPage
 from adaptive_spec.wire.ring import RingWriter

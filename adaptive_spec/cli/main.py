@@ -52,7 +52,7 @@ def fit(latency: Path | None, calibration: Path | None, out: Path, jump_threshol
     if as_json:
         click.echo(json.dumps(result.document()))
         return
-    from adaptive_spec.tables import fit_tables
+    from adaptive_spec.cli.tables import fit_tables
 
     console = Console()
     for table in fit_tables(result):
@@ -89,7 +89,7 @@ def sidecar(config: Path | None, **overrides: Any) -> None:
 @click.argument("flags", nargs=-1, type=click.UNPROCESSED)
 def serve(mode: str | None, config: Path | None, flags: tuple[str, ...], **overrides: Any) -> int:
     """Run an SGLang server with the sidecar beside it: adaptive-spec serve [OPTIONS] -- SGLANG SERVER FLAGS."""
-    from adaptive_spec.serve import ServeOptions, run_serve
+    from adaptive_spec.cli.serve import ServeOptions, run_serve
 
     given = {key: value for key, value in overrides.items() if value is not None}
     return run_serve(ServeOptions(mode, config, given, flags))
@@ -110,9 +110,9 @@ def sweep(
     api_key: str,
 ) -> None:  # fmt: skip
     """A (new) sweep in a running sidecar, watched to its end; with --url of a server, batch size by batch size."""
+    from adaptive_spec.cli.server_sweep import is_sidecar, read_prompts, sweep_server
+    from adaptive_spec.cli.sweep import watch_sweep
     from adaptive_spec.client.sidecar import ControlClient
-    from adaptive_spec.server_sweep import is_sidecar, read_prompts, sweep_server
-    from adaptive_spec.sweep_watch import watch_sweep
 
     if url is None or is_sidecar(url):
         watch_sweep(ControlClient.find(runtime_dir, url, token_file), timeout)
@@ -146,7 +146,7 @@ def ctl(command: str, k: int | None, url: str | None, runtime_dir: Path, token_f
         return
     from rich.console import Console
 
-    from adaptive_spec.tables import status_table
+    from adaptive_spec.cli.tables import status_table
 
     Console().print(status_table(document))
 
@@ -159,7 +159,7 @@ def ctl(command: str, k: int | None, url: str | None, runtime_dir: Path, token_f
 @click.option("--json", "as_json", is_flag=True, help="Print the choice as JSON.")
 def candidates(profile: Path, states: int, max_batch: int | None, out: Path | None, as_json: bool) -> None:
     """Choose the K an SGLang server should capture, from what a sweep measured (PROFILE: a folder of profile_dir)."""
-    from adaptive_spec.candidates_report import candidates_of, choice_tables, write_config
+    from adaptive_spec.cli.candidates import candidates_of, choice_tables, write_config
 
     choice = candidates_of(profile, states, max_batch)
     if out is not None:
@@ -187,7 +187,7 @@ def candidates(profile: Path, states: int, max_batch: int | None, out: Path | No
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
 def doctor(runtime_dir: Path, profile_dir: Path, host: str, port: int, as_json: bool) -> None:
     """Say what works here and what does not. Exit status 1 when something essential is broken."""
-    from adaptive_spec.doctor import examine
+    from adaptive_spec.cli.doctor import examine
 
     findings = examine(runtime_dir, profile_dir, host, port)
     if as_json:
@@ -195,7 +195,7 @@ def doctor(runtime_dir: Path, profile_dir: Path, host: str, port: int, as_json: 
     else:
         from rich.console import Console
 
-        from adaptive_spec.tables import findings_table
+        from adaptive_spec.cli.tables import findings_table
 
         Console().print(findings_table(findings))
     if any(finding.state == "broken" for finding in findings):
@@ -220,7 +220,7 @@ def demo(
         from adaptive_spec.engines.sglang.cpu_kit import CpuKit
 
         CpuKit().install()  # before anything is shown: it takes minutes the first time
-    from adaptive_spec.demo import DemoOptions, run_demo
+    from adaptive_spec.cli.demo import DemoOptions, run_demo
 
     if status := run_demo(DemoOptions(duration, host, port, json_file, compare, seed, profile_dir, engine)):
         raise click.exceptions.Exit(status)
@@ -252,7 +252,7 @@ def bench(
 @click.option("--duration", type=click.FloatRange(min=0.0, min_open=True), help="Seconds; until Ctrl-C when not given.")
 def record(runtime_dir: Path, out: Path, steps: int, max_mb: int, duration: float | None) -> None:
     """Record what a live engine does, to judge policies on it with `replay`. The newest steps are kept."""
-    from adaptive_spec.record import record_trace
+    from adaptive_spec.cli.record import record_trace
 
     trace = record_trace(runtime_dir, out, steps, max_mb << 20, duration)
     click.echo(f"{len(trace.records)} steps of {trace.info.name} {trace.info.model} written to {out}, {trace.lost} lost")
@@ -268,7 +268,7 @@ def replay(trace: Path, policies: str, config: Path | None, json_file: Path | No
     from adaptive_spec.config.load import load_settings
 
     settings = load_settings(config).controller
-    from adaptive_spec.replay_report import replay_file
+    from adaptive_spec.cli.replay import replay_file
 
     replay_file(trace, policies, settings, json_file)
 

@@ -24,10 +24,10 @@ from typing import Any
 
 import yaml
 
+from adaptive_spec.cli.demo_view import DemoState, DemoView
+from adaptive_spec.cli.supervisor import Keeper, end, end_with_parent
 from adaptive_spec.client.sidecar import ADDRESS_NAME, ControlClient
-from adaptive_spec.demo_view import DemoState, DemoView
 from adaptive_spec.errors import BadInput
-from adaptive_spec.keeper import Keeper, end, end_with_parent
 from adaptive_spec.storage.archive import write_atomically
 
 LOOK_S = 0.25

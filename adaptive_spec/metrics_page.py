@@ -13,10 +13,10 @@ from prometheus_client.metrics_core import Metric
 
 from adaptive_spec.config.settings import ControllerSettings
 from adaptive_spec.control.controller import Controller
+from adaptive_spec.domain.engine_info import EngineInfo
 from adaptive_spec.domain.policy import Granularity
 from adaptive_spec.sidecar.metrics import PREFIX, SnapshotCollector
 from adaptive_spec.sidecar.view import Board, View
-from adaptive_spec.wire.engine_info import EngineInfo
 
 PROCESS = ("process_resident_memory_bytes", "process_cpu_seconds", "process_start_time_seconds")
 

@@ -17,9 +17,11 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
-from adaptive_spec.domain.policy import GRID_POINTS, LOGIT_LIMIT, Granularity, Mode, Planner, Policy, SurvivalMap
+from adaptive_spec.domain.engine_info import EngineInfo
+from adaptive_spec.domain.policy import Granularity, Mode, Policy
+from adaptive_spec.domain.survival import GRID_POINTS, LOGIT_LIMIT, SurvivalMap
+from adaptive_spec.engine_side.planner import Planner
 from adaptive_spec.engine_side.tap import PAGE_NAME, EngineTap
-from adaptive_spec.wire.engine_info import EngineInfo
 from adaptive_spec.wire.policy_page import PolicyPage, PolicyPageReader, payload_bytes
 from adaptive_spec.wire.ring import RingReader, RingWriter
 

@@ -18,9 +18,9 @@ import numpy as np
 
 from adaptive_spec.config.settings import ControllerSettings
 from adaptive_spec.control.controller import Controller
+from adaptive_spec.domain.engine_info import EngineInfo
 from adaptive_spec.domain.policy import Granularity
 from adaptive_spec.domain.step_record import StepRecord
-from adaptive_spec.wire.engine_info import EngineInfo
 from adaptive_spec.wire.ring import RingReader, RingWriter
 
 BATCH, MAX_K = 64, 7

@@ -16,10 +16,11 @@ from pathlib import Path
 import click
 import numpy as np
 
-from adaptive_spec.domain.policy import GRID_POINTS, Granularity, Mode, Policy, SurvivalMap
+from adaptive_spec.domain.engine_info import EngineInfo
+from adaptive_spec.domain.policy import Granularity, Mode, Policy
+from adaptive_spec.domain.survival import GRID_POINTS, SurvivalMap
 from adaptive_spec.engine_side.tap import PAGE_NAME
 from adaptive_spec.engines.sglang.ranks import RankedTap, Rendezvous, TorchGroup
-from adaptive_spec.wire.engine_info import EngineInfo
 from adaptive_spec.wire.policy_page import PolicyPage, payload_bytes
 
 RANKS, MAX_BATCH, MAX_K = 4, 64, 7

@@ -13,9 +13,9 @@ import numpy as np
 
 from adaptive_spec.config.settings import ControllerSettings
 from adaptive_spec.control.controller import Controller
+from adaptive_spec.domain.engine_info import EngineInfo
 from adaptive_spec.domain.policy import Granularity
 from adaptive_spec.domain.step_record import StepRecord
-from adaptive_spec.wire.engine_info import EngineInfo
 
 MAX_BATCH, MAX_K, COUNTS = 128, 7, 1024
 WANTED_P99_MS = 20.0

@@ -12,13 +12,13 @@ from rich.table import Table
 
 from adaptive_spec.cli.tables import number
 from adaptive_spec.config.settings import ControllerSettings
+from adaptive_spec.domain.engine_info import EngineInfo
 from adaptive_spec.domain.step_record import StepRecord
 from adaptive_spec.engines.simulated.peers.sglang_ema import AdaptiveParams, build_params
 from adaptive_spec.errors import BadInput
 from adaptive_spec.offline.replay import Plan, Replay, ReplayedPolicy, ReplayedStatic, replay
 from adaptive_spec.storage.archive import write_atomically
 from adaptive_spec.storage.trace import Trace, load_trace
-from adaptive_spec.wire.engine_info import EngineInfo
 
 DEFAULT_POLICIES = "adaptive,static,ema"
 

@@ -23,14 +23,15 @@ from adaptive_spec.config.settings import ControllerSettings
 from adaptive_spec.control.checkpoint import ControllerState
 from adaptive_spec.control.counters import Histogram
 from adaptive_spec.control.engine_response import WATCHED, Adoption, PendingTrials
-from adaptive_spec.control.guard_rails import ProbeBudget, SwapWatch, Table, allowed, better_table, probe_plans, table_for
+from adaptive_spec.control.guard_rails import SwapWatch, Table, allowed, better_table, table_for
+from adaptive_spec.control.probing import ProbeBudget, probe_plans
 from adaptive_spec.control.snapshot import Snapshot
 from adaptive_spec.control.sweep import Sweep
+from adaptive_spec.domain.engine_info import EngineInfo
 from adaptive_spec.domain.policy import Granularity, Mode, Policy, Trial
 from adaptive_spec.domain.step_record import StepFlag, StepRecord
 from adaptive_spec.models.goodput import Forecast
 from adaptive_spec.models.model_set import Learner, Noticed, Stopwatch
-from adaptive_spec.wire.engine_info import EngineInfo
 
 ROLLBACK_HOLD_S = 30.0
 TRIAL_PATIENCE_S = 5.0

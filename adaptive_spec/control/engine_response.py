@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from adaptive_spec.domain.policy import Planner, Trial
+from adaptive_spec.domain.policy import Trial
 from adaptive_spec.domain.step_record import StepFlag, StepRecord
+from adaptive_spec.engine_side.planner import Planner
 
 WATCHED = "the engine only lets itself be watched: its steps run none of the policies made for it"
 IGNORED_STEPS, IGNORED_S = 128, 5.0

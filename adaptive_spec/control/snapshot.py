@@ -6,24 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from adaptive_spec.domain.policy import Mode
-
-
-@dataclass(frozen=True)
-class Segment:
-    """One piece of the staircase: seconds = intercept_s + slope_s_per_token * num_tokens for first..last tokens."""
-
-    first: int
-    last: int
-    intercept_s: float
-    slope_s_per_token: float
-
-
-@dataclass(frozen=True)
-class Boundary:
-    """`tokens` is the last token count of the cheaper tile; the next one costs `jump_ratio` times as much (>= 1 + threshold)."""
-
-    tokens: int
-    jump_ratio: float
+from adaptive_spec.domain.staircase import Boundary, Segment
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adaptive_spec.config.settings import SweepSettings
+from adaptive_spec.domain.engine_info import EngineInfo
 from adaptive_spec.domain.policy import Granularity, Trial
 from adaptive_spec.models.latency.robust_mean import Cell
-from adaptive_spec.wire.engine_info import EngineInfo
 
 EVEN_LOOKS = 32
 """Evenly spaced token counts of the first round."""

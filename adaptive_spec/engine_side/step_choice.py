@@ -22,7 +22,9 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from adaptive_spec.domain.policy import Floats, Mode, Planner, Policy, SurvivalMap, grid_position
+from adaptive_spec.domain.policy import Floats, Mode, Policy
+from adaptive_spec.domain.survival import SurvivalMap, grid_position
+from adaptive_spec.engine_side.planner import Planner
 
 PRIOR_STEPS = 10.0
 REQUEST_DECAY, POPULATION_DECAY = 0.98, 0.995

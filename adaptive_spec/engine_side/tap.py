@@ -18,12 +18,14 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from adaptive_spec.domain.policy import Granularity, Planner, Policy
-from adaptive_spec.domain.step_record import MAX_BATCH_LIMIT, MAX_K_LIMIT, SlotLayout, StepFlag
+from adaptive_spec.domain.engine_info import EngineInfo
+from adaptive_spec.domain.policy import Granularity, Policy
+from adaptive_spec.domain.step_record import StepFlag
+from adaptive_spec.engine_side.planner import Planner
 from adaptive_spec.wire import mapped_file
-from adaptive_spec.wire.engine_info import EngineInfo
 from adaptive_spec.wire.policy_page import PolicyPageReader
 from adaptive_spec.wire.ring import MIN_SLOTS, RingWriter
+from adaptive_spec.wire.slot import MAX_BATCH_LIMIT, MAX_K_LIMIT, SlotLayout
 
 RING_NAME = "records.ring"
 PAGE_NAME = "policy.page"

@@ -17,10 +17,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from adaptive_spec.domain.policy import Granularity, SurvivalMap
+from adaptive_spec.domain.policy import Granularity
+from adaptive_spec.domain.survival import SurvivalMap
 from adaptive_spec.models.acceptance.online import AcceptanceModel
 from adaptive_spec.models.latency.padding import Padding
-from adaptive_spec.models.latency.staircase import LatencyModel, PlanCostModel
+from adaptive_spec.models.latency.plan_cost import PlanCostModel
+from adaptive_spec.models.latency.staircase import LatencyModel
 
 Floats = NDArray[np.float64]
 

@@ -15,15 +15,16 @@ from numpy.typing import NDArray
 
 from adaptive_spec.config.settings import ControllerSettings
 from adaptive_spec.control.counters import Ledger
+from adaptive_spec.domain.engine_info import EngineInfo
 from adaptive_spec.domain.policy import Granularity
 from adaptive_spec.domain.step_record import StepFlag, StepRecord
 from adaptive_spec.models.acceptance.online import AcceptanceModel
 from adaptive_spec.models.drift import DriftDetector, TrafficDetector
 from adaptive_spec.models.goodput import Forecast, Models, forecast
 from adaptive_spec.models.latency.padding import Padding
+from adaptive_spec.models.latency.plan_cost import PlanCostModel
 from adaptive_spec.models.latency.robust_mean import CLIP_SIGMAS
-from adaptive_spec.models.latency.staircase import LatencyModel, PlanCostModel
-from adaptive_spec.wire.engine_info import EngineInfo
+from adaptive_spec.models.latency.staircase import LatencyModel
 
 LEARN_AT_TOKENS = 8192
 """Queued draft tokens at which the acceptance model learns without waiting for the refit."""

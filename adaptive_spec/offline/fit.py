@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from adaptive_spec.errors import BadInput
-from adaptive_spec.models.acceptance.online import CalibrationFit, fit_pairs
-from adaptive_spec.models.latency.staircase import LatencyFit, fit_samples
+from adaptive_spec.models.latency.staircase import LatencyFit
+from adaptive_spec.offline.fit_pairs import CalibrationFit, fit_pairs
+from adaptive_spec.offline.fit_samples import fit_samples
 from adaptive_spec.offline.plots import PlotData, draw, empty_plot_data
 from adaptive_spec.offline.samples import CalibrationPairs, LatencySamples, read_calibration, read_latency
 from adaptive_spec.storage.archive import save_archive

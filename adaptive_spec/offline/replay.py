@@ -28,11 +28,12 @@ from numpy.typing import NDArray
 from adaptive_spec.config.settings import ControllerSettings
 from adaptive_spec.control.controller import Controller
 from adaptive_spec.control.snapshot import Snapshot
-from adaptive_spec.domain.policy import Granularity, Mode, Planner
+from adaptive_spec.domain.engine_info import EngineInfo
+from adaptive_spec.domain.policy import Granularity, Mode
 from adaptive_spec.domain.step_record import StepFlag, StepRecord
+from adaptive_spec.engine_side.planner import Planner
 from adaptive_spec.models.goodput import Forecast
 from adaptive_spec.models.model_set import Learner
-from adaptive_spec.wire.engine_info import EngineInfo
 
 Floats = NDArray[np.float64]
 FIT_STEPS = 500

@@ -23,8 +23,8 @@ from urllib.parse import urlsplit
 
 from adaptive_spec.config.settings import GrafanaSettings
 from adaptive_spec.control.snapshot import Event, Snapshot
+from adaptive_spec.domain.engine_info import EngineInfo
 from adaptive_spec.errors import BadInput
-from adaptive_spec.wire.engine_info import EngineInfo
 
 TAG = "adaptive-spec"
 FOLDER_UID = "adaptive-spec"

@@ -16,6 +16,7 @@ from typing import ParamSpec
 from adaptive_spec.config.settings import SidecarSettings
 from adaptive_spec.control.controller import Controller
 from adaptive_spec.control.snapshot import Snapshot
+from adaptive_spec.domain.engine_info import EngineInfo
 from adaptive_spec.domain.policy import Mode, Policy
 from adaptive_spec.engine_side.tap import PAGE_NAME, RING_NAME
 from adaptive_spec.errors import BadInput
@@ -24,7 +25,6 @@ from adaptive_spec.sidecar.view import View
 from adaptive_spec.storage.archive import ArchiveError, load_archive, save_archive
 from adaptive_spec.storage.profile import Profile, identity, load_profile, save_profile, written_s
 from adaptive_spec.storage.profile_store import StoredProfile
-from adaptive_spec.wire.engine_info import EngineInfo
 from adaptive_spec.wire.mapped_file import set_aside
 from adaptive_spec.wire.policy_page import PolicyPage, payload_bytes
 from adaptive_spec.wire.ring import RingLayoutError, RingReader

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from adaptive_spec.control.snapshot import Snapshot
+from adaptive_spec.domain.engine_info import EngineInfo
 from adaptive_spec.sidecar.history import Moment
-from adaptive_spec.wire.engine_info import EngineInfo
 from adaptive_spec.wire.engine_report import EngineReport
 
 

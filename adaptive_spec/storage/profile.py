@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from adaptive_spec.control.controller import Controller
 from adaptive_spec.control.snapshot import Snapshot
+from adaptive_spec.domain.engine_info import EngineInfo
 from adaptive_spec.domain.policy import Granularity
 from adaptive_spec.errors import BadInput
 from adaptive_spec.storage.archive import ArchiveError, load_archive, save_archive, write_atomically
-from adaptive_spec.wire.engine_info import EngineInfo
 
 if TYPE_CHECKING:  # plots imports matplotlib, which must stay out of the sidecar
     from adaptive_spec.offline.plots import PlotData

@@ -19,10 +19,10 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from adaptive_spec.control.controller import Controller
+from adaptive_spec.domain.engine_info import EngineInfo
 from adaptive_spec.errors import BadInput
 from adaptive_spec.storage.archive import ArchiveError, archive_bytes, parse_archive, write_atomically
 from adaptive_spec.storage.profile import CALIBRATION, LATENCY_MODEL, Profile, ProfileError, identity
-from adaptive_spec.wire.engine_info import EngineInfo
 
 KIND = "profile"
 KEPT = 8

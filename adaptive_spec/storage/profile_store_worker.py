@@ -8,9 +8,9 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
+from adaptive_spec.domain.engine_info import EngineInfo
 from adaptive_spec.storage.profile import Profile
 from adaptive_spec.storage.profile_store import ProfileStore, StoredProfile
-from adaptive_spec.wire.engine_info import EngineInfo
 
 FETCH_PATIENCE_S = 10.0
 CLOSE_PATIENCE_S = 5.0

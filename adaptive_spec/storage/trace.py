@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from adaptive_spec.domain.engine_info import EngineInfo
 from adaptive_spec.domain.step_record import StepRecord
 from adaptive_spec.errors import BadInput
 from adaptive_spec.storage.archive import ArchiveError, load_archive, save_archive
-from adaptive_spec.wire.engine_info import EngineInfo
 
 TRACE = "trace"
 _COUNTS = 10

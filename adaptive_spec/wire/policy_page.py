@@ -31,10 +31,11 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from adaptive_spec.domain.policy import GRID_POINTS, Granularity, Mode, Policy, SurvivalMap, Trial
-from adaptive_spec.domain.step_record import MAX_BATCH_LIMIT, MAX_K_LIMIT
+from adaptive_spec.domain.policy import Granularity, Mode, Policy, Trial
+from adaptive_spec.domain.survival import GRID_POINTS, SurvivalMap
 from adaptive_spec.wire import mapped_file
 from adaptive_spec.wire.mapped_file import WEAKLY_ORDERED, fence
+from adaptive_spec.wire.slot import MAX_BATCH_LIMIT, MAX_K_LIMIT
 
 MAGIC = b"ADSPAGE1"
 LAYOUT_VERSION = 1

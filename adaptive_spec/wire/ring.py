@@ -39,18 +39,11 @@ from typing import Literal, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from adaptive_spec.domain.step_record import (
-    HEAD,
-    LAYOUT_VERSION,
-    MAX_BATCH_LIMIT,
-    MAX_K_LIMIT,
-    SlotLayout,
-    StepRecord,
-    decode_slot,
-)
+from adaptive_spec.domain.engine_info import EngineInfo
+from adaptive_spec.domain.step_record import StepRecord
 from adaptive_spec.wire import mapped_file
-from adaptive_spec.wire.engine_info import EngineInfo
 from adaptive_spec.wire.mapped_file import WEAKLY_ORDERED, fence
+from adaptive_spec.wire.slot import HEAD, LAYOUT_VERSION, MAX_BATCH_LIMIT, MAX_K_LIMIT, SlotLayout, decode_slot
 
 MAGIC = b"ADSPRING"
 HEADER_BYTES = 4096

@@ -5,8 +5,9 @@ import dataclasses
 import pytest
 
 from adaptive_spec.control.engine_response import IGNORED_S, IGNORED_STEPS, Adoption, PendingTrials
-from adaptive_spec.domain.policy import Granularity, Planner, Trial
+from adaptive_spec.domain.policy import Granularity, Trial
 from adaptive_spec.domain.step_record import StepFlag, StepRecord
+from adaptive_spec.engine_side.planner import Planner
 from tests.support.simulated_server import SimulatedServer, engine_info, staircase
 
 RECORD = SimulatedServer(engine_info(Granularity.BATCH), staircase()).step()

@@ -3,7 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from adaptive_spec.control.guard_rails import ProbeBudget, SwapWatch, better_table, table_for
+from adaptive_spec.control.guard_rails import SwapWatch, better_table, table_for
+from adaptive_spec.control.probing import ProbeBudget
 
 
 def table(k: int) -> np.ndarray:

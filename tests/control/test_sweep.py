@@ -5,8 +5,8 @@ import pytest
 
 from adaptive_spec.config.settings import ControllerSettings, SweepSettings
 from adaptive_spec.control.sweep import Sweep
+from adaptive_spec.domain.engine_info import EngineInfo
 from adaptive_spec.domain.policy import Granularity
-from adaptive_spec.wire.engine_info import EngineInfo
 from tests.curves import load
 from tests.support.simulated_server import SimulatedServer, engine_info, staircase
 

@@ -11,19 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from adaptive_spec.domain.policy import (
-    GRID_POINTS,
-    LOGIT_LIMIT,
-    Granularity,
-    Mode,
-    Planner,
-    Policy,
-    SurvivalMap,
-    Trial,
-    best_lengths,
-    best_slots,
-    best_verified,
-)
+from adaptive_spec.domain.plan_search import best_lengths, best_slots, best_verified
+from adaptive_spec.domain.policy import Granularity, Mode, Policy, Trial
+from adaptive_spec.domain.survival import GRID_POINTS, LOGIT_LIMIT, SurvivalMap
+from adaptive_spec.engine_side.planner import Planner
 
 GRID = np.linspace(-LOGIT_LIMIT, LOGIT_LIMIT, GRID_POINTS)
 IDENTITY = (1.0 / (1.0 + np.exp(-GRID))).astype(np.float32)

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adaptive_spec.domain.step_record import HEAD, MAX_BATCH_LIMIT, MAX_K_LIMIT, SlotLayout, StepRecord, decode_slot
+from adaptive_spec.domain.step_record import StepRecord
+from adaptive_spec.wire.slot import HEAD, MAX_BATCH_LIMIT, MAX_K_LIMIT, SlotLayout, decode_slot
 
 LAYOUT = SlotLayout.of(6, 5)
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from adaptive_spec.domain.policy import GRID_POINTS, LOGIT_LIMIT, Granularity, Mode, Policy, SurvivalMap
+from adaptive_spec.domain.policy import Granularity, Mode, Policy
+from adaptive_spec.domain.survival import GRID_POINTS, LOGIT_LIMIT, SurvivalMap
 from adaptive_spec.engine_side.step_choice import AcceptanceHistory, best_k, survival
 
 MAX_K = 5

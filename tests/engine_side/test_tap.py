@@ -17,11 +17,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adaptive_spec.domain.policy import GRID_POINTS, Granularity, Mode, SurvivalMap, Trial
+from adaptive_spec.domain.engine_info import EngineInfo
+from adaptive_spec.domain.policy import Granularity, Mode, Trial
 from adaptive_spec.domain.step_record import StepFlag, StepRecord
+from adaptive_spec.domain.survival import GRID_POINTS, SurvivalMap
 from adaptive_spec.engine_side import tap as tap_module
 from adaptive_spec.engine_side.tap import LOOK_STEPS, PAGE_NAME, RING_NAME, BegunStep, EngineTap
-from adaptive_spec.wire.engine_info import EngineInfo
 from adaptive_spec.wire.policy_page import PolicyPage, payload_bytes
 from adaptive_spec.wire.ring import RingReader
 from tests.support.wire import engine, policy_of

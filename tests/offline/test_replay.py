@@ -11,6 +11,7 @@ import pytest
 
 from adaptive_spec.cli.replay import ReplayedEma, policies_of
 from adaptive_spec.config.settings import ControllerSettings
+from adaptive_spec.domain.engine_info import EngineInfo
 from adaptive_spec.domain.policy import Granularity
 from adaptive_spec.domain.step_record import StepRecord
 from adaptive_spec.engines.simulated.adaptive import engine_info
@@ -19,7 +20,6 @@ from adaptive_spec.engines.simulated.scenario import Scenario, load_scenario
 from adaptive_spec.engines.simulated.server import SimulatedServer
 from adaptive_spec.offline.replay import Plan, Replay, ReplayedStatic, replay
 from adaptive_spec.storage.trace import Trace, save_trace
-from adaptive_spec.wire.engine_info import EngineInfo
 from tests.support.processes import assert_one_line, run_cli
 
 SCENARIOS = Path(__file__).parents[1] / "scenarios"

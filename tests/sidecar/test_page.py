@@ -15,9 +15,9 @@ from playwright.sync_api import Browser, expect
 from prometheus_client.parser import text_string_to_metric_families
 
 from adaptive_spec.control.snapshot import Event
+from adaptive_spec.domain.engine_info import EngineInfo
 from adaptive_spec.sidecar.http_server import WebServer
 from adaptive_spec.sidecar.view import Board, View
-from adaptive_spec.wire.engine_info import EngineInfo
 from tests.sidecar.test_metrics import SNAPSHOT
 from tests.sidecar.test_process import RunningEngine
 from tests.support.browser import Watched, chromium, needs_chromium, watched

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from adaptive_spec.domain.engine_info import EngineInfo
 from adaptive_spec.errors import BadInput
 from adaptive_spec.storage import profile_store
 from adaptive_spec.storage import profile_store_worker as store_worker
@@ -22,7 +23,6 @@ from adaptive_spec.storage.archive import archive_bytes
 from adaptive_spec.storage.profile import Profile
 from adaptive_spec.storage.profile_store import KEPT, KIND, ProfileStore, StoredProfile
 from adaptive_spec.storage.profile_store_worker import FETCH_PATIENCE_S, StoreWorker
-from adaptive_spec.wire.engine_info import EngineInfo
 from tests.sidecar.test_process import RunningEngine
 from tests.support.processes import SidecarProcess, assert_one_line, run_cli, wait_for
 from tests.support.store_writer import numbered

@@ -14,8 +14,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from adaptive_spec.config.settings import ControllerSettings
 from adaptive_spec.control.controller import Controller
+from adaptive_spec.domain.engine_info import EngineInfo
 from adaptive_spec.domain.step_record import StepRecord
-from adaptive_spec.wire.engine_info import EngineInfo
 
 Labels = tuple[tuple[str, str], ...]
 Metrics = Mapping[str, Mapping[Labels, float]]

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
+from adaptive_spec.domain.engine_info import EngineInfo
 from adaptive_spec.domain.policy import Granularity
 from adaptive_spec.engine_side.tap import EngineTap
-from adaptive_spec.wire.engine_info import EngineInfo
 
 TILE = 6
 

@@ -9,9 +9,10 @@ import numpy as np
 
 from adaptive_spec.config.settings import ControllerSettings
 from adaptive_spec.control.controller import Controller
-from adaptive_spec.domain.policy import Granularity, Planner
+from adaptive_spec.domain.engine_info import EngineInfo
+from adaptive_spec.domain.policy import Granularity
 from adaptive_spec.domain.step_record import StepFlag, StepRecord
-from adaptive_spec.wire.engine_info import EngineInfo
+from adaptive_spec.engine_side.planner import Planner
 
 Curve = Callable[[int], float]
 

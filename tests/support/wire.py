@@ -7,9 +7,10 @@ from dataclasses import fields
 
 import numpy as np
 
-from adaptive_spec.domain.policy import GRID_POINTS, Granularity, Mode, Policy, SurvivalMap, Trial
+from adaptive_spec.domain.engine_info import EngineInfo
+from adaptive_spec.domain.policy import Granularity, Mode, Policy, Trial
 from adaptive_spec.domain.step_record import StepRecord
-from adaptive_spec.wire.engine_info import EngineInfo
+from adaptive_spec.domain.survival import GRID_POINTS, SurvivalMap
 from adaptive_spec.wire.policy_page import encode_policy
 
 

@@ -23,7 +23,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from adaptive_spec.domain.policy import GRID_POINTS, Granularity, Mode, Policy, SurvivalMap, Trial
+from adaptive_spec.domain.policy import Granularity, Mode, Policy, Trial
+from adaptive_spec.domain.survival import GRID_POINTS, SurvivalMap
 from adaptive_spec.wire import policy_page
 from adaptive_spec.wire.policy_page import (
     PolicyPage,

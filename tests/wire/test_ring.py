@@ -21,10 +21,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from adaptive_spec.domain.engine_info import EngineInfo
 from adaptive_spec.domain.policy import Granularity
-from adaptive_spec.domain.step_record import LAYOUT_VERSION, StepRecord
-from adaptive_spec.wire.engine_info import EngineInfo
+from adaptive_spec.domain.step_record import StepRecord
 from adaptive_spec.wire.ring import HEADER_BYTES, RingLayoutError, RingReader, RingWriter
+from adaptive_spec.wire.slot import LAYOUT_VERSION
 from tests.support.wire import engine, record_of, same
 
 ROOT = str(Path(__file__).parents[2])

@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from adaptive_spec.domain.engine_info import EngineInfo
 from adaptive_spec.domain.policy import Granularity
 from adaptive_spec.engines.embedded.kv_cache import PackedRows
 from adaptive_spec.engines.embedded.quantised import ExactModel, FloatModel
 from adaptive_spec.engines.embedded.shape import DRAFT_SHAPE, TARGET_SHAPE
 from adaptive_spec.engines.embedded.weights import load_weights, weights_folder
 from adaptive_spec.errors import BadInput
-from adaptive_spec.wire.engine_info import EngineInfo
 
 MAX_BATCH = 16
 MAX_K = 5

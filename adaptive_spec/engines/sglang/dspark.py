@@ -22,7 +22,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from adaptive_spec.domain.policy import GRID_POINTS, LOGIT_LIMIT, Mode, Policy, SurvivalMap
+from adaptive_spec.domain.policy import Mode, Policy
+from adaptive_spec.domain.survival import GRID_POINTS, LOGIT_LIMIT, SurvivalMap
 
 TEMPERATURE_RANGE = (0.05, 20.0)
 STRAIGHT = 1e-6

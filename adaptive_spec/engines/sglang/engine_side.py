@@ -20,16 +20,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adaptive_spec import __version__
+from adaptive_spec.domain.engine_info import EngineInfo
 from adaptive_spec.domain.policy import Granularity
-from adaptive_spec.domain.step_record import MAX_BATCH_LIMIT
 from adaptive_spec.engine_side.tap import EngineTap
 from adaptive_spec.engines.sglang.hooks import Guard
 from adaptive_spec.engines.sglang.plugin_settings import PluginSettings
 from adaptive_spec.engines.sglang.ranks import Group, RankedTap, Rendezvous, TorchGroup, agree
 from adaptive_spec.engines.sglang.stage_clock import HostClock, StageClock
 from adaptive_spec.engines.sglang.step_book import FinishedStep, OpenStep, StepBook
-from adaptive_spec.wire.engine_info import EngineInfo
 from adaptive_spec.wire.engine_report import EngineReport, State, write_report
+from adaptive_spec.wire.slot import MAX_BATCH_LIMIT
 
 STEP_ATTRIBUTE = "adaptive_spec_step"
 """Where a step travels on SGLang's result object."""

@@ -16,9 +16,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from adaptive_spec.domain.engine_info import EngineInfo
 from adaptive_spec.domain.policy import Policy
 from adaptive_spec.engine_side.tap import EngineTap
-from adaptive_spec.wire.engine_info import EngineInfo
 from adaptive_spec.wire.policy_page import decode_policy, encode_policy
 from adaptive_spec.wire.ring import RingWriter
 

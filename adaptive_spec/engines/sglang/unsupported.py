@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from adaptive_spec.domain.step_record import MAX_K_LIMIT
+from adaptive_spec.wire.slot import MAX_K_LIMIT
 
 
 def unsupported_reason(server_args: Any) -> str | None:

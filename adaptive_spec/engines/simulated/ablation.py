@@ -9,11 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adaptive_spec.config.settings import ControllerSettings, PolicySettings
+from adaptive_spec.domain.engine_info import EngineInfo
 from adaptive_spec.domain.policy import Granularity
 from adaptive_spec.domain.step_record import StepFlag, StepRecord
 from adaptive_spec.engines.simulated.adaptive import Adaptive, engine_info
 from adaptive_spec.engines.simulated.scenario import Scenario
-from adaptive_spec.wire.engine_info import EngineInfo
 
 PREFIX = "without-"
 FROZEN_AFTER_S = 20.0

@@ -11,13 +11,14 @@ from numpy.typing import NDArray
 
 from adaptive_spec.config.settings import ControllerSettings
 from adaptive_spec.control.controller import Controller
-from adaptive_spec.domain.policy import Granularity, Planner, Policy
+from adaptive_spec.domain.engine_info import EngineInfo
+from adaptive_spec.domain.policy import Granularity, Policy
 from adaptive_spec.domain.step_record import StepFlag, StepRecord
+from adaptive_spec.engine_side.planner import Planner
 from adaptive_spec.engine_side.step_choice import REQUESTS_REMEMBERED, AcceptanceHistory, refined_k
 from adaptive_spec.engines.simulated.deciders import LAUNCH_K
 from adaptive_spec.engines.simulated.plans import padded_sizes
 from adaptive_spec.engines.simulated.scenario import Scenario
-from adaptive_spec.wire.engine_info import EngineInfo
 
 DELAY_STEPS = 1
 """Decode steps a decision is on its way: the sidecar sees a record after its step, the engine is in the next one by then."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from adaptive_spec.domain.policy import best_slots
+from adaptive_spec.domain.plan_search import best_slots
 from adaptive_spec.domain.step_record import StepRecord
 from adaptive_spec.engines.simulated.plans import best_ragged, expected_tokens
 

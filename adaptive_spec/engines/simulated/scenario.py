@@ -15,10 +15,10 @@ from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationInf
 from pydantic_core import PydanticCustomError
 
 from adaptive_spec.config.load import read_yaml, validated
-from adaptive_spec.domain.step_record import MAX_BATCH_LIMIT, MAX_K_LIMIT
 from adaptive_spec.engines.simulated.curve import Curve, read_curve
 from adaptive_spec.errors import BadInput
 from adaptive_spec.offline.samples import MAX_NUM_TOKENS
+from adaptive_spec.wire.slot import MAX_BATCH_LIMIT, MAX_K_LIMIT
 
 MS_LIMIT = 1e6
 

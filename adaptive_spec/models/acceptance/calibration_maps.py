@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from river.linear_model import LogisticRegression
 from river.optim import SGD
 
-from adaptive_spec.domain.policy import GRID_POINTS, LOGIT_LIMIT, SurvivalMap
+from adaptive_spec.domain.survival import GRID_POINTS, LOGIT_LIMIT, SurvivalMap
 
 Floats = NDArray[np.float64]
 

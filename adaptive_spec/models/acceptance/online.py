@@ -15,14 +15,14 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from adaptive_spec.domain.policy import GridPosition, SurvivalMap, grid_position
 from adaptive_spec.domain.step_record import StepRecord
-from adaptive_spec.models.acceptance.calibration_maps import GRID, GRID_SCORE, RiverLogistic, ScoreHistogram, all_maps
+from adaptive_spec.domain.survival import GridPosition, SurvivalMap, grid_position
+from adaptive_spec.models.acceptance.calibration_maps import GRID, RiverLogistic, ScoreHistogram, all_maps
 from adaptive_spec.models.acceptance.draft_imputation import RecentDrafts
+from adaptive_spec.models.acceptance.reliability import BINS, Reliability
 
 Floats = NDArray[np.float64]
 
-BINS = 15
 SWITCH_MARGIN = 0.002
 RIVER_SAMPLES = 128
 """Labels per learnt chunk that River sees."""
@@ -63,53 +63,6 @@ class _Labels(NamedTuple):
             score,
             grid_position(score),
             grid_position(confidences),
-        )
-
-
-class Reliability:
-    """Forgetting reliability table: weight, sum of predictions, sum of labels per bin; ECE, Brier score, log loss."""
-
-    def __init__(self) -> None:
-        self.by_prediction: Floats = np.zeros((3, BINS))
-        self.by_score: Floats = np.zeros((3, BINS))
-        self.totals: Floats = np.zeros(3)
-        """Weight, sum of squared errors, sum of log losses."""
-
-    def forget(self, factor: float) -> None:
-        self.by_prediction *= factor
-        self.by_score *= factor
-        self.totals *= factor
-
-    def add(self, predicted: Floats, score: Floats, label: NDArray[np.bool_], loss: Floats) -> None:
-        """predicted, cumulative score, label, log loss: [n]."""
-        for table, value in ((self.by_prediction, predicted), (self.by_score, score)):
-            index = np.minimum((value * BINS).astype(np.int64), BINS - 1)
-            table[0] += np.bincount(index, minlength=BINS)
-            table[1] += np.bincount(index, weights=predicted, minlength=BINS)
-            table[2] += np.bincount(index[label], minlength=BINS)
-        self.totals += (len(label), float(((predicted - label) ** 2).sum()), float(loss.sum()))
-
-    @property
-    def ece(self) -> float | None:
-        """Expected calibration error (Naeini et al., 2015): mean |predicted - observed| over equal-width bins, by weight."""
-        n, predicted, observed = self.by_prediction
-        return float(np.abs(predicted - observed).sum() / n.sum()) if n.sum() > 0 else None
-
-    @property
-    def brier(self) -> float | None:
-        return float(self.totals[1] / self.totals[0]) if self.totals[0] > 0 else None
-
-    @property
-    def log_loss(self) -> float | None:
-        return float(self.totals[2] / self.totals[0]) if self.totals[0] > 0 else None
-
-    def curve(self) -> tuple[tuple[float, float, float, int], ...]:
-        """(bin centre of the cumulative score, mean prediction, observed acceptance, weight) of every bin with data."""
-        n, predicted, observed = self.by_score
-        return tuple(
-            ((i + 0.5) / BINS, float(predicted[i] / n[i]), float(observed[i] / n[i]), int(n[i]))
-            for i in range(BINS)
-            if n[i] >= 1.0
         )
 
 
@@ -306,59 +259,3 @@ class AcceptanceModel:
         self.steps = 0
         self._waiting.clear()
         self.refit()
-
-
-@dataclass(frozen=True)
-class CalibrationFit:
-    """An offline calibration of (cumulative score, accepted) pairs. Scores are prequential: predicted before learnt.
-
-    With one position a chain is a logistic curve, so it is called that.
-    """
-
-    kind: str
-    ece: float
-    brier: float
-    log_loss: float
-    samples: int
-    curve: tuple[tuple[float, float, float, int], ...]
-    map: SurvivalMap
-
-    def predict(self, scores: Floats) -> Floats:
-        """Cumulative scores [n] in (0, 1] -> P(accept) [n]."""
-        return self.map.survival(np.asarray(scores, dtype=np.float64)[:, None])[:, 0]
-
-    def state(self) -> dict[str, NDArray[np.float64]]:
-        """Arrays of `calibration.npz`."""
-        return {
-            "score": GRID_SCORE,
-            "probability": self.map.table[0].astype(np.float64),
-            "curve": np.array(self.curve, dtype=np.float64).reshape(-1, 4),
-            "quality": np.array([self.ece, self.brier, self.log_loss, float(self.samples)]),
-        }
-
-
-def fit_pairs(cumulative_score: Floats, accepted: NDArray[np.bool_]) -> CalibrationFit:
-    """Calibrate recorded pairs: cumulative_score [n >= 1] in (0, 1], accepted [n]; forgets nothing.
-
-    The pairs are shuffled (fixed seed) and predicted before learnt in 20 chunks; the map served is then fitted to all.
-    """
-    model = AcceptanceModel(1, np.inf)
-    order = np.random.default_rng(0).permutation(len(accepted))
-    for chunk in np.array_split(order, min(20, len(order))):
-        row = cumulative_score[chunk].astype(np.float32)[:, None]
-        ones = np.ones(len(chunk), dtype=np.uint8)
-        ids = np.zeros(len(chunk), dtype=np.uint32)
-        model.observe(StepRecord(0, 0, 0, 0, 2 * len(chunk), 2 * len(chunk), len(chunk), 1, 0, 0.0, 1.0, 0.0, 1.0,
-                                 row, ones, accepted[chunk].astype(np.uint8), ids))  # fmt: skip
-        model.learn()
-        model.refit()
-    quality = model.reliability
-    return CalibrationFit(
-        kind="logistic" if model.kind == "chain" else model.kind,
-        ece=quality.ece or 0.0,
-        brier=quality.brier or 0.0,
-        log_loss=quality.log_loss or 0.0,
-        samples=model.samples,
-        curve=quality.curve(),
-        map=model.survival,
-    )

@@ -14,7 +14,7 @@ import itertools
 import numpy as np
 from numpy.typing import NDArray
 
-from adaptive_spec.control.snapshot import Boundary, Segment
+from adaptive_spec.domain.staircase import Boundary, Segment
 
 Floats = NDArray[np.float64]
 

@@ -21,19 +21,15 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from adaptive_spec.control.snapshot import Boundary, Segment
-from adaptive_spec.models.latency.robust_mean import STALE_STEPS, Cell, CellTable
+from adaptive_spec.domain.staircase import Boundary, Segment
+from adaptive_spec.models.latency.robust_mean import STALE_STEPS, CellTable
 from adaptive_spec.models.latency.segments import Floats, find_boundaries, fit_segments
-from adaptive_spec.models.latency.speed_factor import Shift, Tempo
+from adaptive_spec.models.latency.speed_factor import Shift
 
 MISFIT = 0.02
 """Relative deviation of real tiles from straight lines (1-3 % in published curves): no cell counts as surer than this."""
 STALE_ERROR = 0.3
 """Relative standard error of a cell as old as `cells.STALE_STEPS`; it grows with the square root of age."""
-UNMEASURED_FIXED = 0.08
-"""Relative standard error of the fixed cost of a plan that was never measured."""
-MISFIT_BETWEEN = 0.1
-"""Relative deviation of a plan's fixed cost from the regression over all plans."""
 UNKNOWN_PER_DOUBLING = 0.15
 """Relative standard error added per doubling of the token count, or the batch, away from what was measured."""
 
@@ -222,104 +218,3 @@ class LatencyModel:
         """Raise ValueError for what cannot be a state."""
         self.table.restore(state)
         self.refit()
-
-
-class PlanCostModel:
-    """Seconds of one stage as a function of the plan (K, batch size b), for draft, draft-extend and overhead.
-
-        seconds(K, b) = [1(K>0), (K-1)+, b 1(K>0), b (K-1)+, 1, b] . coefficients, all >= 0
-
-    The first draft token often comes with the draft-extend and costs nothing more, so K counts from the second. Plans measured
-    often speak for themselves; the regression speaks for the others, and weighs as much as one sample whose relative error is
-    `MISFIT_BETWEEN`. tempo: that of the verify latency, which all stages share; None: one of its own.
-    """
-
-    FEATURES = 6
-
-    def __init__(self, memory_samples: float, max_batch: int, tempo: Tempo | None = None) -> None:
-        self.table = CellTable(memory_samples, tempo)
-        self.stride = max_batch + 1
-        self.coefficients: Floats = np.zeros(self.FEATURES)
-        self._rows: Floats = self.table.rows()
-
-    def observe(self, k: int, batch_size: int, seconds: float, step: int) -> Shift | None:
-        """Learn one stage time; seconds >= 0 (an absent stage is 0)."""
-        return self.table.observe(k * self.stride + min(batch_size, self.stride - 1), 0.0, max(seconds, 1e-7), step)
-
-    def refit(self) -> None:
-        self._rows = rows = self.table.rows()
-        if not len(rows):
-            return
-        k, b = np.divmod(rows[:, 0], self.stride)
-        weight = np.sqrt(np.minimum(rows[:, 1], 8.0)) / np.maximum(rows[:, 3], 1e-6)
-        design = self._features(k, b)
-        scale = np.maximum(np.abs(design).max(axis=0), 1e-12)
-        # A light ridge settles what the plans seen so far cannot tell apart: rather a cost per draft token than per step, and
-        # rather none per request, which one small batch after another would suffer from when a large one comes.
-        prior = np.diag([0.3, 0.03, 3.0, 1.0, 0.1, 1.0])
-        system = np.vstack((design / scale * weight[:, None], prior))
-        target = np.concatenate((rows[:, 3] * weight, np.zeros(self.FEATURES)))
-        self.coefficients = non_negative_least_squares(system, target) / scale
-
-    def predict(self, max_k: int, max_batch: int) -> tuple[Floats, Floats]:
-        """Return seconds [max_k + 1, max_batch + 1] and the relative standard error of each, as of the last refit.
-
-        `UNMEASURED_FIXED` where nothing was measured, more with every doubling of b away from all that was; less with weight.
-        """
-        k, b = np.meshgrid(np.arange(max_k + 1.0), np.arange(max_batch + 1.0), indexing="ij")
-        value: Floats = self._features(k.ravel(), b.ravel()) @ self.coefficients
-        value = value.reshape(max_k + 1, max_batch + 1)
-        weight = np.zeros_like(value)
-        rows = self._rows
-        row, column = np.divmod(rows[:, 0].astype(np.int64), self.stride)
-        inside = (row <= max_k) & (column <= max_batch)
-        at, cells = (row[inside], column[inside]), rows[inside]
-        worth = (self.table.sigma / MISFIT_BETWEEN) ** 2
-        value[at] += cells[:, 1] / (cells[:, 1] + worth) * (cells[:, 3] - value[at])
-        weight[at] = cells[:, 1]
-        measured = np.log2(np.unique(np.maximum(column, 1)))
-        octaves = np.log2(np.maximum(np.arange(max_batch + 1.0), 1.0))
-        distance = np.abs(octaves[:, None] - measured).min(axis=1) if len(measured) else octaves
-        error = np.hypot(UNMEASURED_FIXED, UNKNOWN_PER_DOUBLING * distance) / np.sqrt(1.0 + weight)
-        return value, error
-
-    @staticmethod
-    def _features(k: Floats, b: Floats) -> Floats:
-        on, more = (k > 0).astype(np.float64), np.maximum(k - 1.0, 0.0)
-        return np.stack((on, more, b * on, b * more, np.ones_like(k), b), axis=-1)
-
-
-def non_negative_least_squares(system: Floats, target: Floats) -> Floats:
-    """Minimise |system @ x - target| over x >= 0 for a handful of unknowns, by dropping negative ones (active set)."""
-    active = np.ones(system.shape[1], dtype=bool)
-    solution = np.zeros(system.shape[1])
-    while active.any():
-        part = np.linalg.lstsq(system[:, active], target, rcond=None)[0]
-        if (part >= 0.0).all():
-            solution[active] = part
-            break
-        indices = np.flatnonzero(active)
-        active[indices[part < 0.0]] = False
-    return solution
-
-
-def fit_samples(num_tokens: NDArray[np.int64], latency_s: Floats, jump_threshold: float) -> LatencyFit:
-    """Fit recorded samples offline, forgetting nothing: num_tokens [n] >= 1, latency_s [n] > 0, n >= 1.
-
-    Of a token count with three samples or more, the median and a robust spread stand for the count, so that first replays
-    and spikes do not move it; noise is the median spread over counts (2 % where nothing is repeated).
-    """
-    tokens, inverse = np.unique(num_tokens, return_inverse=True)
-    rows = np.zeros((len(tokens), 7))
-    spreads = []
-    for i, token in enumerate(tokens):
-        values = np.sort(latency_s[inverse == i])
-        middle = float(np.median(values))
-        spread = 1.4826 * float(np.median(np.abs(values - middle))) / middle
-        if len(values) >= 3:
-            spreads.append(spread)
-        kept = np.clip(values, middle * (1 - 3 * max(spread, 0.01)), middle * (1 + 3 * max(spread, 0.01)))
-        cell = Cell.from_weighted(np.zeros(len(kept)), kept, np.ones(len(kept)))
-        rows[i] = (token, cell.weight, 0.0, cell.mean_y, len(values), 0.0, 0.0)
-    sigma = float(np.clip(np.median(spreads), 0.002, 0.25)) if spreads else 0.02
-    return fit_cells(rows, sigma, 0.0, jump_threshold)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from adaptive_spec.domain.engine_info import EngineInfo
 from adaptive_spec.engines.embedded.decoder import Decoder
 from adaptive_spec.engines.embedded.lossless import LosslessCheck, greedy_alone
 from adaptive_spec.engines.embedded.models import MAX_BATCH, MAX_K, Models, device_name, engine_info, load_models
@@ -10,7 +11,6 @@ from adaptive_spec.engines.embedded.quantised import WEIGHT_BITS
 from adaptive_spec.engines.embedded.requests import Request
 from adaptive_spec.engines.embedded.weights import load_prompts
 from adaptive_spec.errors import BadInput
-from adaptive_spec.wire.engine_info import EngineInfo
 from tests.engines.embedded.scripted_tap import RecordingTap
 
 

@@ -31,7 +31,8 @@ from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
 from adaptive_spec.config.settings import ControllerSettings
 from adaptive_spec.control.controller import Controller
-from adaptive_spec.domain.policy import Mode, Policy, Trial, best_verified
+from adaptive_spec.domain.plan_search import best_verified
+from adaptive_spec.domain.policy import Mode, Policy, Trial
 from adaptive_spec.domain.step_record import StepFlag, StepRecord
 from adaptive_spec.engine_side.tap import PAGE_NAME, RING_NAME
 from adaptive_spec.engines.sglang import hooks, plugin

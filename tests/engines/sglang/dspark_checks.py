@@ -19,7 +19,9 @@ from sglang.srt.speculative.dspark_components.dspark_planner import (
 )
 from sglang.srt.speculative.dspark_components.dspark_sps import SpsAdditiveCostTable, SpsCostTable
 
-from adaptive_spec.domain.policy import GRID_POINTS, LOGIT_LIMIT, Granularity, Mode, Policy, SurvivalMap, best_verified
+from adaptive_spec.domain.plan_search import best_verified
+from adaptive_spec.domain.policy import Granularity, Mode, Policy
+from adaptive_spec.domain.survival import GRID_POINTS, LOGIT_LIMIT, SurvivalMap
 from adaptive_spec.engines.sglang.dspark import DSparkSwap, cost_table, launch_temperatures
 
 GAMMA, MAX_BATCH = 5, 16

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from adaptive_spec.domain.policy import GRID_POINTS, Granularity, Mode, Policy, SurvivalMap, Trial
+from adaptive_spec.domain.engine_info import EngineInfo
+from adaptive_spec.domain.policy import Granularity, Mode, Policy, Trial
+from adaptive_spec.domain.survival import GRID_POINTS, SurvivalMap
 from adaptive_spec.engine_side.tap import PAGE_NAME
-from adaptive_spec.wire.engine_info import EngineInfo
 from adaptive_spec.wire.policy_page import PolicyPage, payload_bytes
 
 CANDIDATES = (0, 1, 3, 5)

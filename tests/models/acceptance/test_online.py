@@ -11,7 +11,8 @@ from adaptive_spec.models.acceptance.calibration_maps import (
     fit_logistic,
     linear_map,
 )
-from adaptive_spec.models.acceptance.online import KINDS, AcceptanceModel, fit_pairs
+from adaptive_spec.models.acceptance.online import KINDS, AcceptanceModel
+from adaptive_spec.offline.fit_pairs import fit_pairs
 from tests.support.simulated_drafts import drafts, full_record, record_of
 
 

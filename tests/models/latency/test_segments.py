@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adaptive_spec.models.latency.segments import line, partition
-from adaptive_spec.models.latency.staircase import fit_samples
+from adaptive_spec.offline.fit_samples import fit_samples
 from tests.curves import load
 
 

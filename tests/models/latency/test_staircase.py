@@ -5,8 +5,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from adaptive_spec.models.latency.plan_cost import PlanCostModel, non_negative_least_squares
 from adaptive_spec.models.latency.robust_mean import STALE_STEPS, Cell, CellTable
-from adaptive_spec.models.latency.staircase import LatencyModel, PlanCostModel, fit_cells, fit_samples, non_negative_least_squares
+from adaptive_spec.models.latency.staircase import LatencyModel, fit_cells
+from adaptive_spec.offline.fit_samples import fit_samples
 from tests.support.simulated_server import staircase
 
 

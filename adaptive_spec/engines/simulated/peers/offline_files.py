@@ -11,8 +11,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from adaptive_spec.domain.policy import SurvivalMap, best_lengths
+from adaptive_spec.domain.plan_search import best_lengths
 from adaptive_spec.domain.step_record import StepRecord
+from adaptive_spec.domain.survival import SurvivalMap
 from adaptive_spec.engines.simulated.deciders import PlainDecider, Static
 from adaptive_spec.engines.simulated.plans import Costs
 from adaptive_spec.engines.simulated.scenario import Scenario

@@ -13,7 +13,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from adaptive_spec.domain.policy import best_lengths
+from adaptive_spec.domain.plan_search import best_lengths
 from adaptive_spec.domain.step_record import StepRecord
 from adaptive_spec.engines.simulated.deciders import PlainDecider
 from adaptive_spec.engines.simulated.plans import Costs

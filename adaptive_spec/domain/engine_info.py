@@ -1,4 +1,4 @@
-"""EngineInfo: what an engine says about itself, once, when it creates its ring."""
+"""What an engine is: model, hardware, and the K it can run."""
 
 from __future__ import annotations
 

@@ -1,0 +1,79 @@
+"""Calibrated survival probabilities as tables that the engine can apply in every step, without knowing how they were fitted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adaptive_spec.domain.policy import Floats
+
+LOGIT_LIMIT = 10.0
+GRID_POINTS = 81
+"""Survival maps are sampled on logits -10..10 in steps of 0.25."""
+_POINTS_PER_LOGIT = (GRID_POINTS - 1) / (2 * LOGIT_LIMIT)
+_LOWEST, _HIGHEST = 1.0 / (1.0 + np.exp(np.array([LOGIT_LIMIT, -LOGIT_LIMIT]) * (1.0 - 1e-12)))
+"""Scores just inside the ends of the grid; float64, so that what is compared with them is too."""
+
+
+class GridPosition(NamedTuple):
+    """Where scores lie on the grid of survival maps: index of the point below, and how far they are towards the next (0..1)."""
+
+    low: NDArray[np.int64]
+    weight: Floats
+
+    @property
+    def nearest(self) -> NDArray[np.int64]:
+        return self.low + (self.weight >= 0.5)
+
+
+def grid_position(score: NDArray[np.floating]) -> GridPosition:
+    """Scores in [0, 1], any shape, to their places on the grid; logits are clipped to +-LOGIT_LIMIT."""
+    # Written for a handful of elements: this runs in every step of the server, and each call of numpy costs a microsecond.
+    q = np.minimum(np.maximum(score, _LOWEST), _HIGHEST)
+    x = np.log(q / (1.0 - q))
+    x += LOGIT_LIMIT
+    x *= _POINTS_PER_LOGIT
+    low = x.astype(np.int64)
+    x -= low
+    return GridPosition(low, x)
+
+
+@dataclass(frozen=True)
+class SurvivalMap:
+    """Calibrated P(draft position j is accepted), as tables the engine can apply without knowing how they were fitted.
+
+    table: float [K, GRID_POINTS], probabilities at the grid's logits. conditional: if true, row j maps the confidence of
+    token j to P(accept j | all before accepted) and survival is the running product; if false, row j maps the cumulative
+    score up to j to survival itself.
+    """
+
+    table: NDArray[np.float32]
+    conditional: bool
+
+    def survival(self, confidences: NDArray[np.floating]) -> Floats:
+        """Confidences [b, k] in (0, 1] -> survival probabilities [b, k], never increasing along a row."""
+        return self.survival_at(grid_position(confidences if self.conditional else np.cumprod(confidences, axis=1)))
+
+    def survival_at(self, position: GridPosition) -> Floats:
+        """The same for scores [b, k] whose places on the grid are known: of the confidences if conditional, else cumulative."""
+        low, weight = position
+        flat, offsets = self._flat
+        index = low + offsets[: low.shape[1]]
+        value = flat.take(index)
+        index += 1
+        above = flat.take(index)
+        above -= value
+        above *= weight
+        value += above
+        accumulate = np.multiply.accumulate if self.conditional else np.minimum.accumulate
+        survival: Floats = accumulate(value, axis=1)
+        return survival
+
+    @cached_property
+    def _flat(self) -> tuple[Floats, NDArray[np.int64]]:
+        """The table in one row, and where each position begins in it."""
+        return self.table.astype(np.float64).ravel(), np.arange(len(self.table)) * GRID_POINTS

@@ -53,8 +53,8 @@ dashboards: $(STAMP)
 	$(BIN)/python -m dashboards.build
 
 docs: $(STAMP)
-	$(BIN)/python -m adaptive_spec.config.load > docs/configuration.md
-	$(BIN)/python -m adaptive_spec.metrics_page > docs/metrics.md
+	$(BIN)/python -m docs.reference_pages.configuration > docs/configuration.md
+	$(BIN)/python -m docs.reference_pages.metrics > docs/metrics.md
 
 manifests: $(STAMP)
 	$(BIN)/python deploy/kubernetes/rules.py > deploy/kubernetes/monitoring/prometheus-rule.yaml

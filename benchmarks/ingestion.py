@@ -72,7 +72,7 @@ def run(folder: Path, chunks: int) -> dict[str, float]:
             now_s += STEP_S
             controller.observe(record, now_s)
             if controller.refit_due(now_s):
-                controller.learner.learn_acceptance()  # a refit would begin with it, and it belongs to the learning
+                controller.models.learn_acceptance()  # a refit would begin with it, and it belongs to the learning
                 before = time.process_time()
                 controller.refit(now_s)
                 refit_s += time.process_time() - before

@@ -24,8 +24,8 @@ from typing import Any
 import click
 import yaml
 
-from adaptive_spec.cli.supervisor import end_with_parent
 from adaptive_spec.errors import BadInput
+from adaptive_spec.sidecar.supervisor import end_with_parent
 
 SHIPPED = Path(__file__).parent / "prometheus"
 READY_S = 60.0

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from adaptive_spec.config.settings import ControllerSettings
 from adaptive_spec.errors import BadInput
-from adaptive_spec.models.model_set import Learner
+from adaptive_spec.models.model_set import ModelSet
 from adaptive_spec.offline.draft_length_choice import Choice, choose, config_document, goodput_by_traffic
 from adaptive_spec.storage.archive import write_atomically
 from adaptive_spec.storage.profile import load_profile, profiled_engine
@@ -24,22 +24,22 @@ def candidates_of(folder: Path, states: int, max_batch: int | None) -> Choice:
         profile = load_profile(folder, info)
         if profile is None:
             raise ValueError("there is no profile in it")
-        learner = Learner(ControllerSettings(), info)
-        learner.take(profile.latency, profile.calibration)
-        learner.fit()
+        models = ModelSet(ControllerSettings(), info)
+        models.take(profile.latency, profile.calibration)
+        models.fit()
         # What was not measured is interpolated from what was, so that a K nobody has captured yet can be wished for.
-        learner.info = replace(info, candidates=tuple(range(info.max_k + 1)))
-        learner.fit()
+        models.info = replace(info, candidates=tuple(range(info.max_k + 1)))
+        models.fit()
     except ValueError as error:
         raise BadInput(f"PROFILE: '{folder}' is not allowed: {error}; must be a profile folder") from error
-    forecast = learner.forecast
+    forecast = models.forecast
     if forecast is None or info.max_k == 0:
         raise BadInput(f"PROFILE: '{folder}' is not allowed: nothing was learnt in it; must be of a finished sweep")
     rows = min(max_batch or info.max_batch, info.max_batch)
     requests = np.arange(1, rows + 1)[:, None]
     context = min(1, forecast.goodput.shape[1] - 1)
     seconds = requests * forecast.tokens_per_request[1 : rows + 1, context] / forecast.goodput[1 : rows + 1, context]
-    conditional, _ = learner.acceptance.conditional_rates()
+    conditional, _ = models.acceptance.conditional_rates()
     return choose(goodput_by_traffic(np.asarray(conditional, np.float64), seconds), states)
 
 

@@ -25,9 +25,9 @@ from typing import Any
 import yaml
 
 from adaptive_spec.cli.demo_view import DemoState, DemoView
-from adaptive_spec.cli.supervisor import Keeper, end, end_with_parent
 from adaptive_spec.client.sidecar import ADDRESS_NAME, ControlClient
 from adaptive_spec.errors import BadInput
+from adaptive_spec.sidecar.supervisor import Supervisor, end, end_with_parent
 from adaptive_spec.storage.archive import write_atomically
 
 LOOK_S = 0.25
@@ -123,7 +123,7 @@ class _Demo:
         (folder / "config.yaml").write_text(yaml.safe_dump(settings))
         self.state = DemoState(options.duration_s)
         self._engine: subprocess.Popen[bytes] | None = None
-        self._keeper = Keeper(self._start_sidecar, time.monotonic())
+        self._supervisor = Supervisor(self._start_sidecar, time.monotonic())
         self._client: ControlClient | None = None
         self._await_sidecar()
         arguments = ["--runtime-dir", str(self._runtime_dir), "--status", str(self._status_file), "--seed", str(options.seed)]
@@ -157,13 +157,13 @@ class _Demo:
 
     def end(self) -> None:
         """Stop both processes, gently at first."""
-        for process in (self._engine, self._keeper.process):
+        for process in (self._engine, self._supervisor.process):
             if process is not None:
                 end(process)
 
     def _look(self) -> None:
-        self._keeper.look(time.monotonic())
-        self.state.sidecar_restarts = self._keeper.restarts
+        self._supervisor.look(time.monotonic())
+        self.state.sidecar_restarts = self._supervisor.restarts
         with contextlib.suppress(OSError, ValueError):
             self.state.engine = json.loads(self._status_file.read_bytes())
         try:
@@ -180,7 +180,7 @@ class _Demo:
             with contextlib.suppress(BadInput):
                 self._client = ControlClient.find(self._runtime_dir, None, None)
                 return
-            if self._keeper.process.poll() is not None:
+            if self._supervisor.process.poll() is not None:
                 raise BadInput(self._last_line("sidecar.log").removeprefix("adaptive-spec: "))
             time.sleep(0.05)
         self.end()

@@ -26,11 +26,11 @@ from typing import Any
 
 import yaml
 
-from adaptive_spec.cli.supervisor import Keeper, end, end_with_parent
 from adaptive_spec.client.sidecar import ADDRESS_NAME
 from adaptive_spec.config.load import load_settings
 from adaptive_spec.config.settings import SidecarSettings
 from adaptive_spec.errors import BadInput
+from adaptive_spec.sidecar.supervisor import Supervisor, end, end_with_parent
 
 LOOK_S = 0.2
 SIDECAR_PATIENCE_S = 10.0
@@ -91,26 +91,26 @@ class _Service:
     def run(self) -> int:
         for kind in FORWARDED:
             signal.signal(kind, self._forward)
-        keeper = Keeper(self._start_sidecar, time.monotonic())
+        supervisor = Supervisor(self._start_sidecar, time.monotonic())
         try:
-            self._await_sidecar(keeper)
+            self._await_sidecar(supervisor)
             self._server = self._start_server()
             for number in self._signals:  # those that came before there was anybody to get them
                 self._server.send_signal(number)
-            status = self._watch(self._server, keeper)
+            status = self._watch(self._server, supervisor)
         finally:
-            end(keeper.process)
+            end(supervisor.process)
         log.info("the server ended with status %d", status)
         return status if status >= 0 else 128 - status
 
-    def _watch(self, server: subprocess.Popen[bytes], keeper: Keeper) -> int:
+    def _watch(self, server: subprocess.Popen[bytes], supervisor: Supervisor) -> int:
         restarts = 0
         while True:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 return server.wait(LOOK_S)
-            keeper.look(time.monotonic())
-            if keeper.restarts > restarts:
-                restarts = keeper.restarts
+            supervisor.look(time.monotonic())
+            if supervisor.restarts > restarts:
+                restarts = supervisor.restarts
                 log.warning("the sidecar had died and was started again (%d times so far); the server went on", restarts)
 
     def _forward(self, number: int, _frame: FrameType | None) -> None:
@@ -119,17 +119,17 @@ class _Service:
         elif self._server.poll() is None:
             self._server.send_signal(number)
 
-    def _await_sidecar(self, keeper: Keeper) -> None:
+    def _await_sidecar(self, supervisor: Supervisor) -> None:
         """Give the first sidecar time to refuse its configuration. Raises BadInput with what it said."""
         address = self._settings.runtime_dir / ADDRESS_NAME
         deadline_s = time.monotonic() + SIDECAR_PATIENCE_S
         while time.monotonic() < deadline_s and not self._signals:
-            if keeper.process.poll() is not None:
-                if keeper.process.returncode == 2:
+            if supervisor.process.poll() is not None:
+                if supervisor.process.returncode == 2:
                     raise BadInput("serve: the sidecar refused to start, see its line above")
-                return  # the keeper tries again
+                return  # the supervisor tries again
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-                if json.loads(address.read_bytes())["pid"] == keeper.process.pid:
+                if json.loads(address.read_bytes())["pid"] == supervisor.process.pid:
                     return
             time.sleep(0.05)
 

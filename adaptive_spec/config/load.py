@@ -124,61 +124,24 @@ def _section(root: type[BaseModel], location: tuple[int | str, ...]) -> type[Bas
     for part in location:
         info = section.model_fields.get(str(part))
         if info is not None:
-            section = next(_sections_in(info.annotation), section)
+            section = next(sections_in(info.annotation), section)
     return section
 
 
-def _sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
+def sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
     """Sections an annotation is made of: itself, or what it is a list, a dict or an option of."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     for part in get_args(annotation):
-        yield from _sections_in(part)
+        yield from sections_in(part)
 
 
-def _as_section(info: FieldInfo) -> type[BaseModel] | None:
+def as_section(info: FieldInfo) -> type[BaseModel] | None:
     return info.annotation if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel) else None
 
 
-def _sections(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, type[BaseModel]]]:
+def sections(section: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, type[BaseModel]]]:
     yield prefix, section
     for name, info in section.model_fields.items():
-        if (inner := _as_section(info)) is not None:
-            yield from _sections(inner, f"{prefix}{name}.")
-
-
-def _type_words(info: FieldInfo) -> str:
-    choices = [str(choice) for choice in get_args(info.annotation) if isinstance(choice, str)]
-    if choices:
-        return " or ".join(f"`{choice}`" for choice in choices)
-    names = {"int": "whole number", "float": "number", "str": "text", "Path": "path", "bool": "true or false"}
-    optional = [kind for kind in get_args(info.annotation) if kind is not type(None)]
-    if len(optional) == 1:
-        return f"{names[optional[0].__name__]} or nothing"
-    return names[getattr(info.annotation, "__name__", "")]
-
-
-def configuration_page() -> str:
-    """Return docs/configuration.md, made from the settings themselves."""
-    lines = [
-        "# Configuration",
-        "",
-        "Made by `make docs` from `adaptive_spec/config/settings.py`; do not edit by hand.",
-        "",
-        "`adaptive-spec sidecar --config FILE` reads YAML. Every key may be left out. An unknown key, a key given twice, a wrong",
-        "type or a value out of range is an error: one line naming the key, its value and what is allowed, and exit status 2.",
-        "",
-    ]
-    for prefix, section in _sections(SidecarSettings):
-        fields = {name: info for name, info in section.model_fields.items() if _as_section(info) is None}
-        lines += [f"## {f'`{prefix[:-1]}`' if prefix else 'Sidecar'}", "", " ".join((section.__doc__ or "").split()), ""]
-        lines += ["| key | type | default | what it does |", "|---|---|---|---|"]
-        for name, info in fields.items():
-            default = "none" if info.default is None else f"`{info.default}`"
-            lines.append(f"| `{prefix}{name}` | {_type_words(info)} | {default} | {info.description} |")
-        lines.append("")
-    return "\n".join(lines)
-
-
-if __name__ == "__main__":
-    print(configuration_page(), end="")
+        if (inner := as_section(info)) is not None:
+            yield from sections(inner, f"{prefix}{name}.")

@@ -10,20 +10,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from adaptive_spec.domain.arrays import Arrays
 from adaptive_spec.domain.policy import Mode
 
 STATE_VERSION = 1
-Arrays = Mapping[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
 class ControllerState:
-    """ledger, policy: JSON forms of the counters and of the policy (`Controller.policy_summary`). swept: the sweep is over.
+    """counters, policy: JSON forms of the counters and of the policy (`Controller.policy_summary`). swept: the sweep is over.
     asked: mode of the settings. batches: tally of batch sizes [max_batch + 1]. ignored: the engine only lets itself be watched.
     latency, calibration: arrays of the models.
     """
 
-    ledger: Mapping[str, Any]
+    counters: Mapping[str, Any]
     policy: Mapping[str, Any]
     swept: bool
     asked: str
@@ -50,7 +50,7 @@ class ControllerState:
     def arrays(self) -> dict[str, NDArray[Any]]:
         """Arrays of one archive."""
         head = {
-            "version": STATE_VERSION, "ledger": self.ledger, "policy": self.policy, "swept": self.swept, "asked": self.asked,
+            "version": STATE_VERSION, "ledger": self.counters, "policy": self.policy, "swept": self.swept, "asked": self.asked,
             "kv_per_request": self.kv_per_request, "batches": self.batches.tolist(), "sweep_steps": self.sweep_steps,
             "ignored": self.ignored,
         }  # fmt: skip

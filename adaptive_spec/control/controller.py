@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from adaptive_spec.config.settings import ControllerSettings
 from adaptive_spec.control.checkpoint import ControllerState
 from adaptive_spec.control.counters import Histogram
-from adaptive_spec.control.engine_response import WATCHED, Adoption, PendingTrials
+from adaptive_spec.control.engine_response import WATCHED, EngineResponse, PendingTrials
 from adaptive_spec.control.guard_rails import SwapWatch, Table, allowed, better_table, table_for
 from adaptive_spec.control.probing import ProbeBudget, probe_plans
 from adaptive_spec.control.snapshot import Snapshot
@@ -31,7 +31,7 @@ from adaptive_spec.domain.engine_info import EngineInfo
 from adaptive_spec.domain.policy import Granularity, Mode, Policy, Trial
 from adaptive_spec.domain.step_record import StepFlag, StepRecord
 from adaptive_spec.models.goodput import Forecast
-from adaptive_spec.models.model_set import Learner, Noticed, Stopwatch
+from adaptive_spec.models.model_set import DriftNotice, ModelSet, Stopwatch
 
 ROLLBACK_HOLD_S = 30.0
 TRIAL_PATIENCE_S = 5.0
@@ -44,8 +44,8 @@ class Controller:
 
     def __init__(self, settings: ControllerSettings, info: EngineInfo) -> None:
         self.settings, self.info = settings, info
-        self.learner = Learner(settings, info)
-        self.ledger = self.learner.ledger
+        self.models = ModelSet(settings, info)
+        self.counters = self.models.counters
         self.mode = Mode.SWEEP if settings.mode == "active" else Mode.SHADOW
         self.reason = "cold start"
         self.latest_policy: Policy | None = None
@@ -55,7 +55,7 @@ class Controller:
         self._version = 0
         self._policy_time_s = 0.0
         self._trials = PendingTrials()
-        self._adoption = Adoption()
+        self._engine_response = EngineResponse()
         self._next_refit_s = 0.0
         self._swap_time_s = -math.inf
         self._swap_version = 0
@@ -73,20 +73,22 @@ class Controller:
         """Learn one step. now_s: seconds on any steadily rising clock. Returns a policy when one must be adopted at once."""
         trial = bool(record.flags & StepFlag.TRIAL)
         self._budget.earn(record.step_s)
-        self._heed(self.learner.observe(record), now_s)
-        lost_s = self.learner.judge(record)
+        self._heed(self.models.observe(record), now_s)
+        lost_s = self.models.judge(record)
         if self.mode is not Mode.SWEEP:
-            self.ledger.probe_lost_s += lost_s
+            self.counters.probe_lost_s += lost_s
             self._budget.spend(lost_s)
         return (
-            self._follow_adoption(record, now_s) or self._follow_trials(record, now_s) or self._follow_swap(record, now_s, trial)
+            self._follow_engine_response(record, now_s)
+            or self._follow_trials(record, now_s)
+            or self._follow_swap(record, now_s, trial)
         )
 
-    def _heed(self, noticed: list[Noticed], now_s: float) -> None:
-        """Act on what the learner noticed: refit soon, judge no swap by the old world, allow a few probes."""
+    def _heed(self, noticed: list[DriftNotice], now_s: float) -> None:
+        """Act on what the models noticed: refit soon, judge no swap by the old world, allow a few probes."""
         for signal, words in noticed:
-            self.ledger.drift[signal] += 1
-            self.ledger.event(now_s, "drift", f"{signal} drift: {words}")
+            self.counters.drift[signal] += 1
+            self.counters.event(now_s, "drift", f"{signal} drift: {words}")
             self._drift_time_s = now_s
             self._next_refit_s = min(self._next_refit_s, now_s)
             self._watch = None
@@ -97,13 +99,13 @@ class Controller:
     @property
     def watched_only(self) -> bool:
         """Whether the mode is shown as SHADOW because the engine runs none of the policies made for it."""
-        return self._adoption.ignored and self.mode is Mode.ACTIVE
+        return self._engine_response.ignored and self.mode is Mode.ACTIVE
 
-    def _follow_adoption(self, record: StepRecord, now_s: float) -> Policy | None:
+    def _follow_engine_response(self, record: StepRecord, now_s: float) -> Policy | None:
         offered = self.latest_policy is not None and self.latest_policy.acting
-        if not self._adoption.changed(record, offered, now_s) or self.mode not in (Mode.SWEEP, Mode.ACTIVE):
+        if not self._engine_response.changed(record, offered, now_s) or self.mode not in (Mode.SWEEP, Mode.ACTIVE):
             return None
-        if self._adoption.ignored:
+        if self._engine_response.ignored:
             self._set_mode(Mode.SHADOW, WATCHED, now_s)
             self.mode = Mode.ACTIVE  # the page goes on asking
             self._next_refit_s = now_s
@@ -130,21 +132,21 @@ class Controller:
         return self._next_sweep_round(now_s)
 
     def _next_sweep_round(self, now_s: float) -> Policy | None:
-        if self.learner.batch_size == 0 and not self.info.holds_batch:
+        if self.models.batch_size == 0 and not self.info.holds_batch:
             return None  # token counts depend on the batch: wait for the first step
         if self._sweep_started_s is None:
             self._sweep_started_s = now_s
-        table = self.learner.verify.table
-        padded_to = self.learner.padding.seen_tokens(self.info.candidates)
-        trials = self._sweep.next_round(table.cells, table.sigma, self.learner.batch_size, padded_to)
+        table = self.models.verify.table
+        padded_to = self.models.padding.seen_tokens(self.info.candidates)
+        trials = self._sweep.next_round(table.cells, table.sigma, self.models.batch_size, padded_to)
         if trials:
-            self._heed(self.learner.learn_acceptance(), now_s)
-            self.learner.acceptance.refit()
+            self._heed(self.models.learn_acceptance(), now_s)
+            self.models.acceptance.refit()
             return self._publish(now_s, trials)
-        self.ledger.sweep_s += now_s - self._sweep_started_s
+        self.counters.sweep_s += now_s - self._sweep_started_s
         self._swept = True
         self._set_mode(Mode.ACTIVE, "sweep done", now_s)
-        self._heed(self.learner.fit(), now_s)
+        self._heed(self.models.fit(), now_s)
         return self._decide(now_s, first=True) or self._publish(now_s)
 
     # -- deciding ------------------------------------------------------------------------------------------------------
@@ -159,9 +161,9 @@ class Controller:
         return self.refit(now_s) if self.refit_due(now_s) else None
 
     def refit(self, now_s: float, stopwatch: Stopwatch = nullcontext) -> Policy | None:
-        """Fit all models to what was learnt and decide anew. stopwatch: see `Learner.fit`."""
+        """Fit all models to what was learnt and decide anew. stopwatch: see `ModelSet.fit`."""
         self._next_refit_s = now_s + self.settings.refit_interval_s
-        self._heed(self.learner.fit(stopwatch), now_s)
+        self._heed(self.models.fit(stopwatch), now_s)
         if self.mode is Mode.FALLBACK:
             self._set_mode(self._trusted_mode, "models fitted again", now_s)
         if self.mode in (Mode.SWEEP, Mode.PAUSED, Mode.PINNED):
@@ -169,7 +171,7 @@ class Controller:
         return self._decide(now_s)
 
     def _decide(self, now_s: float, first: bool = False) -> Policy | None:
-        forecast_, rails = self.learner.forecast, self.settings.policy
+        forecast_, rails = self.models.forecast, self.settings.policy
         if forecast_ is None:
             return None
         goodput = allowed(forecast_, rails.k_min, rails.k_max)
@@ -182,8 +184,8 @@ class Controller:
             wanted = goodput.argmax(axis=-1).astype(np.uint8)
         else:
             wanted = better_table(goodput, forecast_.uncertainty, current, rails.min_gain, self._banned)
-        used = self.learner.batches > 0.02 * max(self.learner.batches.sum(), 1e-9)
-        moved = bool((wanted != current)[used, min(self.learner.context, wanted.shape[1] - 1)].any())
+        used = self.models.batches > 0.02 * max(self.models.batches.sum(), 1e-9)
+        moved = bool((wanted != current)[used, min(self.models.context, wanted.shape[1] - 1)].any())
         drifted = self._drift_time_s > self._swap_time_s
         if moved and not first and not drifted and now_s - self._swap_time_s < rails.min_dwell_s:
             wanted, moved = current, False
@@ -198,21 +200,21 @@ class Controller:
         return None
 
     def _note_swap(self, reason: str, previous: Table, goodput: NDArray[np.float64], now_s: float) -> None:
-        self.ledger.swaps[reason] += 1
+        self.counters.swaps[reason] += 1
         self._swap_time_s, self._swap_version = now_s, self._version + 1
-        b = min(max(self.learner.batch_size, 1), self.info.max_batch)
-        c = min(self.learner.context, self._table.shape[1] - 1)
+        b = min(max(self.models.batch_size, 1), self.info.max_batch)
+        c = min(self.models.context, self._table.shape[1] - 1)
         old, new = int(previous[b, c]), int(self._table[b, c])
         where = f"at batch {b}" if old != new else "at other batch sizes"
         gain = goodput[b, c, new] / goodput[b, c, old] - 1.0 if old != new and goodput[b, c, old] > 0.0 else 0.0
         words = f"K {old}→{new} {where}" if old != new else f"K changed {where}"
-        self.ledger.event(now_s, "swap", f"{words}: {reason}" + (f", {gain:+.1%} expected" if gain else ""))
+        self.counters.event(now_s, "swap", f"{words}: {reason}" + (f", {gain:+.1%} expected" if gain else ""))
         self._watch = None
         if reason != "sweep":
-            self._watch = SwapWatch(previous, self._table, self.settings.policy.rollback_loss, self.ledger.bias(64))
+            self._watch = SwapWatch(previous, self._table, self.settings.policy.rollback_loss, self.counters.bias(64))
 
     def _follow_swap(self, record: StepRecord, now_s: float, trial: bool) -> Policy | None:
-        watch, forecast_ = self._watch, self.learner.forecast
+        watch, forecast_ = self._watch, self.models.forecast
         if (
             watch is None
             or forecast_ is None
@@ -221,7 +223,7 @@ class Controller:
             or record.policy_version < self._swap_version
         ):
             return None
-        row, c = min(record.batch_size, self.info.max_batch), min(self.learner.context, watch.changed.shape[1] - 1)
+        row, c = min(record.batch_size, self.info.max_batch), min(self.models.context, watch.changed.shape[1] - 1)
         if not watch.add(row, c, record.output_tokens, record.step_s):
             return None
         if not watch.failed(forecast_.goodput):
@@ -234,19 +236,24 @@ class Controller:
         self._banned[changed[:, 0], changed[:, 1], watch.changed[changed[:, 0], changed[:, 1]]] = True
         self._banned_until_s = now_s + ROLLBACK_HOLD_S
         self._table = watch.previous
-        self.ledger.swaps["rollback"] += 1
+        self.counters.swaps["rollback"] += 1
         self._swap_time_s = now_s
         share, _ = watch.share(forecast_.goodput)
-        self.ledger.event(
+        self.counters.event(
             now_s, "swap", f"rolled back at batch {row}: measured {share:.0%} of what the previous K would have given"
         )
         return self._publish(now_s)
 
     def _probes(self, forecast_: Forecast, goodput: NDArray[np.float64]) -> tuple[Trial, ...]:
-        if self.mode is not Mode.ACTIVE or self._adoption.ignored or self.learner.batch_size == 0 or self.ledger.steps == 0:
+        if (
+            self.mode is not Mode.ACTIVE
+            or self._engine_response.ignored
+            or self.models.batch_size == 0
+            or self.counters.steps == 0
+        ):
             return ()
-        b = min(self.learner.batch_size, self.info.max_batch)
-        c = min(self.learner.context, goodput.shape[1] - 1)
+        b = min(self.models.batch_size, self.info.max_batch)
+        c = min(self.models.context, goodput.shape[1] - 1)
         k_now, min_gain = int(self._table[b, c]), self.settings.policy.min_gain
         return self._budget.choose(probe_plans(forecast_, goodput, b, c, k_now, self.info.granularity, min_gain))
 
@@ -264,7 +271,7 @@ class Controller:
 
     def _publish(self, now_s: float, trials: tuple[Trial, ...] = ()) -> Policy:
         """Make the next policy from the table and the latest forecast."""
-        forecast_ = self.learner.forecast
+        forecast_ = self.models.forecast
         info = self.info
         pinned = self.mode is Mode.PINNED
         if forecast_ is not None:
@@ -274,7 +281,7 @@ class Controller:
             # Nothing measured yet: verify everything, and let trials choose tokens by the untrained calibration.
             fixed_s = np.zeros((info.max_k + 1, info.max_batch + 1))
             verify_s = np.ones(info.max_batch * (info.max_k + 1) + 1)
-            survival, slope, edges = self.learner.acceptance.survival, 0.0, np.zeros(0, dtype=np.float32)
+            survival, slope, edges = self.models.acceptance.survival, 0.0, np.zeros(0, dtype=np.float32)
         table = table_for(self._table, len(edges) + 1)
         self._version += 1
         self._policy_time_s = now_s
@@ -294,7 +301,7 @@ class Controller:
             if k not in self.info.candidates:
                 raise ValueError(f"pin: K {k} is not one of {list(self.info.candidates)}")
             self._table = np.full_like(self._table, k)
-            self.ledger.swaps["pin"] += 1
+            self.counters.swaps["pin"] += 1
             self._set_mode(Mode.PINNED, f"pinned at K = {k}", now_s)
             return self._publish(now_s)
         if name == "pause":
@@ -307,11 +314,11 @@ class Controller:
         modes = {"resume": self.settings.mode, "unpin": self.settings.mode, "active": "active", "shadow": "shadow"}
         if name not in modes:
             raise ValueError(f"command {name!r} is not one of pause, resume, shadow, active, pin, unpin, refit, resweep")
-        if modes[name] == "active" and not self._swept and self.learner.forecast is None:
+        if modes[name] == "active" and not self._swept and self.models.forecast is None:
             self._set_mode(Mode.SWEEP, "cold start", now_s)
             return self._next_sweep_round(now_s)
         self._set_mode(Mode(modes[name]), f"{name} by command", now_s)
-        self._heed(self.learner.fit(), now_s)
+        self._heed(self.models.fit(), now_s)
         return self._decide(now_s, first=True) or self._publish(now_s)
 
     def fail(self, reason: str, now_s: float) -> Policy:
@@ -323,10 +330,10 @@ class Controller:
         return self._publish(now_s)
 
     def note_dropped(self, reason: str, count: int) -> None:
-        self.ledger.dropped[reason] += count
+        self.counters.dropped[reason] += count
 
     def note_refit(self, model: str, seconds: float) -> None:
-        self.ledger.refits.setdefault(model, Histogram()).add(seconds)
+        self.counters.refits.setdefault(model, Histogram()).add(seconds)
 
     def resume_version(self, version: int) -> None:
         """Continue counting policies after `version`: versions never go back, whoever published the last one."""
@@ -334,26 +341,26 @@ class Controller:
 
     def _set_mode(self, mode: Mode, reason: str, now_s: float) -> None:
         if mode is not self.mode:
-            self.ledger.event(now_s, "mode", f"{self.mode} → {mode}: {reason}")
+            self.counters.event(now_s, "mode", f"{self.mode} → {mode}: {reason}")
             self._watch = None
         if mode is Mode.SWEEP:
-            self._adoption = Adoption()  # trials wait for the engine: it gets its chance
+            self._engine_response = EngineResponse()  # trials wait for the engine: it gets its chance
         self.mode, self.reason = mode, reason
 
     # -- state ---------------------------------------------------------------------------------------------------------
 
     def latency_state(self) -> dict[str, NDArray[Any]]:
         """Arrays of `latency_model.npz`."""
-        return self.learner.latency_state()
+        return self.models.latency_state()
 
     def calibration_state(self) -> dict[str, NDArray[Any]]:
         """Arrays of `calibration.npz`."""
-        return self.learner.calibration_state()
+        return self.models.calibration_state()
 
     def restore_profile(self, latency: Mapping[str, NDArray[Any]], calibration: Mapping[str, NDArray[Any]]) -> None:
         """Begin from a profile: the sweep is skipped. ValueError when it does not fit this engine (then nothing is changed)."""
-        Learner(self.settings, self.info).take(latency, calibration)
-        self.learner.take(latency, calibration)
+        ModelSet(self.settings, self.info).take(latency, calibration)
+        self.models.take(latency, calibration)
         self._swept = True
         if self.mode is Mode.SWEEP:
             self.mode, self.reason = Mode.ACTIVE, "already profiled"
@@ -367,39 +374,39 @@ class Controller:
 
     def state(self) -> dict[str, NDArray[Any]]:
         """Everything a restarted sidecar needs, as arrays."""
-        learner = self.learner
+        models = self.models
         return ControllerState(
-            self.ledger.state(), self.policy_summary(), self._swept, self.settings.mode, learner.kv_per_request, learner.batches,
-            self._sweep.steps, self._adoption.ignored, learner.latency_state(), learner.calibration_state(),
+            self.counters.state(), self.policy_summary(), self._swept, self.settings.mode, models.kv_per_request, models.batches,
+            self._sweep.steps, self._engine_response.ignored, models.latency_state(), models.calibration_state(),
         ).arrays()  # fmt: skip
 
     def restore(self, arrays: Mapping[str, NDArray[Any]]) -> None:
         """Continue from `state()`; ValueError when it is foreign or damaged (use a fresh controller then)."""
         state = ControllerState.of(arrays)
         table = state.table
-        self.ledger.restore(state.ledger)
-        if len(table) != len(self._table) or table.max() > self.info.max_k or state.batches.shape != self.learner.batches.shape:
+        self.counters.restore(state.counters)
+        if len(table) != len(self._table) or table.max() > self.info.max_k or state.batches.shape != self.models.batches.shape:
             raise ValueError("checkpoint is of another engine: the K table does not fit")
         if state.swept or state.mode is not Mode.SWEEP:
             self.restore_profile(state.latency, state.calibration)
             # A mode newly asked for in the configuration wins over the one the old process was in.
             self.mode = Mode(self.settings.mode) if state.asked != self.settings.mode else state.mode
             self.reason = "continued from the checkpoint"
-        self._table, self.learner.batches, self.learner.kv_per_request = table, state.batches, state.kv_per_request
+        self._table, self.models.batches, self.models.kv_per_request = table, state.batches, state.kv_per_request
         self._swept, self._sweep.steps = state.swept, state.sweep_steps
-        self._adoption = Adoption(state.ignored)
+        self._engine_response = EngineResponse(state.ignored)
         self.resume_version(state.policy_version)
 
     def k_by_batch_size(self) -> dict[int, int]:
         """K of the table where it changes, up to a little above the largest batch seen."""
-        largest = min(self.learner.largest_batch + 2 if self.learner.largest_batch else 8, self.info.max_batch)
-        c = min(self.learner.context, self._table.shape[1] - 1)
+        largest = min(self.models.largest_batch + 2 if self.models.largest_batch else 8, self.info.max_batch)
+        c = min(self.models.context, self._table.shape[1] - 1)
         return {b: int(self._table[b, c]) for b in range(1, largest + 1)}
 
     def snapshot(self, now_s: float) -> Snapshot:
         """Immutable view for metrics and pages."""
-        ledger, fit, quality = self.ledger, self.learner.verify.fit, self.learner.acceptance.reliability
-        predicted_gain, measured_gain = ledger.gains()
+        counters, fit, quality = self.counters, self.models.verify.fit, self.models.acceptance.reliability
+        predicted_gain, measured_gain = counters.gains()
         share = self._sweep.steps / (self._sweep.steps + 6.0 * self._sweep.FIRST_LOOK * max(self._sweep.open_intervals, 1))
         return Snapshot(
             time_s=now_s, mode=Mode.SHADOW if self.watched_only else self.mode, watched_only=self.watched_only,
@@ -408,17 +415,18 @@ class Controller:
             segments=fit.segments if fit else (), boundaries=fit.boundaries if fit else (),
             latency_points=tuple(zip(fit.tokens.tolist(), fit.mean_s.tolist(), fit.weight.tolist(), strict=True)) if fit else (),
             latency_mape=fit.mape if fit else None,
-            stage_histograms={name: h.data() for name, h in ledger.stages.items()},
-            predicted_step_s_total=ledger.predicted_s, measured_step_s_total=ledger.measured_s,
-            draft_tokens=tuple(ledger.draft.tolist()), verified_tokens=tuple(ledger.verified.tolist()),
-            accepted_tokens=tuple(ledger.accepted.tolist()), expected_accepted_tokens=ledger.expected_accepted,
-            output_tokens=ledger.output_tokens, decode_steps=ledger.steps, goodput_tokens_per_s=ledger.goodput(),
-            calibration_kind=self.learner.acceptance.kind, calibration_error=quality.ece, calibration_brier=quality.brier,
+            stage_histograms={name: h.data() for name, h in counters.stages.items()},
+            predicted_step_s_total=counters.predicted_s, measured_step_s_total=counters.measured_s,
+            draft_tokens=tuple(counters.draft.tolist()), verified_tokens=tuple(counters.verified.tolist()),
+            accepted_tokens=tuple(counters.accepted.tolist()), expected_accepted_tokens=counters.expected_accepted,
+            output_tokens=counters.output_tokens, decode_steps=counters.steps, goodput_tokens_per_s=counters.goodput(),
+            calibration_kind=self.models.acceptance.kind, calibration_error=quality.ece, calibration_brier=quality.brier,
             calibration_log_loss=quality.log_loss, calibration_curve=quality.curve(),
-            drift_events=dict(ledger.drift), swaps=dict(ledger.swaps), predicted_gain=predicted_gain, measured_gain=measured_gain,
-            observations=ledger.observations, dropped=dict(ledger.dropped),
-            refit_histograms={name: h.data() for name, h in ledger.refits.items()},
-            sweep_steps=self._sweep.steps, sweep_progress=share if self.mode is Mode.SWEEP else 1.0, sweep_s=ledger.sweep_s,
-            probe_share=ledger.probe_lost_s / ledger.decode_s if ledger.decode_s > 0.0 else 0.0, events=tuple(ledger.events),
-            batch_size=self.learner.batch_size,
+            drift_events=dict(counters.drift), swaps=dict(counters.swaps),
+            predicted_gain=predicted_gain, measured_gain=measured_gain,
+            observations=counters.observations, dropped=dict(counters.dropped),
+            refit_histograms={name: h.data() for name, h in counters.refits.items()},
+            sweep_steps=self._sweep.steps, sweep_progress=share if self.mode is Mode.SWEEP else 1.0, sweep_s=counters.sweep_s,
+            probe_share=counters.probe_lost_s / counters.decode_s if counters.decode_s > 0.0 else 0.0,
+            events=tuple(counters.events), batch_size=self.models.batch_size,
         )  # fmt: skip

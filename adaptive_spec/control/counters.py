@@ -1,4 +1,4 @@
-"""Ledger: everything that is counted, for metrics and the status page. Counters survive a warm restart."""
+"""Counters: everything that is counted, for metrics and the status page. Counters survive a warm restart."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Histogram:
         return HistogramData(self.edges_s, tuple(self.counts), self.sum_s)
 
 
-class Ledger:
+class Counters:
     """Counts what steps did. Position-indexed counters begin at draft position 1."""
 
     def __init__(self, max_k: int) -> None:

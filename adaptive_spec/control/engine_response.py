@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from adaptive_spec.domain.policy import Trial
+from adaptive_spec.domain.policy import TRIAL_PATIENCE_STEPS, Trial
 from adaptive_spec.domain.step_record import StepFlag, StepRecord
-from adaptive_spec.engine_side.planner import Planner
 
 WATCHED = "the engine only lets itself be watched: its steps run none of the policies made for it"
 IGNORED_STEPS, IGNORED_S = 128, 5.0
@@ -37,12 +36,12 @@ class PendingTrials:
         self.left -= trial
         self._plain = 0 if trial else self._plain + 1
         # The planner waits for a batch that does not come, then skips its trial: such a round ends without them.
-        if self._plain > Planner.PATIENCE_STEPS + 8 or now_s > self._until_s:
+        if self._plain > TRIAL_PATIENCE_STEPS + 8 or now_s > self._until_s:
             self.left = 0
         return self.left <= 0
 
 
-class Adoption:
+class EngineResponse:
     """Whether the engine runs what is published for it. ignored: it only lets itself be watched, as far as its steps tell.
 
     A step by a policy tells that it does. A step by none, of an engine that does not call it a fallback, tells that it does not,

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from adaptive_spec.domain.arrays import Floats
 from adaptive_spec.models.goodput import Forecast
 
-Floats = NDArray[np.float64]
 Table = NDArray[np.uint8]
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from adaptive_spec.control.guard_rails import Floats
+from adaptive_spec.domain.arrays import Floats
 from adaptive_spec.domain.policy import Granularity, Trial
 from adaptive_spec.models.goodput import Forecast
 
@@ -19,7 +19,7 @@ OPTIMISM = 3.0
 """Standard errors by which a plan may be better than believed when it is chosen for a probe."""
 
 
-class Promise(NamedTuple):
+class ProbeCandidate(NamedTuple):
     """A plan worth measuring. hope: its goodput over the present plan's if it is as good as it may be, > 1. loss: expected
     relative loss of a step, 0..1."""
 
@@ -71,7 +71,7 @@ class ProbeBudget:
         """Count what a trial step's tokens fell short of the best plan's, in seconds; less than 0 for a lucky one."""
         self._add(-lost_s)
 
-    def choose(self, promises: Sequence[Promise]) -> tuple[Trial, ...]:
+    def choose(self, promises: Sequence[ProbeCandidate]) -> tuple[Trial, ...]:
         """Trials to run now: most hope first for what they cost and have cost lately.
 
         A dear plan is saved for, lest cheap ones that stay doubtful however often they are tried keep it waiting for ever.
@@ -91,18 +91,18 @@ class ProbeBudget:
             trials.append(promise.trial)
         return tuple(trials)
 
-    def _cost_s(self, promise: Promise) -> float:
+    def _cost_s(self, promise: ProbeCandidate) -> float:
         return max(promise.loss, self.LEAST_LOSS) * promise.trial.steps * max(self.step_s, 1e-9)
 
 
-def _plan(promise: Promise) -> tuple[int, int, bool]:
+def _plan(promise: ProbeCandidate) -> tuple[int, int, bool]:
     trial = promise.trial
     return trial.batch_size.bit_length(), trial.k, trial.num_tokens > 0
 
 
 def probe_plans(
     forecast: Forecast, goodput: Floats, batch_size: int, context: int, k_now: int, granularity: Granularity, min_gain: float
-) -> list[Promise]:
+) -> list[ProbeCandidate]:
     """Plans worth measuring at one batch size.
 
     A plan is promising when, taken `OPTIMISM` standard errors better than believed, it beats the present one by `min_gain`: what
@@ -112,7 +112,7 @@ def probe_plans(
     now = goodput[row, context, k_now]
     if now <= 0.0:
         return []
-    found: list[Promise] = []
+    found: list[ProbeCandidate] = []
     doubt = forecast.uncertainty[row, context]
     runnable = np.flatnonzero(goodput[row, context] > 0.0).tolist()
     next_k = next((k for k in runnable if k > k_now), k_now)
@@ -121,13 +121,13 @@ def probe_plans(
         if k_now == 0 and k > next_k and value <= 1.0:
             continue  # speculation is off: the smallest K tells, most cheaply, whether the draft has recovered
         if k != k_now and doubt[k] > BELIEVED / 3 and value * (1.0 + OPTIMISM * doubt[k]) > 1.0 + min_gain:
-            found.append(Promise(value * (1.0 + OPTIMISM * doubt[k]), max(0.0, 1.0 - value), Trial(batch_size, k, 0, 3)))
+            found.append(ProbeCandidate(value * (1.0 + OPTIMISM * doubt[k]), max(0.0, 1.0 - value), Trial(batch_size, k, 0, 3)))
     if granularity is Granularity.REQUEST:
         found += _probe_tokens(forecast, row, batch_size, now, min_gain)
     return found
 
 
-def _probe_tokens(forecast: Forecast, row: int, batch_size: int, now: float, min_gain: float) -> list[Promise]:
+def _probe_tokens(forecast: Forecast, row: int, batch_size: int, now: float, min_gain: float) -> list[ProbeCandidate]:
     """The token count whose latency is so uncertain that verifying just it might be best (a "dead spot"), if there is one."""
     out = forecast.expected_tokens.get(batch_size)
     if out is None:
@@ -144,4 +144,4 @@ def _probe_tokens(forecast: Forecast, row: int, batch_size: int, now: float, min
     if hopeful[i] <= now * (1.0 + min_gain):
         return []
     loss = max(0.0, 1.0 - float(out[i] / seconds[i]) / now)
-    return [Promise(float(hopeful[i] / now), loss, Trial(batch_size, int(k[i]), batch_size + i, 3))]
+    return [ProbeCandidate(float(hopeful[i] / now), loss, Trial(batch_size, int(k[i]), batch_size + i, 3))]

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from adaptive_spec.config.settings import SweepSettings
 from adaptive_spec.domain.engine_info import EngineInfo
 from adaptive_spec.domain.policy import Granularity, Trial
-from adaptive_spec.models.latency.robust_mean import Cell
+from adaptive_spec.models.latency.robust_mean import RobustMean
 
 EVEN_LOOKS = 32
 """Evenly spaced token counts of the first round."""
@@ -56,7 +56,7 @@ class Sweep:
         return counts[counts <= max(self._settings.max_tokens, int(counts[0]))]
 
     def next_round(
-        self, cells: Mapping[int, Cell], sigma: float, batch_size: int, padded_to: Mapping[int, int]
+        self, cells: Mapping[int, RobustMean], sigma: float, batch_size: int, padded_to: Mapping[int, int]
     ) -> tuple[Trial, ...]:
         """Trials of the next round, empty when the sweep is over.
 
@@ -87,7 +87,7 @@ class Sweep:
         return [(int(t), self.FIRST_LOOK) for t in chosen]
 
     def _refinement(
-        self, counts: NDArray[np.int64], cells: Mapping[int, Cell], looks: int, padded_to: Mapping[int, int]
+        self, counts: NDArray[np.int64], cells: Mapping[int, RobustMean], looks: int, padded_to: Mapping[int, int]
     ) -> list[tuple[int, int]]:
         measured = [int(t) for t in counts if _measured(cells, padded_to.get(int(t), int(t)))]
         mean = {t: cells[padded_to.get(t, t)].mean_y for t in measured}
@@ -133,5 +133,5 @@ class Sweep:
         return Trial(batch if info.holds_batch else 0, k, tokens if info.granularity is Granularity.REQUEST else 0, steps)
 
 
-def _measured(cells: Mapping[int, Cell], padded: int) -> bool:
+def _measured(cells: Mapping[int, RobustMean], padded: int) -> bool:
     return padded in cells and cells[padded].weight > 0.0

@@ -16,7 +16,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from adaptive_spec.domain.policy import Floats
+from adaptive_spec.domain.arrays import Floats
 
 
 def best_verified(survival: Floats, fixed_s: float, verify_s: NDArray[np.floating]) -> tuple[int, float]:

@@ -11,8 +11,6 @@ from numpy.typing import NDArray
 
 from adaptive_spec.domain.survival import SurvivalMap
 
-Floats = NDArray[np.float64]
-
 
 class Mode(StrEnum):
     """What the controller is doing. SWEEP, ACTIVE and PINNED act on the engine, the others leave it where it is."""
@@ -30,6 +28,10 @@ class Granularity(StrEnum):
 
     BATCH = "batch"
     REQUEST = "request"
+
+
+TRIAL_PATIENCE_STEPS = 64
+"""Steps the engine waits for the batch size of a trial before it skips the trial, so that a sweep cannot hang."""
 
 
 class Trial(NamedTuple):

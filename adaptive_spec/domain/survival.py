@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from adaptive_spec.domain.policy import Floats
+from adaptive_spec.domain.arrays import Floats
 
 LOGIT_LIMIT = 10.0
 GRID_POINTS = 81

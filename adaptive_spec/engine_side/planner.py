@@ -6,17 +6,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adaptive_spec.domain.plan_search import best_lengths, best_slots
-from adaptive_spec.domain.policy import Granularity, Policy, Trial
+from adaptive_spec.domain.policy import TRIAL_PATIENCE_STEPS, Granularity, Policy, Trial
 
 
 class Planner:
     """Executes policies step by step inside the engine: trials first, then the table, then the per-request search.
 
     launch_k: K the engine was started with, used whenever no policy is acting. max_k: largest K it can run. A trial waits
-    at most `PATIENCE_STEPS` for its batch size, so that a sweep cannot hang on a batch that never comes.
+    at most `TRIAL_PATIENCE_STEPS` for its batch size, so that a sweep cannot hang on a batch that never comes.
     """
-
-    PATIENCE_STEPS = 64
 
     def __init__(self, launch_k: int, max_k: int) -> None:
         self.launch_k = launch_k
@@ -95,7 +93,7 @@ class Planner:
             return None
         trials = self.policy.trials
         while self._trial < len(trials):
-            if self._trial_steps < trials[self._trial].steps and self._waited < self.PATIENCE_STEPS:
+            if self._trial_steps < trials[self._trial].steps and self._waited < TRIAL_PATIENCE_STEPS:
                 return trials[self._trial]
             self._trial += 1
             self._trial_steps = self._waited = 0

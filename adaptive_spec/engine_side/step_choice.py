@@ -22,7 +22,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from adaptive_spec.domain.policy import Floats, Mode, Policy
+from adaptive_spec.domain.arrays import Floats
+from adaptive_spec.domain.policy import Mode, Policy
 from adaptive_spec.domain.survival import SurvivalMap, grid_position
 from adaptive_spec.engine_side.planner import Planner
 

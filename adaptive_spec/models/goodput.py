@@ -17,14 +17,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from adaptive_spec.domain.arrays import Floats
 from adaptive_spec.domain.policy import Granularity
 from adaptive_spec.domain.survival import SurvivalMap
 from adaptive_spec.models.acceptance.online import AcceptanceModel
 from adaptive_spec.models.latency.padding import Padding
 from adaptive_spec.models.latency.plan_cost import PlanCostModel
 from adaptive_spec.models.latency.staircase import LatencyModel
-
-Floats = NDArray[np.float64]
 
 CONTEXT_EDGES = np.array([1024.0, 4096.0, 16384.0], dtype=np.float32)
 CONTEXT_CENTRES = (512.0, 2048.0, 8192.0, 32768.0)

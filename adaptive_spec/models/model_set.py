@@ -1,6 +1,6 @@
-"""The learner: all models of one engine, fed step by step, and what they say of each step.
+"""The models: all models of one engine, fed step by step, and what they say of each step.
 
-It learns and predicts; it decides nothing. Changes it notices come back as `Noticed`, for the controller to act on.
+It learns and predicts; it decides nothing. Changes it notices come back as `DriftNotice`, for the controller to act on.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adaptive_spec.config.settings import ControllerSettings
-from adaptive_spec.control.counters import Ledger
+from adaptive_spec.control.counters import Counters
 from adaptive_spec.domain.engine_info import EngineInfo
 from adaptive_spec.domain.policy import Granularity
 from adaptive_spec.domain.step_record import StepFlag, StepRecord
@@ -38,14 +38,14 @@ Stopwatch = Callable[[str], AbstractContextManager[object]]
 """Makes a context that times what is named; the clock is the caller's."""
 
 
-class Noticed(NamedTuple):
+class DriftNotice(NamedTuple):
     """A drift: signal "latency" or "calibration", and what happened in words."""
 
     signal: str
     words: str
 
 
-class Learner:
+class ModelSet:
     """Models, counters and drift detectors of one engine.
 
     forecast: goodput of every plan as of the last `fit`, None before the first. batches: forgetting tally of batch sizes
@@ -56,11 +56,13 @@ class Learner:
         self.info = info
         memory = settings.latency.memory_samples
         self.verify = LatencyModel(memory, settings.latency.jump_threshold)
-        self.tempo = self.verify.table.tempo
-        self.stages = {name: PlanCostModel(memory, info.max_batch, self.tempo) for name in ("draft", "draft_extend", "overhead")}
+        self.speed_factor = self.verify.table.speed_factor
+        self.stages = {
+            name: PlanCostModel(memory, info.max_batch, self.speed_factor) for name in ("draft", "draft_extend", "overhead")
+        }
         self.acceptance = AcceptanceModel(info.max_k, settings.acceptance.memory_steps)
         self.padding = Padding(info.granularity)
-        self.ledger = Ledger(info.max_k)
+        self.counters = Counters(info.max_k)
         self.forecast: Forecast | None = None
         self.batch_size = 0
         self.context = 0
@@ -70,11 +72,11 @@ class Learner:
         self._calibration_drift = DriftDetector()
         self._traffic_drift = TrafficDetector()
         self._latency_bias = 0.0
-        self._forecast_tempo = 0.0
+        self._forecast_speed_factor = 0.0
 
-    def observe(self, record: StepRecord) -> list[Noticed]:
+    def observe(self, record: StepRecord) -> list[DriftNotice]:
         """Learn one step."""
-        self.ledger.count(record)
+        self.counters.count(record)
         self.padding.observe(record)
         self.batch_size = record.batch_size
         self.kv_per_request += 0.02 * (record.kv_tokens / record.batch_size - self.kv_per_request)
@@ -89,20 +91,20 @@ class Learner:
             noticed += self.learn_acceptance()
         return noticed
 
-    def learn_acceptance(self) -> list[Noticed]:
+    def learn_acceptance(self) -> list[DriftNotice]:
         """Learn the queued labels now."""
         noticed = []
         for score in self.acceptance.learn():
             if score.tokens == 0:
                 continue
-            self.ledger.expected_accepted += score.expected
+            self.counters.expected_accepted += score.expected
             bias = (score.accepted - score.expected) / math.sqrt(score.variance + 0.25)
             if self._calibration_drift.update(bias) and self.forecast is not None:
                 self.acceptance.loosen(LOOSEN)
-                noticed.append(Noticed("calibration", "acceptance differs from the calibration"))
+                noticed.append(DriftNotice("calibration", "acceptance differs from the calibration"))
         return noticed
 
-    def fit(self, stopwatch: Stopwatch = nullcontext) -> list[Noticed]:
+    def fit(self, stopwatch: Stopwatch = nullcontext) -> list[DriftNotice]:
         """Fit every model to what was learnt and forecast anew. stopwatch: opened around each part, with its name."""
         with stopwatch("acceptance"):
             noticed = self.learn_acceptance()
@@ -113,7 +115,7 @@ class Learner:
                 stage.refit()
         with stopwatch("policy"):
             self.forecast = forecast(self.models(), seed=0)
-            self._forecast_tempo = self.tempo.value
+            self._forecast_speed_factor = self.speed_factor.value
         return noticed
 
     def models(self) -> Models:
@@ -145,11 +147,11 @@ class Learner:
         if record.flags & StepFlag.TRIAL:
             best = float(plans.max())
             return record.step_s - record.output_tokens / best if best > 0.0 else 0.0
-        self.ledger.window.append((record.output_tokens, record.step_s, float(plans[k]), float(plans[self.info.launch_k])))
+        self.counters.window.append((record.output_tokens, record.step_s, float(plans[k]), float(plans[self.info.launch_k])))
         verify_s = self._expected_verify_s(record)
         if verify_s is not None:
-            self.ledger.predicted_s += float(forecast_.fixed_s[k, row]) + verify_s
-            self.ledger.measured_s += record.step_s
+            self.counters.predicted_s += float(forecast_.fixed_s[k, row]) + verify_s
+            self.counters.measured_s += record.step_s
         return 0.0
 
     @property
@@ -167,17 +169,17 @@ class Learner:
             return None
         return float(forecast_.verify_s[at]) + forecast_.context_s_per_token * record.kv_tokens
 
-    def _watch_traffic(self, record: StepRecord) -> list[Noticed]:
+    def _watch_traffic(self, record: StepRecord) -> list[DriftNotice]:
         """Note other traffic by the draft's confidence in its first tokens, before enough of them were accepted or not."""
         change = self._traffic_drift.update(record.confidences[:, 0].tolist(), record.request_ids.tolist())
         if change is None:
             return []
         self.acceptance.recent.forget_decks(self.acceptance.steps)
         words = f"the draft's mean confidence moved from {change.before:.0%} to {change.after:.0%}"
-        return [Noticed("calibration", words)]
+        return [DriftNotice("calibration", words)]
 
-    def _learn_times(self, record: StepRecord) -> list[Noticed]:
-        step = self.ledger.steps
+    def _learn_times(self, record: StepRecord) -> list[DriftNotice]:
+        step = self.counters.steps
         shift = self.verify.observe(record.padded_tokens, record.kv_tokens, record.verify_s, step)
         overhead_s = record.step_s - record.draft_s - record.verify_s - record.draft_extend_s
         times = {"draft": record.draft_s, "draft_extend": record.draft_extend_s, "overhead": overhead_s}
@@ -185,18 +187,18 @@ class Learner:
             self.stages[name].observe(record.k, record.batch_size, seconds, step)
         expected = self._expected_verify_s(record)
         if expected is not None:
-            # At the tempo of now: a tempo that changes for good is news of its own.
-            residual = math.log(record.verify_s / expected) - (self.tempo.value - self._forecast_tempo)
+            # At the speed_factor of now: a speed_factor that changes for good is news of its own.
+            residual = math.log(record.verify_s / expected) - (self.speed_factor.value - self._forecast_speed_factor)
             limit = CLIP_SIGMAS * self.verify.table.sigma
             self._latency_bias += 0.05 * (min(max(residual, -limit), limit) - self._latency_bias)
             alarm = self._latency_drift.update(residual / self.verify.table.sigma) and (
-                abs(self._latency_bias) >= max(MATERIAL_BIAS, self.tempo.jump_limit(self.verify.table.sigma))
+                abs(self._latency_bias) >= max(MATERIAL_BIAS, self.speed_factor.jump_limit(self.verify.table.sigma))
             )
             if shift is not None:
                 self._latency_drift.restart()
             if shift is not None or alarm:
                 ratio = shift.ratio if shift is not None else math.exp(self._latency_bias)
-                return [Noticed("latency", f"verify latency moved by {ratio - 1.0:+.0%}")]
+                return [DriftNotice("latency", f"verify latency moved by {ratio - 1.0:+.0%}")]
         return []
 
     def latency_state(self) -> dict[str, NDArray[Any]]:
@@ -212,7 +214,7 @@ class Learner:
         return dict(self.acceptance.state())
 
     def take(self, latency: Mapping[str, NDArray[Any]], calibration: Mapping[str, NDArray[Any]]) -> None:
-        """Take over the arrays of a profile; ValueError when they do not fit this engine (then use a fresh learner)."""
+        """Take over the arrays of a profile; ValueError when they do not fit this engine (then use a fresh models)."""
         try:
             self.padding.restore(latency["padding"])
             self.verify.restore({"rows": latency["cells.rows"], "noise": latency["cells.noise"]})

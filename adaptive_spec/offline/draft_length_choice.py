@@ -16,9 +16,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-Floats = NDArray[np.float64]
+from adaptive_spec.domain.arrays import Floats
 
 SHIFTS = (-1.5, -0.75, 0.0, 0.75, 1.5)
 """Traffic: log-odds added to every conditional acceptance."""

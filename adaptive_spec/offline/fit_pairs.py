@@ -7,10 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from adaptive_spec.domain.arrays import Floats
 from adaptive_spec.domain.step_record import StepRecord
 from adaptive_spec.domain.survival import SurvivalMap
 from adaptive_spec.models.acceptance.calibration_maps import GRID_SCORE
-from adaptive_spec.models.acceptance.online import AcceptanceModel, Floats
+from adaptive_spec.models.acceptance.online import AcceptanceModel
 
 
 @dataclass(frozen=True)

@@ -28,14 +28,14 @@ from numpy.typing import NDArray
 from adaptive_spec.config.settings import ControllerSettings
 from adaptive_spec.control.controller import Controller
 from adaptive_spec.control.snapshot import Snapshot
+from adaptive_spec.domain.arrays import Floats
 from adaptive_spec.domain.engine_info import EngineInfo
 from adaptive_spec.domain.policy import Granularity, Mode
 from adaptive_spec.domain.step_record import StepFlag, StepRecord
 from adaptive_spec.engine_side.planner import Planner
 from adaptive_spec.models.goodput import Forecast
-from adaptive_spec.models.model_set import Learner
+from adaptive_spec.models.model_set import ModelSet
 
-Floats = NDArray[np.float64]
 FIT_STEPS = 500
 """Steps of a part of the trace that a model is fitted to."""
 BLOCK_STEPS = 50
@@ -99,7 +99,7 @@ class ReplayedAdaptive:
         return Plan(k, self._planner.verify_lengths(confidences))
 
     def learn(self, record: StepRecord, plan: Plan) -> None:
-        forecast = self.controller.learner.forecast
+        forecast = self.controller.models.forecast
         if forecast is not None and not record.flags & StepFlag.DISTURBED:
             predicted = step_seconds(forecast, record, Plan(record.k, record.verify_len), self._ragged)
             self.step_errors.append(predicted / record.step_s - 1.0)
@@ -195,17 +195,17 @@ class Hindsight:
     def __init__(self, info: EngineInfo, records: Sequence[StepRecord]) -> None:
         self._ragged = info.granularity is Granularity.REQUEST
         self.parts: list[Part] = []
-        learner = Learner(ControllerSettings(), info)
+        models = ModelSet(ControllerSettings(), info)
         for start in range(0, len(records), FIT_STEPS):
             for record in records[start : start + FIT_STEPS]:
-                learner.observe(record)
-            learner.fit()
-            fit = learner.verify.fit
-            if learner.forecast is not None and fit is not None:
-                rates, errors = learner.acceptance.conditional_rates()
-                largest = len(learner.forecast.verify_s) - 1
-                padded = learner.padding.table(largest) if self._ragged else np.arange(largest + 1)
-                self.parts.append(Part(learner.forecast, rates, errors, fit.tokens, fit.mean_s, padded))
+                models.observe(record)
+            models.fit()
+            fit = models.verify.fit
+            if models.forecast is not None and fit is not None:
+                rates, errors = models.acceptance.conditional_rates()
+                largest = len(models.forecast.verify_s) - 1
+                padded = models.padding.table(largest) if self._ragged else np.arange(largest + 1)
+                self.parts.append(Part(models.forecast, rates, errors, fit.tokens, fit.mean_s, padded))
 
     def value(self, index: int, record: StepRecord, plan: Plan) -> tuple[float, float, float, float, bool]:
         """(tokens, seconds, tokens that are not sure, relative error of the seconds, supported)."""

@@ -5,7 +5,7 @@
     GET  /history.json `history_document`
     POST /control      {"command": NAME, "k": N}    with the header `Authorization: Bearer TOKEN`
 
-It never touches the controller: reading goes by the board, commands go through a queue into the loop's thread.
+It never touches the controller: reading goes by the current_view, commands go through a queue into the loop's thread.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from waitress.server import create_server
 from adaptive_spec.errors import BadInput
 from adaptive_spec.sidecar.metrics import metrics_registry
 from adaptive_spec.sidecar.status_document import history_document, status_document
-from adaptive_spec.sidecar.view import Board
+from adaptive_spec.sidecar.view import CurrentView
 
 ALIVE_S = 5.0
 """A loop that has not beaten for this long is taken for dead."""
@@ -63,16 +63,16 @@ class Command:
 
 
 class WebServer:
-    """Serves a board on host:port (0: a free one) from threads of its own.
+    """Serves a current_view on host:port (0: a free one) from threads of its own.
 
     token: what `POST /control` must show. Raises BadInput when the address cannot be bound.
     """
 
-    def __init__(self, board: Board, host: str, port: int, token: str) -> None:
+    def __init__(self, current_view: CurrentView, host: str, port: int, token: str) -> None:
         self.commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
-        self._board = board
+        self._current_view = current_view
         self._token = token.encode()
-        self._registry = metrics_registry(board)
+        self._registry = metrics_registry(current_view)
         app = bottle.Bottle()
         app.default_error_handler = _plain_error
         app.route("/metrics", "GET", self._metrics)
@@ -110,16 +110,18 @@ class WebServer:
         return encode(self._registry)
 
     def _status(self) -> str:
-        return _json(status_document(self._board.view, self._board.beat_s, time.monotonic()))
+        return _json(status_document(self._current_view.view, self._current_view.beat_s, time.monotonic()))
 
     def _history(self) -> str:
-        return _json(history_document(self._board.view, time.monotonic()))
+        return _json(history_document(self._current_view.view, time.monotonic()))
 
     def _healthz(self) -> str:
-        age_s = time.monotonic() - self._board.beat_s
+        age_s = time.monotonic() - self._current_view.beat_s
         if age_s > ALIVE_S:
             bottle.response.status = 503
-        return _json({"alive": age_s <= ALIVE_S, "loop_age_s": round(age_s, 3), "engine_attached": self._board.view.attached})
+        return _json(
+            {"alive": age_s <= ALIVE_S, "loop_age_s": round(age_s, 3), "engine_attached": self._current_view.view.attached}
+        )
 
     def _control(self) -> str:
         shown = bottle.request.environ.get("HTTP_AUTHORIZATION", "").removeprefix("Bearer ").encode("latin-1")
@@ -142,7 +144,9 @@ class WebServer:
             return _refuse(503, f"the loop has not answered within {ANSWER_S:g} s")
         if command.answer:
             return _refuse(409, command.answer)
-        return _json({"done": True, "mode": status_document(self._board.view, self._board.beat_s, time.monotonic())["mode"]})
+        return _json(
+            {"done": True, "mode": status_document(self._current_view.view, self._current_view.beat_s, time.monotonic())["mode"]}
+        )
 
 
 def _bind(host: str, port: int) -> socket.socket:

@@ -13,7 +13,7 @@ from prometheus_client.registry import Collector
 from adaptive_spec import __version__
 from adaptive_spec.control.snapshot import HistogramData, Snapshot
 from adaptive_spec.domain.policy import Mode
-from adaptive_spec.sidecar.view import Board, View
+from adaptive_spec.sidecar.view import CurrentView, View
 from adaptive_spec.wire.engine_report import STATES
 
 PREFIX = "adaptive_spec_"
@@ -21,13 +21,13 @@ Rows = Iterable[tuple[tuple[str, ...], float]]
 
 
 class SnapshotCollector(Collector):
-    """All metrics of this project, from the board. A value nobody knows yet is left out, never shown as 0."""
+    """All metrics of this project, from the current_view. A value nobody knows yet is left out, never shown as 0."""
 
-    def __init__(self, board: Board) -> None:
-        self._board = board
+    def __init__(self, current_view: CurrentView) -> None:
+        self._current_view = current_view
 
     def collect(self) -> Iterable[Metric]:
-        view = self._board.view
+        view = self._current_view.view
         family = _Families(view)
         yield from _about_sidecar(family, view)
         if (snapshot := view.snapshot) is not None:
@@ -41,10 +41,10 @@ class SnapshotCollector(Collector):
         return ()
 
 
-def metrics_registry(board: Board) -> CollectorRegistry:
+def metrics_registry(current_view: CurrentView) -> CollectorRegistry:
     """Return a registry with our metrics and the process's own (`process_*`)."""
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(SnapshotCollector(board))
+    registry.register(SnapshotCollector(current_view))
     ProcessCollector(registry=registry)
     return registry
 

@@ -24,10 +24,11 @@ from adaptive_spec.errors import BadInput
 from adaptive_spec.sidecar.grafana import Annotator
 from adaptive_spec.sidecar.history import History
 from adaptive_spec.sidecar.http_server import WebServer
+from adaptive_spec.sidecar.profile_plots import start_plots
 from adaptive_spec.sidecar.session import Session, waiting_engine
-from adaptive_spec.sidecar.view import Board, View
+from adaptive_spec.sidecar.view import CurrentView, View
 from adaptive_spec.storage.archive import write_atomically
-from adaptive_spec.storage.profile import check_writable, start_plots
+from adaptive_spec.storage.profile import check_writable
 from adaptive_spec.storage.profile_store import ProfileStore, restorable
 from adaptive_spec.storage.profile_store_worker import StoreWorker
 from adaptive_spec.wire import mapped_file
@@ -54,8 +55,8 @@ class Sidecar:
         check_writable(settings.profile_dir)
         self._store = StoreWorker(ProfileStore(settings.profile_store)) if settings.profile_store else None
         self._annotator = Annotator.of(settings.grafana)
-        self._board = Board(time.monotonic())
-        self._web = WebServer(self._board, settings.host, settings.port, _control_token(settings))
+        self._current_view = CurrentView(time.monotonic())
+        self._web = WebServer(self._current_view, settings.host, settings.port, _control_token(settings))
         self._stop = threading.Event()
         self._session: Session | None = None
         self._history = History()
@@ -101,7 +102,7 @@ class Sidecar:
             command.set()
         if self._session:
             self._keep(self._session, now_s)
-        self._board.beat_s = time.monotonic()
+        self._current_view.beat_s = time.monotonic()
         if not learnt:
             self._stop.wait(self.settings.poll_interval_s)
 
@@ -135,10 +136,10 @@ class Sidecar:
             self._plots.kill()
             self._plots.wait()
             self._plots = None
-        self._board.view = View(time.monotonic())
+        self._current_view.view = View(time.monotonic())
 
     def _answer_commands(self) -> list[threading.Event]:
-        """Carry out what came in; those who wait are told once the board shows the result."""
+        """Carry out what came in; those who wait are told once the current_view shows the result."""
         answered: list[threading.Event] = []
         while True:
             try:
@@ -160,7 +161,7 @@ class Sidecar:
                 annotator.offer(view.snapshot, view.info, time.monotonic())
             counts = annotator.counts
             view = replace(view, annotations_sent=counts.sent, annotations_dropped=dict(counts.dropped))
-        self._board.view = view
+        self._current_view.view = view
 
     def _keep(self, session: Session, now_s: float) -> None:
         """Write checkpoint, profile and pictures when it is time."""
@@ -173,7 +174,7 @@ class Sidecar:
                 self._store.save(session.info, session.profile())
             if self._plots and self._plots.poll() is not None:
                 self._plots = None
-            snapshot = self._board.view.snapshot
+            snapshot = self._current_view.view.snapshot
             if self._plots is None and snapshot and (self._due("plots", PLOTS_INTERVAL_S, now_s) or just_swept):
                 self._plots = start_plots(session.profile_folder, snapshot)
 

@@ -167,7 +167,7 @@ class Session:
         return True
 
     def view(self, checkpoint_s: float | None) -> View:
-        """What the board shows."""
+        """What the current_view shows."""
         now_s = time.monotonic()
         try:
             snapshot = self.controller.snapshot(now_s)

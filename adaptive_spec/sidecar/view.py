@@ -1,4 +1,4 @@
-"""The board: what the sidecar's loop shows to the HTTP threads. One reference, swapped whole, never changed in place."""
+"""The current_view: what the sidecar's loop shows to the HTTP threads. One reference, swapped whole, never changed in place."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class View:
     annotations_dropped: Mapping[str, int] = field(default_factory=dict)
 
 
-class Board:
+class CurrentView:
     """Written by the loop only, read by anybody. `beat_s` is the loop's last sign of life."""
 
     def __init__(self, now_s: float) -> None:

@@ -10,22 +10,19 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from adaptive_spec.control.controller import Controller
-from adaptive_spec.control.snapshot import Snapshot
 from adaptive_spec.domain.engine_info import EngineInfo
 from adaptive_spec.domain.policy import Granularity
 from adaptive_spec.errors import BadInput
 from adaptive_spec.storage.archive import ArchiveError, load_archive, save_archive, write_atomically
 
 if TYPE_CHECKING:  # plots imports matplotlib, which must stay out of the sidecar
-    from adaptive_spec.offline.plots import PlotData
+    pass
 
 LATENCY_MODEL = "latency_model"
 CALIBRATION = "calibration"
@@ -111,36 +108,6 @@ def profiled_engine(folder: Path) -> EngineInfo:
 def identity(info: EngineInfo) -> str:
     """What must agree for models to be of use to an engine."""
     return f"{info.name} {info.model} {info.gpu} tp{info.tp}"
-
-
-def start_plots(folder: Path, snapshot: Snapshot) -> subprocess.Popen[bytes] | None:
-    """Draw the profile's pictures in a process of its own, at low priority; the caller reaps it. None: it cannot start."""
-    try:
-        with tempfile.TemporaryFile() as data:
-            data.write(json.dumps(_plot_data(snapshot, folder.name)).encode())
-            data.seek(0)
-            return subprocess.Popen(
-                [sys.executable, "-m", "adaptive_spec.offline.plots", str(folder / "plots")],
-                stdin=data, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-            )  # fmt: skip
-    except OSError:
-        return None
-
-
-def _plot_data(snapshot: Snapshot, title: str) -> PlotData:
-    curve = snapshot.calibration_curve
-    return {
-        "title": title,
-        "calibration_title": title,
-        "samples": [],
-        "medians": [(tokens, 1e3 * mean_s) for tokens, mean_s, _ in snapshot.latency_points],
-        "segments": [(s.first, s.last, 1e3 * s.intercept_s, 1e3 * s.slope_s_per_token) for s in snapshot.segments],
-        "boundaries": [(b.tokens, b.jump_ratio) for b in snapshot.boundaries],
-        "token_counts": [(tokens, weight) for tokens, _, weight in snapshot.latency_points],
-        "kind": snapshot.calibration_kind,
-        "calibration": curve,
-        "curve": [],
-    }
 
 
 def _check_policy_file(path: Path) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from adaptive_spec.config.load import configuration_page, load_settings
+from adaptive_spec.config.load import load_settings
 from adaptive_spec.config.settings import SidecarSettings
 from adaptive_spec.errors import BadInput
 
@@ -74,14 +74,3 @@ def test_overrides_take_precedence(tmp_path: Path) -> None:
     path.write_text("port: 1000\nhost: localhost\n")
     settings = load_settings(path, {"port": 2000, "runtime_dir": Path("/run/y")})
     assert (settings.port, settings.host, settings.runtime_dir) == (2000, "localhost", Path("/run/y"))
-
-
-def test_page_in_docs_is_current() -> None:
-    page = Path(__file__).parents[2] / "docs" / "configuration.md"
-    assert page.read_text() == configuration_page(), "run `make docs`"
-
-
-def test_page_names_every_key() -> None:
-    page = configuration_page()
-    for key in ("`runtime_dir`", "`controller.mode`", "`controller.latency.jump_threshold`", "`controller.sweep.max_steps`"):
-        assert f"| {key} |" in page

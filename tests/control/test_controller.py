@@ -316,7 +316,7 @@ def test_padding_buckets_are_learnt() -> None:
     for b in (3, 8, 12, 16, 40):
         s.batch_size = b
         s.run(60)
-    table = s.controller.learner.padding.table(48)
+    table = s.controller.models.padding.table(48)
     assert table[3] == 8
     assert table[5] == 8, "never seen, but the smallest bucket that holds it is known"
     assert table[11] == 16

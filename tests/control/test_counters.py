@@ -2,19 +2,19 @@ from __future__ import annotations
 
 import pytest
 
-from adaptive_spec.control.counters import Ledger
+from adaptive_spec.control.counters import Counters
 
 
 def test_lucky_trials_survive_a_restart() -> None:
-    ledger = Ledger(3)
-    ledger.probe_lost_s = -0.25
-    again = Ledger(3)
-    again.restore(ledger.state())
+    counters = Counters(3)
+    counters.probe_lost_s = -0.25
+    again = Counters(3)
+    again.restore(counters.state())
     assert again.probe_lost_s == -0.25
 
 
 def test_other_counters_are_never_negative() -> None:
-    ledger = Ledger(3)
-    ledger.decode_s = -0.25
+    counters = Counters(3)
+    counters.decode_s = -0.25
     with pytest.raises(ValueError, match="negative"):
-        Ledger(3).restore(ledger.state())
+        Counters(3).restore(counters.state())

@@ -4,10 +4,9 @@ import dataclasses
 
 import pytest
 
-from adaptive_spec.control.engine_response import IGNORED_S, IGNORED_STEPS, Adoption, PendingTrials
-from adaptive_spec.domain.policy import Granularity, Trial
+from adaptive_spec.control.engine_response import IGNORED_S, IGNORED_STEPS, EngineResponse, PendingTrials
+from adaptive_spec.domain.policy import TRIAL_PATIENCE_STEPS, Granularity, Trial
 from adaptive_spec.domain.step_record import StepFlag, StepRecord
-from adaptive_spec.engine_side.planner import Planner
 from tests.support.simulated_server import SimulatedServer, engine_info, staircase
 
 RECORD = SimulatedServer(engine_info(Granularity.BATCH), staircase()).step()
@@ -17,52 +16,54 @@ def step(version: int, flags: int = 0) -> StepRecord:
     return dataclasses.replace(RECORD, policy_version=version, flags=flags)
 
 
-def fed(adoption: Adoption, record: StepRecord, steps: int, now_s: float, step_s: float = 0.1, offered: bool = True) -> float:
+def fed(
+    engine_response: EngineResponse, record: StepRecord, steps: int, now_s: float, step_s: float = 0.1, offered: bool = True
+) -> float:
     """Feed the same step again and again; returns the time after them."""
     for _ in range(steps):
-        adoption.changed(record, offered, now_s)
+        engine_response.changed(record, offered, now_s)
         now_s += step_s
     return now_s
 
 
 def test_steps_by_no_policy_tell_that_none_is_run() -> None:
-    adoption = Adoption()
-    changes = [adoption.changed(step(0), True, 0.1 * i) for i in range(IGNORED_STEPS + 50)]
+    engine_response = EngineResponse()
+    changes = [engine_response.changed(step(0), True, 0.1 * i) for i in range(IGNORED_STEPS + 50)]
     assert [i for i, changed in enumerate(changes) if changed] == [IGNORED_STEPS - 1]
-    assert adoption.ignored
+    assert engine_response.ignored
 
 
 def test_one_step_by_a_policy_tells_that_it_is_run() -> None:
-    adoption = Adoption()
-    now_s = fed(adoption, step(0), IGNORED_STEPS - 1, 0.0)
-    assert not adoption.changed(step(4), True, now_s), "nothing new"
-    now_s = fed(adoption, step(0), IGNORED_STEPS - 1, now_s)
-    assert not adoption.ignored, "it counts from the beginning"
-    assert adoption.changed(step(0), True, now_s)
-    assert adoption.changed(step(4), True, now_s), "and once more the other way"
-    assert not adoption.ignored
+    engine_response = EngineResponse()
+    now_s = fed(engine_response, step(0), IGNORED_STEPS - 1, 0.0)
+    assert not engine_response.changed(step(4), True, now_s), "nothing new"
+    now_s = fed(engine_response, step(0), IGNORED_STEPS - 1, now_s)
+    assert not engine_response.ignored, "it counts from the beginning"
+    assert engine_response.changed(step(0), True, now_s)
+    assert engine_response.changed(step(4), True, now_s), "and once more the other way"
+    assert not engine_response.ignored
 
 
 def test_a_backlog_tells_nothing() -> None:
-    adoption = Adoption()
-    fed(adoption, step(0), 2000, 0.0, step_s=0.0)
-    assert not adoption.ignored
-    adoption.changed(step(4), True, 100.0)
-    fed(adoption, step(0), 2000, 100.0, step_s=0.9 * IGNORED_S / 2000)
-    assert not adoption.ignored
+    engine_response = EngineResponse()
+    fed(engine_response, step(0), 2000, 0.0, step_s=0.0)
+    assert not engine_response.ignored
+    engine_response.changed(step(4), True, 100.0)
+    fed(engine_response, step(0), 2000, 100.0, step_s=0.9 * IGNORED_S / 2000)
+    assert not engine_response.ignored
 
 
 def test_an_idle_engine_tells_nothing() -> None:
-    adoption = Adoption()
-    now_s = fed(adoption, step(0), IGNORED_STEPS // 2, 0.0)
-    assert not adoption.changed(step(0), True, now_s + 3600.0)
+    engine_response = EngineResponse()
+    now_s = fed(engine_response, step(0), IGNORED_STEPS // 2, 0.0)
+    assert not engine_response.changed(step(0), True, now_s + 3600.0)
 
 
 @pytest.mark.parametrize(("flags", "offered"), [(StepFlag.FALLBACK, True), (0, False)])
 def test_without_a_policy_to_run_nothing_is_told(flags: int, offered: bool) -> None:
-    adoption = Adoption()
-    fed(adoption, step(0, flags), 10 * IGNORED_STEPS, 0.0, offered=offered)
-    assert not adoption.ignored
+    engine_response = EngineResponse()
+    fed(engine_response, step(0, flags), 10 * IGNORED_STEPS, 0.0, offered=offered)
+    assert not engine_response.ignored
 
 
 def test_trials_end_when_they_were_run() -> None:
@@ -80,7 +81,7 @@ def test_trials_end_when_they_were_run() -> None:
 def test_trials_end_when_the_planner_skips_them_or_it_is_too_late() -> None:
     trials = PendingTrials()
     trials.begin((Trial(9, 1, 0, 2),), 100.0)
-    ends = [trials.ended(step(5), 5, 1.0) for _ in range(Planner.PATIENCE_STEPS + 9)]
-    assert [i for i, end in enumerate(ends) if end] == [Planner.PATIENCE_STEPS + 8]
+    ends = [trials.ended(step(5), 5, 1.0) for _ in range(TRIAL_PATIENCE_STEPS + 9)]
+    assert [i for i, end in enumerate(ends) if end] == [TRIAL_PATIENCE_STEPS + 8]
     trials.begin((Trial(9, 1, 0, 2),), 100.0)
     assert trials.ended(step(5), 5, 100.1)

@@ -33,7 +33,7 @@ def test_the_boundaries_of_real_curves_from_a_quarter_of_the_guides_steps(name: 
     settings = ControllerSettings(sweep=SweepSettings(max_tokens=1024))
     server = SimulatedServer(info, curve, noise=0.01, settings=settings)
     steps = sweep(server)
-    fit = server.controller.learner.verify.fit
+    fit = server.controller.models.verify.fit
     assert fit is not None
     found = [b.tokens for b in fit.boundaries]
     for boundary in expected:
@@ -45,7 +45,7 @@ def test_the_boundaries_of_real_curves_from_a_quarter_of_the_guides_steps(name: 
 def test_a_staircase_is_found_to_the_token(tile: int) -> None:
     server = SimulatedServer(engine_info(Granularity.REQUEST, max_batch=16, holds_batch=True), staircase(tile=tile, step_s=0.008))
     sweep(server)
-    fit = server.controller.learner.verify.fit
+    fit = server.controller.models.verify.fit
     assert fit is not None
     true = [t for t in range(tile, 128, tile) if 0.008 / (0.010 + 0.008 * (t // tile - 1)) > 0.2]
     found = [b.tokens for b in fit.boundaries]
@@ -56,7 +56,7 @@ def test_without_control_of_the_batch_only_its_own_plans_are_measured() -> None:
     server = SimulatedServer(engine_info(Granularity.BATCH), staircase(), batch_size=6)
     steps = sweep(server)
     assert steps < 40
-    assert set(server.controller.learner.verify.table.cells) == {6 * (k + 1) for k in range(8)}
+    assert set(server.controller.models.verify.table.cells) == {6 * (k + 1) for k in range(8)}
 
 
 def test_the_sweep_keeps_to_its_budget_and_ends() -> None:

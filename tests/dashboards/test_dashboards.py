@@ -15,7 +15,7 @@ from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from adaptive_spec.sidecar.metrics import metrics_registry
-from adaptive_spec.sidecar.view import Board, View
+from adaptive_spec.sidecar.view import CurrentView, View
 from adaptive_spec.wire.engine_report import EngineReport
 from dashboards.build import DASHBOARDS, FOLDER, document
 from tests.sidecar.test_metrics import SNAPSHOT
@@ -46,10 +46,10 @@ def expressions(dashboard: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 def exported() -> dict[str, set[str]]:
     """Names of all samples the exporter can give, with their labels."""
-    board = Board(0.0)
+    current_view = CurrentView(0.0)
     report = EngineReport(1, "test", "attached", "", {"begin_step": 1}, {"adoptions": 1})
-    board.view = View(5.0, SNAPSHOT, engine_info(), True, {"refit": 2}, "sweep", 4.0, report=report)
-    families = text_string_to_metric_families(generate_latest(metrics_registry(board)).decode())
+    current_view.view = View(5.0, SNAPSHOT, engine_info(), True, {"refit": 2}, "sweep", 4.0, report=report)
+    families = text_string_to_metric_families(generate_latest(metrics_registry(current_view)).decode())
     # What has no sample before it first happens is known by its family.
     names: dict[str, set[str]] = {}
     for family in families:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from adaptive_spec.metrics_page import exposed_name, metric_families, metrics_page, own_labels
+from docs.reference_pages.metrics import exposed_name, metric_families, metrics_page, own_labels
 from tests.sidecar.test_metrics import CONTRACT
 
 

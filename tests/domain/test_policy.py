@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from adaptive_spec.domain.plan_search import best_lengths, best_slots, best_verified
-from adaptive_spec.domain.policy import Granularity, Mode, Policy, Trial
+from adaptive_spec.domain.policy import TRIAL_PATIENCE_STEPS, Granularity, Mode, Policy, Trial
 from adaptive_spec.domain.survival import GRID_POINTS, LOGIT_LIMIT, SurvivalMap
 from adaptive_spec.engine_side.planner import Planner
 
@@ -155,8 +155,8 @@ def test_trials_run_their_steps_in_turn_and_only_once() -> None:
 
 def test_a_trial_waits_for_its_batch_with_patience() -> None:
     made = planner(policy(trials=(Trial(6, 6, 0, 2), Trial(2, 7, 0, 1))))
-    k = [made.draft_length(2, 0) for _ in range(Planner.PATIENCE_STEPS + 2)]
-    assert k == [3] * Planner.PATIENCE_STEPS + [7, 3]
+    k = [made.draft_length(2, 0) for _ in range(TRIAL_PATIENCE_STEPS + 2)]
+    assert k == [3] * TRIAL_PATIENCE_STEPS + [7, 3]
 
 
 def test_a_new_policy_begins_its_trials_at_the_first() -> None:

@@ -17,7 +17,7 @@ import pytest
 from adaptive_spec.client.sidecar import ControlClient
 from adaptive_spec.errors import BadInput
 from adaptive_spec.sidecar.http_server import Command, WebServer
-from adaptive_spec.sidecar.view import Board, View
+from adaptive_spec.sidecar.view import CurrentView, View
 from tests.sidecar.test_metrics import SNAPSHOT
 from tests.support.numbers_engine import engine_info
 
@@ -25,13 +25,13 @@ TOKEN = "secret"
 
 
 @pytest.fixture
-def board() -> Board:
-    return Board(time.monotonic())
+def current_view() -> CurrentView:
+    return CurrentView(time.monotonic())
 
 
 @pytest.fixture
-def server(board: Board) -> Iterator[WebServer]:
-    server = WebServer(board, "127.0.0.1", 0, TOKEN)
+def server(current_view: CurrentView) -> Iterator[WebServer]:
+    server = WebServer(current_view, "127.0.0.1", 0, TOKEN)
     yield server
     server.close()
 
@@ -55,9 +55,9 @@ def _post(server: WebServer, body: bytes, token: str = TOKEN) -> tuple[int, dict
             return error.code, json.load(error)
 
 
-def test_health_follows_the_loop(server: WebServer, board: Board) -> None:
+def test_health_follows_the_loop(server: WebServer, current_view: CurrentView) -> None:
     assert _get(server, "/healthz")[0] == 200
-    board.beat_s -= 60.0
+    current_view.beat_s -= 60.0
     status, _, text = _get(server, "/healthz")
     assert status == 503
     assert json.loads(text)["alive"] is False
@@ -74,8 +74,8 @@ def test_status_before_an_engine(server: WebServer) -> None:
     assert document["k_by_batch_size"] == {}
 
 
-def test_status_and_metrics_show_the_board(server: WebServer, board: Board) -> None:
-    board.view = View(time.monotonic(), SNAPSHOT, engine_info(pid=123), True)
+def test_status_and_metrics_show_the_board(server: WebServer, current_view: CurrentView) -> None:
+    current_view.view = View(time.monotonic(), SNAPSHOT, engine_info(pid=123), True)
     document = json.loads(_get(server, "/status.json")[2])
     assert document["k_by_batch_size"] == {"1": 4, "2": 3}
     assert document["boundaries"] == [6]
@@ -188,14 +188,14 @@ def test_long_body_is_refused(server: WebServer) -> None:
     assert _post(server, b" " * 5000)[0] == 413
 
 
-def test_port_in_use(server: WebServer, board: Board) -> None:
+def test_port_in_use(server: WebServer, current_view: CurrentView) -> None:
     with pytest.raises(BadInput, match=f"port: {server.port} on host '127.0.0.1' is not allowed: Address already in use"):
-        WebServer(board, "127.0.0.1", server.port, TOKEN)
+        WebServer(current_view, "127.0.0.1", server.port, TOKEN)
 
 
-def test_host_that_is_none(board: Board) -> None:
+def test_host_that_is_none(current_view: CurrentView) -> None:
     with pytest.raises(BadInput, match=r"port: 0 on host 'no\.such\.host\.invalid' is not allowed"):
-        WebServer(board, "no.such.host.invalid", 0, TOKEN)
+        WebServer(current_view, "no.such.host.invalid", 0, TOKEN)
 
 
 def test_client_words(server: WebServer) -> None:

@@ -15,7 +15,7 @@ from adaptive_spec.control.snapshot import Event, HistogramData, Snapshot
 from adaptive_spec.domain.policy import Mode
 from adaptive_spec.domain.staircase import Boundary, Segment
 from adaptive_spec.sidecar.metrics import metrics_registry
-from adaptive_spec.sidecar.view import Board, View
+from adaptive_spec.sidecar.view import CurrentView, View
 from tests.support.numbers_engine import engine_info
 
 CONTRACT = {
@@ -67,9 +67,9 @@ SNAPSHOT = Snapshot(
 
 
 def _families(view: View, openmetrics: bool = False) -> dict[str, Metric]:
-    board = Board(0.0)
-    board.view = view
-    registry = metrics_registry(board)
+    current_view = CurrentView(0.0)
+    current_view.view = view
+    registry = metrics_registry(current_view)
     if openmetrics:
         # prometheus_client leaves this pair of functions untyped.
         text = generate_openmetrics(registry).decode()  # type: ignore[no-untyped-call]
@@ -141,8 +141,8 @@ def test_before_an_engine() -> None:
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool (Debian package prometheus) is not installed; CI has it")
 @pytest.mark.parametrize("view", [View(5.0), View(5.0, SNAPSHOT, engine_info(), True, {"refit": 2}, "sweep", 4.0)])
 def test_promtool_finds_nothing(view: View) -> None:
-    board = Board(0.0)
-    board.view = view
-    text = generate_latest(metrics_registry(board))
+    current_view = CurrentView(0.0)
+    current_view.view = view
+    text = generate_latest(metrics_registry(current_view))
     result = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True, check=False)
     assert (result.returncode, result.stdout, result.stderr) == (0, b"", b"")

@@ -17,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from adaptive_spec.control.snapshot import Event
 from adaptive_spec.domain.engine_info import EngineInfo
 from adaptive_spec.sidecar.http_server import WebServer
-from adaptive_spec.sidecar.view import Board, View
+from adaptive_spec.sidecar.view import CurrentView, View
 from tests.sidecar.test_metrics import SNAPSHOT
 from tests.sidecar.test_process import RunningEngine
 from tests.support.browser import Watched, chromium, needs_chromium, watched
@@ -192,15 +192,15 @@ def test_a_phone(sidecar: SidecarProcess, browser: Browser, scheme: Literal["lig
         assert page.errors == []
 
 
-def _board(info: EngineInfo, *events: Event) -> Board:
-    board = Board(time.monotonic())
-    board.view = View(time.monotonic(), replace(SNAPSHOT, events=events), info, True)
-    return board
+def _current_view(info: EngineInfo, *events: Event) -> CurrentView:
+    current_view = CurrentView(time.monotonic())
+    current_view.view = View(time.monotonic(), replace(SNAPSHOT, events=events), info, True)
+    return current_view
 
 
 def test_nothing_from_outside_becomes_markup(browser: Browser) -> None:
     nasty = "<img src=x onerror=alert(1)>"
-    server = WebServer(_board(engine_info(nasty), Event(time.monotonic(), "swap", f"K 2→3: {nasty}")), "127.0.0.1", 0, "t")
+    server = WebServer(_current_view(engine_info(nasty), Event(time.monotonic(), "swap", f"K 2→3: {nasty}")), "127.0.0.1", 0, "t")
     try:
         with watched(browser, server.url) as page:
             expect(page.page.locator("#engine")).to_contain_text(nasty)
@@ -212,7 +212,7 @@ def test_nothing_from_outside_becomes_markup(browser: Browser) -> None:
 
 
 def test_before_an_engine_and_when_the_sidecar_dies(browser: Browser) -> None:
-    server = WebServer(Board(time.monotonic()), "127.0.0.1", 0, "t")
+    server = WebServer(CurrentView(time.monotonic()), "127.0.0.1", 0, "t")
     with watched(browser, server.url) as page:
         expect(page.page.locator("#reason")).to_have_text("waiting for an engine")
         expect(page.page.locator("#boundaries")).to_have_text("no tile boundaries yet")

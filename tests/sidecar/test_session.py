@@ -16,7 +16,7 @@ from adaptive_spec.engine_side.tap import PAGE_NAME, RING_NAME
 from adaptive_spec.errors import BadInput
 from adaptive_spec.sidecar.metrics import metrics_registry
 from adaptive_spec.sidecar.session import Session
-from adaptive_spec.sidecar.view import Board
+from adaptive_spec.sidecar.view import CurrentView
 from adaptive_spec.wire.policy_page import PolicyPageReader
 from adaptive_spec.wire.ring import RingReader, RingWriter
 from tests.support.models_anew import fits, metrics_of, models_anew, same_models, thinned
@@ -261,10 +261,10 @@ def test_models_can_be_computed_anew_from_trace_and_log(
     fitted = fits(caplog.text)
     assert len([fit for fit in fitted if fit.command == "refit"]) >= 2
     assert [fit.command for fit in fitted if fit.command != "refit"] == ["pin", "unpin"]
-    board = Board(0.0)
-    board.view = session.view(None)
+    current_view = CurrentView(0.0)
+    current_view.view = session.view(None)
     session.close()
-    shown = metrics_of(generate_latest(metrics_registry(board)).decode())
+    shown = metrics_of(generate_latest(metrics_registry(current_view)).decode())
     assert shown["tile_boundary_tokens"]
     assert same_models(shown, models_anew(records, fitted, engine.info, settings.controller), 0.0) == []
     fewer, moved = thinned(records, fitted, 20)

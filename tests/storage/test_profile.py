@@ -10,7 +10,8 @@ import pytest
 from adaptive_spec.control.controller import Controller
 from adaptive_spec.domain.policy import Granularity, Mode
 from adaptive_spec.errors import BadInput
-from adaptive_spec.storage.profile import ProfileError, check_writable, load_profile, save_profile, start_plots
+from adaptive_spec.sidecar.profile_plots import start_plots
+from adaptive_spec.storage.profile import ProfileError, check_writable, load_profile, save_profile
 from tests.support.simulated_server import SimulatedServer, engine_info, staircase
 
 

@@ -13,10 +13,8 @@ are not drawn.
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
+from adaptive_spec.domain.arrays import Floats, Ints
 
 
 def accept_greedy(drafts: Ints, verify_len: Ints, best: Ints, first_row: Ints) -> tuple[Ints, Ints]:

@@ -25,6 +25,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from adaptive_spec.domain.arrays import Ints
 from adaptive_spec.domain.step_record import StepFlag
 from adaptive_spec.engines.embedded.acceptance_rules import accept_greedy, accept_sampled, sample
 from adaptive_spec.engines.embedded.kv_cache import KVCache, PackedRows
@@ -33,8 +34,6 @@ from adaptive_spec.engines.embedded.requests import PrefixCache, Request
 from adaptive_spec.engines.embedded.shape import VOCABULARY
 from adaptive_spec.engines.embedded.step_tap import StepTap
 from adaptive_spec.engines.embedded.text import SEPARATOR
-
-Ints = NDArray[np.int64]
 
 END_OF_TEXT = SEPARATOR[0]
 _DENSE_ROWS = 24

@@ -6,12 +6,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from adaptive_spec.domain.arrays import Ints
 from adaptive_spec.engines.embedded.shape import ModelShape
-
-Ints = NDArray[np.int64]
 
 CONTEXT_BLOCK = 32
 """Contexts are padded to a multiple of this, so that vectorised elementwise kernels never meet a scalar remainder."""

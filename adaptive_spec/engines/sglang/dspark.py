@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from adaptive_spec.domain.arrays import Floats
 from adaptive_spec.domain.policy import Mode, Policy
 from adaptive_spec.domain.survival import GRID_POINTS, LOGIT_LIMIT, SurvivalMap
 
@@ -30,7 +31,6 @@ STRAIGHT = 1e-6
 """Relative deviation from a straight line up to which a token count needs no probe of its own."""
 
 log = logging.getLogger("sglang.adaptive_spec")
-Floats = NDArray[np.float64]
 
 
 class CostTable(NamedTuple):

@@ -36,7 +36,7 @@ def engine_info(scenario: Scenario) -> EngineInfo:
 
 
 class Adaptive:
-    """Controller and planner with one step between decision and adoption; the cold-start sweep is in the clock.
+    """Controller and planner with one step between decision and engine_response; the cold-start sweep is in the clock.
 
     At batch granularity K of a step is refined by the requests' own history, as in a server on a GPU, where the confidence
     of the first draft token is not known in time.
@@ -73,7 +73,7 @@ class Adaptive:
 
     @property
     def swaps(self) -> int:
-        return sum(self.controller.ledger.swaps.values())
+        return sum(self.controller.counters.swaps.values())
 
     @property
     def probe_share(self) -> float | None:

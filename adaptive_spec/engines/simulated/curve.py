@@ -12,10 +12,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from adaptive_spec.domain.arrays import Floats
 from adaptive_spec.errors import BadInput
 from adaptive_spec.offline.samples import MAX_NUM_TOKENS, read_latency
-
-Floats = NDArray[np.float64]
 
 
 class Curve(NamedTuple):

@@ -8,10 +8,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from adaptive_spec.domain.arrays import Floats
 from adaptive_spec.engines.simulated.curve import Curve
 from adaptive_spec.engines.simulated.scenario import Scenario
-
-Floats = NDArray[np.float64]
 
 
 class Costs:

@@ -12,9 +12,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from adaptive_spec.domain.arrays import Floats
 from adaptive_spec.engines.simulated.scenario import DriftEvent, RequestClass, ScenarioFile
 
-Floats = NDArray[np.float64]
 AHEAD = 16
 """Arrivals of a seat made ready in one go."""
 LUCK_TABLE = 1 << 18

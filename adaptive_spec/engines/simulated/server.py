@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from adaptive_spec.domain.arrays import Floats
 from adaptive_spec.domain.step_record import StepRecord
 from adaptive_spec.engines.simulated.deciders import Decider
 from adaptive_spec.engines.simulated.load_path import LoadPath
@@ -16,7 +17,6 @@ from adaptive_spec.engines.simulated.plans import Costs, best_ragged, expected_t
 from adaptive_spec.engines.simulated.requests import Requests
 from adaptive_spec.engines.simulated.scenario import Scenario
 
-Floats = NDArray[np.float64]
 WINDOW_STEPS = 50
 GOOD = 0.95
 NOISE_AHEAD = 4096

@@ -2,7 +2,7 @@
 
     linear    P_j = clip(a + b s_j)                         one line for all positions (the offline guide's map)
     binned    P_j = accepted / verified in the bin of s_j     per position, leaning on the pooled bins where thin
-    logistic  P_j = sigmoid(a_j + b_j logit s_j)              per position, River's online learner
+    logistic  P_j = sigmoid(a_j + b_j logit s_j)              per position, River's online models
     chain     P_j = prod_i<=j sigmoid(a_i + b_i logit p_i)    per position on the confidence p_i of each token, learnt only
                                                               where all before it were accepted
 
@@ -19,9 +19,8 @@ from numpy.typing import NDArray
 from river.linear_model import LogisticRegression
 from river.optim import SGD
 
+from adaptive_spec.domain.arrays import Floats
 from adaptive_spec.domain.survival import GRID_POINTS, LOGIT_LIMIT, SurvivalMap
-
-Floats = NDArray[np.float64]
 
 GRID: Floats = np.linspace(-LOGIT_LIMIT, LOGIT_LIMIT, GRID_POINTS)
 GRID_SCORE: Floats = 1.0 / (1.0 + np.exp(-GRID))

@@ -15,13 +15,12 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from adaptive_spec.domain.arrays import Floats
 from adaptive_spec.domain.step_record import StepRecord
 from adaptive_spec.domain.survival import GridPosition, SurvivalMap, grid_position
 from adaptive_spec.models.acceptance.calibration_maps import GRID, RiverLogistic, ScoreHistogram, all_maps
 from adaptive_spec.models.acceptance.draft_imputation import RecentDrafts
 from adaptive_spec.models.acceptance.reliability import BINS, Reliability
-
-Floats = NDArray[np.float64]
 
 SWITCH_MARGIN = 0.002
 RIVER_SAMPLES = 128

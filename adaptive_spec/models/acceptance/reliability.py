@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from adaptive_spec.models.acceptance.online import Floats
+from adaptive_spec.domain.arrays import Floats
 
 BINS = 15
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from adaptive_spec.models.latency.robust_mean import CellTable
-from adaptive_spec.models.latency.segments import Floats
-from adaptive_spec.models.latency.speed_factor import Shift, Tempo
+from adaptive_spec.domain.arrays import Floats
+from adaptive_spec.models.latency.robust_mean import RobustMeans
+from adaptive_spec.models.latency.speed_factor import Shift, SpeedFactor
 from adaptive_spec.models.latency.staircase import UNKNOWN_PER_DOUBLING
 
 UNMEASURED_FIXED = 0.08
@@ -22,13 +22,13 @@ class PlanCostModel:
 
     The first draft token often comes with the draft-extend and costs nothing more, so K counts from the second. Plans measured
     often speak for themselves; the regression speaks for the others, and weighs as much as one sample whose relative error is
-    `MISFIT_BETWEEN`. tempo: that of the verify latency, which all stages share; None: one of its own.
+    `MISFIT_BETWEEN`. speed_factor: that of the verify latency, which all stages share; None: one of its own.
     """
 
     FEATURES = 6
 
-    def __init__(self, memory_samples: float, max_batch: int, tempo: Tempo | None = None) -> None:
-        self.table = CellTable(memory_samples, tempo)
+    def __init__(self, memory_samples: float, max_batch: int, speed_factor: SpeedFactor | None = None) -> None:
+        self.table = RobustMeans(memory_samples, speed_factor)
         self.stride = max_batch + 1
         self.coefficients: Floats = np.zeros(self.FEATURES)
         self._rows: Floats = self.table.rows()

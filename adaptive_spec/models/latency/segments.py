@@ -14,9 +14,8 @@ import itertools
 import numpy as np
 from numpy.typing import NDArray
 
+from adaptive_spec.domain.arrays import Floats
 from adaptive_spec.domain.staircase import Boundary, Segment
-
-Floats = NDArray[np.float64]
 
 _BLOCK = 32
 """Ends handled at a time: large enough to spare numpy calls, small enough to stay in cache."""

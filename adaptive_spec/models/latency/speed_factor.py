@@ -1,13 +1,13 @@
-"""Tempo: how much slower everything is now than the cells say, one factor common to all of them.
+"""Speed factor: how much slower all plans are than their means say, one factor common to all of them (natural log).
 
-    seconds(key, now) = exp(tempo(now)) * cell(key)
-    tempo <- tempo + gain * clip(residual)             every sample; the gain is larger while residuals lean to one side
-    tempo <- tempo + median of the last residuals      when that median is no accident
+    seconds(key, now) = exp(f) * mean(key)
+    f <- f + gain * clip(residual)             every sample; the gain is larger while residuals lean to one side
+    f <- f + median of the last residuals      when that median is significant
 
-Heat, clocks, a neighbour, a busy host change all plans alike: followed apart, they leave the shape of the curve, and with it
-the choice of K, untouched. Regimes. Steady: it hovers around a constant, noise is averaged out. Wandering: it follows within
-some tens of samples. Jumping: a window of residuals on one side moves it at once. A tempo that has lasted far from the one
-last announced is a `Shift`: news for people.
+Heat, clock changes and other programs change all plans alike. Followed apart, they leave the shape of the curve, and with it
+the choice of K, unchanged. Regimes. Steady: f hovers around a constant and noise is averaged out. Wandering: f follows within
+some tens of samples. Jumping: a window of residuals on one side moves it at once. A factor that stays away from the one last
+announced is reported as a `Shift`.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from collections import deque
 from dataclasses import dataclass
 
 SLOW_GAIN, QUICK_GAIN = 0.01, 0.1
-"""Share of a residual the tempo takes, larger follows sooner and is noisier: in quiet, and while residuals lean."""
+"""Share of a residual the speed factor takes, larger follows sooner and is noisier: in quiet, and while residuals lean."""
 LEANING = 0.75
 """Mean of late residuals, in standard deviations of one, that is no quiet: 2.6 of its own."""
 WINDOW = 12
 """Samples a jump is judged by."""
 ANNOUNCED = 0.08
-"""Change of tempo (log) that is news; smaller ones come and go on any shared machine."""
+"""Change of speed factor (log) that is news; smaller ones come and go on any shared machine."""
 LASTING = 48
-"""Samples a new tempo must last to be announced."""
+"""Samples a new speed factor must last to be announced."""
 LEAST_JUMP = 0.04
 FARTHEST = 20.0
-"""Tempo (log) at which counting begins anew: on a machine in turmoil it may walk away, and numbers must stay numbers."""
+"""SpeedFactor (log) at which counting begins anew: on a machine in turmoil it may walk away, and numbers must stay numbers."""
 SCALE_OF_MEDIAN = 0.6745
 """Median of |N(0, 1)|."""
 MIN_SIGMA, MAX_SIGMA = 0.004, 0.25
@@ -37,13 +37,13 @@ MIN_SIGMA, MAX_SIGMA = 0.004, 0.25
 
 @dataclass(frozen=True)
 class Shift:
-    """The tempo has changed for good: seconds are `ratio` times what they were when last announced."""
+    """The speed factor has changed for good: seconds are `ratio` times what they were when last announced."""
 
     ratio: float
 
 
-class Tempo:
-    """See the module. value: the tempo, natural log, 0 at first. announced: the one that has last been news, a lasting one."""
+class SpeedFactor:
+    """See the module. value: natural log of the factor, 0 at first. announced: the value last reported."""
 
     def __init__(self) -> None:
         self.value = 0.0
@@ -63,7 +63,7 @@ class Tempo:
         return max(LEAST_JUMP, 4.5 * 1.25 * sigma / math.sqrt(WINDOW), 2.0 * self.median_residual / SCALE_OF_MEDIAN)
 
     def follow(self, residual: float, sigma: float) -> float:
-        """Take one residual, log(seconds / expected at the present tempo); return by how much the tempo has moved."""
+        """Take one residual, log(seconds / expected at the present speed factor); return the change of the factor."""
         self.median_residual = running_median(self.median_residual, abs(residual), 1.01)
         limit = self.jump_limit(sigma)
         self._window.append(residual)
@@ -84,7 +84,7 @@ class Tempo:
         return moved
 
     def news(self) -> Shift | None:
-        """Ask once after every sample: a Shift when the tempo has stayed away from the one last announced."""
+        """Ask once after every sample: a Shift when the speed factor has stayed away from the one last announced."""
         away = self.value - self.announced
         if abs(away) < ANNOUNCED:
             self._away = 0

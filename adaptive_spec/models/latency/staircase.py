@@ -3,7 +3,7 @@
     verify_s(tokens, kv) = staircase(tokens) + context_s_per_token * kv
     staircase(tokens)    = intercept_s + slope_s_per_token * tokens   within the segment of `tokens`
 
-`LatencyModel` keeps one robust forgetting `Cell` per token count and partitions their means exactly into segments. The
+`LatencyModel` keeps one robust forgetting `RobustMean` per token count and partitions their means exactly into segments. The
 prediction for a token count is its segment's line, corrected by what was measured at that very count in proportion to how
 well it was measured. Regimes: measured counts trust themselves; counts between measured ones lie on the line; beyond the
 last measured count the line continues and the standard error grows, so that the policy explores before it believes.
@@ -21,9 +21,10 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from adaptive_spec.domain.arrays import Floats
 from adaptive_spec.domain.staircase import Boundary, Segment
-from adaptive_spec.models.latency.robust_mean import STALE_STEPS, CellTable
-from adaptive_spec.models.latency.segments import Floats, find_boundaries, fit_segments
+from adaptive_spec.models.latency.robust_mean import STALE_STEPS, RobustMeans
+from adaptive_spec.models.latency.segments import find_boundaries, fit_segments
 from adaptive_spec.models.latency.speed_factor import Shift
 
 MISFIT = 0.02
@@ -148,7 +149,7 @@ class LatencyFit:
 
 
 def fit_cells(rows: Floats, sigma: float, context_s_per_token: float, jump_threshold: float) -> LatencyFit:
-    """Fit the staircase to cells: rows [n >= 1, 7] as `CellTable.rows()`; a pure function of weighted data."""
+    """Fit the staircase to cells: rows [n >= 1, 7] as `RobustMeans.rows()`; a pure function of weighted data."""
     tokens = rows[:, 0].astype(np.int64)
     mean = np.maximum(rows[:, 3] - context_s_per_token * rows[:, 2], 0.05 * rows[:, 3])
     noise = sigma**2 / rows[:, 1]
@@ -191,7 +192,7 @@ class LatencyModel:
     """
 
     def __init__(self, memory_samples: float, jump_threshold: float) -> None:
-        self.table = CellTable(memory_samples)
+        self.table = RobustMeans(memory_samples)
         self.jump_threshold = jump_threshold
         self.fit: LatencyFit | None = None
         self.context_s_per_token = 0.0

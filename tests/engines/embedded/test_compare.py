@@ -3,8 +3,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from adaptive_spec.domain.arrays import Ints
 from adaptive_spec.engines.embedded.compare import Arm, Comparison, fixed_arms, run_block
-from adaptive_spec.engines.embedded.decoder import Decoder, Ints, StepOutcome
+from adaptive_spec.engines.embedded.decoder import Decoder, StepOutcome
 from adaptive_spec.engines.embedded.load import PromptSource
 from adaptive_spec.engines.embedded.models import Models
 from adaptive_spec.engines.embedded.quantised import ExactModel, FloatModel

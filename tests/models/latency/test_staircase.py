@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from adaptive_spec.models.latency.plan_cost import PlanCostModel, non_negative_least_squares
-from adaptive_spec.models.latency.robust_mean import STALE_STEPS, Cell, CellTable
+from adaptive_spec.models.latency.robust_mean import STALE_STEPS, RobustMean, RobustMeans
 from adaptive_spec.models.latency.staircase import LatencyModel, fit_cells
 from adaptive_spec.offline.fit_samples import fit_samples
 from tests.support.simulated_server import staircase
@@ -34,18 +34,18 @@ def test_incremental_refit_equals_batch_refit_on_the_same_weighted_data(
     samples: list[tuple[int, float, float]], memory: float
 ) -> None:
     decay = 1.0 - 1.0 / memory
-    cells: dict[int, Cell] = {}
+    cells: dict[int, RobustMean] = {}
     history: dict[int, list[tuple[float, float]]] = {}
     for key, x, factor in samples:
         y = factor * 0.01 * (1 + key // 8)
-        cells.setdefault(key, Cell()).add(x, y, decay)
+        cells.setdefault(key, RobustMean()).add(x, y, decay)
         history.setdefault(key, []).append((x, y))
     batch = {}
     for key, values in history.items():
         weight = np.power(decay, np.arange(len(values) - 1, -1, -1.0))
-        batch[key] = Cell.from_weighted(np.array([v[0] for v in values]), np.array([v[1] for v in values]), weight)
+        batch[key] = RobustMean.from_weighted(np.array([v[0] for v in values]), np.array([v[1] for v in values]), weight)
 
-    def rows(source: dict[int, Cell]) -> np.ndarray:
+    def rows(source: dict[int, RobustMean]) -> np.ndarray:
         return np.array([[k, c.weight, c.mean_x, c.mean_y, len(history[k]), 0.0, 0.0] for k, c in sorted(source.items())])
 
     one, other = rows(cells), rows(batch)
@@ -134,7 +134,7 @@ def test_no_shift_is_seen_in_noise_alone() -> None:
 
 
 def test_old_cells_begin_again_when_they_are_measured_again() -> None:
-    table = CellTable(64)
+    table = RobustMeans(64)
     for step in range(20):
         table.observe(8, 0.0, 0.020, step)
     for step in range(STALE_STEPS, STALE_STEPS + 3):

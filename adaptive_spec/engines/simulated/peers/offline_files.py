@@ -20,7 +20,6 @@ from adaptive_spec.engines.simulated.scenario import Scenario
 from adaptive_spec.engines.simulated.server import SimulatedServer
 from adaptive_spec.models.acceptance.online import AcceptanceModel
 
-Floats = NDArray[np.float64]
 RECORDED_STEPS = 400
 
 

@@ -13,13 +13,13 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from adaptive_spec.domain.arrays import Floats
 from adaptive_spec.domain.plan_search import best_lengths
 from adaptive_spec.domain.step_record import StepRecord
 from adaptive_spec.engines.simulated.deciders import PlainDecider
 from adaptive_spec.engines.simulated.plans import Costs
 from adaptive_spec.engines.simulated.scenario import Scenario
 
-Floats = NDArray[np.float64]
 RUNS = 5
 RATE = 1.0 / 200.0
 LOOK_STEPS = 100

@@ -3,7 +3,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-from adaptive_spec.cli.supervisor import Keeper
+from adaptive_spec.sidecar.supervisor import Supervisor
 
 
 def _ends_at_once() -> subprocess.Popen[bytes]:
@@ -13,29 +13,29 @@ def _ends_at_once() -> subprocess.Popen[bytes]:
 
 
 def test_starts_again_after_growing_pauses() -> None:
-    keeper = Keeper(_ends_at_once, 100.0)
+    supervisor = Supervisor(_ends_at_once, 100.0)
     at_s: list[float] = []
     for look in range(650):  # 65 seconds in steps of 0.1 s, on a clock of its own
-        before = keeper.restarts
-        keeper.look(100.0 + 0.1 * look)
-        if keeper.restarts > before:
+        before = supervisor.restarts
+        supervisor.look(100.0 + 0.1 * look)
+        if supervisor.restarts > before:
             at_s.append(round(0.1 * look, 1))
     pauses = [round(b - a, 1) for a, b in zip([0.0, *at_s], at_s, strict=False)]
     assert pauses == [0.5, 1.1, 2.1, 4.1, 8.1, 16.1, 30.1]
 
 
 def test_one_that_lived_long_begins_anew() -> None:
-    keeper = Keeper(lambda: subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE), 0.0)
+    supervisor = Supervisor(lambda: subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE), 0.0)
     for death in range(3):
         at_s = 100.0 * death
-        keeper.look(at_s + 31.0)
-        keeper.process.communicate(b"\n")
-        keeper.look(at_s + 32.0)
-        keeper.look(at_s + 32.4)
-        assert keeper.restarts == death
-        keeper.look(at_s + 32.6)
-        assert keeper.restarts == death + 1
-    keeper.process.communicate(b"\n")
+        supervisor.look(at_s + 31.0)
+        supervisor.process.communicate(b"\n")
+        supervisor.look(at_s + 32.0)
+        supervisor.look(at_s + 32.4)
+        assert supervisor.restarts == death
+        supervisor.look(at_s + 32.6)
+        assert supervisor.restarts == death + 1
+    supervisor.process.communicate(b"\n")
 
 
 def test_a_start_that_fails_is_tried_again() -> None:
@@ -48,8 +48,8 @@ def test_a_start_that_fails_is_tried_again() -> None:
             raise FileNotFoundError("gone for a while")
         return _ends_at_once()
 
-    keeper = Keeper(start, 0.0)
+    supervisor = Supervisor(start, 0.0)
     for look in range(60):
-        keeper.look(0.1 * look)
+        supervisor.look(0.1 * look)
     assert starts == 4
-    assert keeper.restarts == 1
+    assert supervisor.restarts == 1

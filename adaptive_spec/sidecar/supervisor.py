@@ -29,7 +29,7 @@ def end(process: subprocess.Popen[bytes], patience_s: float = 10.0) -> None:
             process.wait()
 
 
-class Keeper:
+class Supervisor:
     """Looks after one process. start: starts it. now_s: seconds on any steadily rising clock.
 
     A process that dies is started again after 0.5 s, and twice as long after each further death, up to 30 s; one that has lived

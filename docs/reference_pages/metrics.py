@@ -1,6 +1,6 @@
 """The page that documents the metrics, made from the exporter itself.
 
-`python -m adaptive_spec.metrics_page` prints docs/metrics.md.
+`python -m docs.reference_pages.metrics` prints docs/metrics.md.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from adaptive_spec.control.controller import Controller
 from adaptive_spec.domain.engine_info import EngineInfo
 from adaptive_spec.domain.policy import Granularity
 from adaptive_spec.sidecar.metrics import PREFIX, SnapshotCollector
-from adaptive_spec.sidecar.view import Board, View
+from adaptive_spec.sidecar.view import CurrentView, View
 
 PROCESS = ("process_resident_memory_bytes", "process_cpu_seconds", "process_start_time_seconds")
 
@@ -24,9 +24,9 @@ PROCESS = ("process_resident_memory_bytes", "process_cpu_seconds", "process_star
 def metric_families() -> list[Metric]:
     """All families of the exporter, without samples and without the constant labels."""
     info = EngineInfo("engine", "m", "g", 1, 1, (0, 1), 1, Granularity.BATCH, False, 0)
-    board = Board(time.monotonic())
-    board.view = View(time.monotonic(), Controller(ControllerSettings(), info).snapshot(0.0))
-    return list(SnapshotCollector(board).collect())
+    current_view = CurrentView(time.monotonic())
+    current_view.view = View(time.monotonic(), Controller(ControllerSettings(), info).snapshot(0.0))
+    return list(SnapshotCollector(current_view).collect())
 
 
 def exposed_name(family: Metric) -> str:

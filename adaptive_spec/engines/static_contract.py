@@ -62,7 +62,10 @@ class _Signature(NamedTuple):
 
 def installed(package: str) -> SourceTree | None:
     """The source of an installed package, which is not imported; None when it is not installed."""
-    spec = importlib.util.find_spec(package)
+    try:
+        spec = importlib.util.find_spec(package)
+    except ValueError:  # a stand-in module that was not loaded from anywhere
+        return None
     if spec is None or not spec.submodule_search_locations:
         return None
     return SourceTree(Path(next(iter(spec.submodule_search_locations))).parent)

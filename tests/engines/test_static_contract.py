@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import types
 import zipfile
 from pathlib import Path
 
@@ -201,9 +202,16 @@ def test_a_wheel_is_read_as_it_is(tmp_path: Path) -> None:
     assert texts(open_wheel(wheel), Need("g", "engine.worker.Worker", attributes=("inherited", "gone"))) == ["no attribute gone"]
 
 
-def test_an_installed_package_is_read_without_importing_it() -> None:
-    sys.modules.pop("this", None)
-    tree = installed("email")
+def test_an_installed_package_is_read_without_importing_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tree_of(tmp_path, worker="raise SystemExit\n" + BASE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    tree = installed("engine")
     assert tree is not None
-    assert texts(tree, Need("g", "email.message.Message.as_string", ("self", "unixfrom"))) == []
+    assert texts(tree, Need("g", "engine.worker.Base.verify", ("self", "row"))) == []
+    assert "engine" not in sys.modules
     assert installed("no_such_package_anywhere") is None
+
+
+def test_a_stand_in_module_is_not_an_installed_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "engine_stand_in", types.ModuleType("engine_stand_in"))
+    assert installed("engine_stand_in") is None

@@ -40,7 +40,7 @@ def test_command_writes_what_sglang_reads(folder: Path, tmp_path: Path) -> None:
     assert more["loss"] <= document["loss"]
     words = run_cli("candidates", folder)
     assert words.returncode == 0, words.stderr
-    assert "loses on average" in words.stdout
+    assert "mean loss" in words.stdout
 
 
 def test_bad_input_is_one_line(folder: Path, tmp_path: Path) -> None:

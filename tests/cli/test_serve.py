@@ -1,4 +1,4 @@
-"""What `serve` and `doctor` refuse and say where SGLang is installed, without waiting for a model."""
+"""`serve` and `doctor` where SGLang is installed, without loading a model."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_bad_input_is_refused_before_a_model_is_loaded(kit: CpuKit, tmp_path: Pa
     assert_one_line(_run(kit, "serve", "--config", tmp_path / "config.yaml", *flags), "controller.mode", "maybe")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        assert_one_line(_run(kit, "serve", "--port", port, *flags), "--port", port, "must be free")
+        assert_one_line(_run(kit, "serve", "--port", port, *flags), "--port", port, "already in use")
 
 
 def test_the_servers_exit_status_is_ours(kit: CpuKit, tmp_path: Path) -> None:
@@ -43,7 +43,7 @@ def test_the_servers_exit_status_is_ours(kit: CpuKit, tmp_path: Path) -> None:
     assert not (tmp_path / "run" / "sidecar.json").exists(), "the sidecar has ended too"
 
 
-def test_a_sidecar_that_cannot_start_is_said_once(kit: CpuKit, tmp_path: Path) -> None:
+def test_a_sidecar_that_cannot_start_is_reported_once(kit: CpuKit, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     result = _run(kit, "serve", "--port", "0", "--runtime-dir", tmp_path / "file" / "run", "--", "--model-path", "none")
     assert result.returncode == 2

@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from adaptive_spec.wire.liveness import process_alive
+
 REPORT_NAME = "engine.json"
 State = Literal["attached", "observing", "refused", "detached"]
 STATES: tuple[State, ...] = ("attached", "observing", "refused", "detached")
@@ -59,18 +61,8 @@ def read_report(runtime_dir: Path) -> EngineReport | None:
         )  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    return report if report.state in STATES and _alive(report.pid) else None
+    return report if report.state in STATES and process_alive(report.pid) else None
 
 
 def _tally(data: Mapping[str, object]) -> dict[str, int]:
     return {str(name): max(int(str(count)), 0) for name, count in data.items()}
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (OSError, OverflowError):
-        pass
-    return pid > 0

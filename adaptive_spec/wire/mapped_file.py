@@ -14,14 +14,29 @@ import os
 import platform
 import stat
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 WEAKLY_ORDERED = platform.machine().lower() not in ("x86_64", "amd64", "i386", "i686")
 """Whether this machine may reorder stores (ARM does): then a sequence lock needs a fence between sequence and content."""
 
 _fence_lock = threading.Lock()
+
+
+class Closeable(ABC):
+    """What `with` closes at the end of its block."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Release the mapping."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 class Identity(NamedTuple):

@@ -25,8 +25,6 @@ import mmap
 import struct
 import zlib
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -166,7 +164,7 @@ def decode_policy(data: bytes) -> Policy:
     return policy
 
 
-class PolicyPage:
+class PolicyPage(mapped_file.Closeable):
     """The sidecar's end; one at a time, by a lock on the file.
 
     last_version: version of the newest policy on the page, 0 when there is none. policy: that policy, also one that a
@@ -262,14 +260,8 @@ class PolicyPage:
         self._words.release()
         self._map.close()
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
-
-
-class PolicyPageReader:
+class PolicyPageReader(mapped_file.Closeable):
     """The engine's end: `policy` is the last good policy, `failures` counts what could not be accepted."""
 
     def __init__(self, mapping: mmap.mmap, capacity: int, identity: mapped_file.Identity, max_age_s: float) -> None:
@@ -319,12 +311,6 @@ class PolicyPageReader:
     def close(self) -> None:
         """Unmap."""
         self._map.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
 
     def _read(self, sequence: int) -> None:
         """Take over the policy of this sequence if it is whole and newer; otherwise keep the last good one and count.

@@ -33,8 +33,7 @@ import struct
 import zlib
 from collections import Counter
 from pathlib import Path
-from types import TracebackType
-from typing import Literal, Self
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -166,7 +165,7 @@ class RingWriter:
         self._map.close()
 
 
-class RingReader:
+class RingReader(mapped_file.Closeable):
     """A reader's end. Of the records from `start` on, every one is exactly one of: delivered, lost, torn, invalid.
 
         position - start = delivered + lost + torn + invalid
@@ -236,12 +235,6 @@ class RingReader:
     def close(self) -> None:
         """Unmap."""
         self._map.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
 
     def _read(self, index: int) -> StepRecord | None:
         """Copy one slot out and decode the copy; None, and counted, when it is not to be accepted."""

@@ -24,7 +24,9 @@ def test_the_tap_brings_numpy_and_the_standard_library_only() -> None:
 
 def test_the_plugin_brings_numpy_and_the_standard_library_only() -> None:
     """torch and SGLang are imported inside the hooks, in a server that has loaded them already."""
-    for module in ("plugin", "attachment", "dspark_attachment"):
+    attachments = [path.stem for path in (PACKAGE / "engines" / "sglang").glob("*attachment.py")]
+    assert attachments
+    for module in ("plugin", *attachments):
         extra = _loaded_by(f"adaptive_spec.engines.sglang.{module}") - _loaded_by("numpy") - sys.stdlib_module_names
         assert extra == {"adaptive_spec"}, module
 

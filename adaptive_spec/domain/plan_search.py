@@ -14,12 +14,11 @@ This module runs in the server's process too: numpy only.
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
-from adaptive_spec.domain.arrays import Floats
+from adaptive_spec.domain.arrays import AnyFloats, Floats, Ints, Lengths
 
 
-def best_verified(survival: Floats, fixed_s: float, verify_s: NDArray[np.floating]) -> tuple[int, float]:
+def best_verified(survival: Floats, fixed_s: float, verify_s: AnyFloats) -> tuple[int, float]:
     """Search all numbers of verified draft tokens of one step.
 
     survival: [b, k]. fixed_s: seconds beside verification. verify_s: [>= b * (k + 1) + 1] seconds by num_tokens.
@@ -28,7 +27,7 @@ def best_verified(survival: Floats, fixed_s: float, verify_s: NDArray[np.floatin
     return _best_count(survival, _best_first(survival), fixed_s, verify_s)
 
 
-def best_slots(survival: Floats, count: int) -> NDArray[np.uint8]:
+def best_slots(survival: Floats, count: int) -> Lengths:
     """Give `count` verification slots to the (request, position) pairs most likely to survive: [b, k] -> verify_len [b].
 
     Survival never increases along a row, so the chosen slots of a request are always its first ones.
@@ -37,7 +36,7 @@ def best_slots(survival: Floats, count: int) -> NDArray[np.uint8]:
     return np.full(b, k, dtype=np.uint8) if count >= b * k else _slots(_best_first(survival), count, b, k)
 
 
-def best_lengths(survival: Floats, fixed_s: float, verify_s: NDArray[np.floating]) -> NDArray[np.uint8]:
+def best_lengths(survival: Floats, fixed_s: float, verify_s: AnyFloats) -> Lengths:
     """`best_slots` for the count of `best_verified`, in one sort: verify_len [b]."""
     b, k = survival.shape
     order = _best_first(survival)
@@ -45,12 +44,12 @@ def best_lengths(survival: Floats, fixed_s: float, verify_s: NDArray[np.floating
     return _slots(order, count, b, k)
 
 
-def _best_first(survival: Floats) -> NDArray[np.int64]:
+def _best_first(survival: Floats) -> Ints:
     """Indices into the flat survival, best first; of equals the earlier one, which within a request is the one that must come."""
     return (-survival).ravel().argsort(kind="stable")
 
 
-def _best_count(survival: Floats, order: NDArray[np.int64], fixed_s: float, verify_s: NDArray[np.floating]) -> tuple[int, float]:
+def _best_count(survival: Floats, order: Ints, fixed_s: float, verify_s: AnyFloats) -> tuple[int, float]:
     b, k = survival.shape
     expected = np.empty(b * k + 1)
     expected[0] = b
@@ -61,5 +60,5 @@ def _best_count(survival: Floats, order: NDArray[np.int64], fixed_s: float, veri
     return best, float(expected[best])
 
 
-def _slots(order: NDArray[np.int64], count: int, b: int, k: int) -> NDArray[np.uint8]:
+def _slots(order: Ints, count: int, b: int, k: int) -> Lengths:
     return np.bincount(order[:count] // max(k, 1), minlength=b).astype(np.uint8)

@@ -7,8 +7,8 @@ from enum import StrEnum
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
+from adaptive_spec.domain.arrays import Float32s, KTable
 from adaptive_spec.domain.survival import SurvivalMap
 
 
@@ -65,10 +65,10 @@ class Policy:
     acting: bool
     granularity: Granularity
     max_k: int
-    k_table: NDArray[np.uint8]
-    context_edges: NDArray[np.float32]
-    fixed_s: NDArray[np.float32]
-    verify_s: NDArray[np.float32]
+    k_table: KTable
+    context_edges: Float32s
+    fixed_s: Float32s
+    verify_s: Float32s
     context_s_per_token: float
     survival: SurvivalMap
     verify_all: bool

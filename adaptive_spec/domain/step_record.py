@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from enum import IntFlag
 
 import numpy as np
-from numpy.typing import NDArray
+
+from adaptive_spec.domain.arrays import Float32s, Lengths, RequestIds
 
 
 class StepFlag(IntFlag):
@@ -46,10 +47,10 @@ class StepRecord:
     verify_s: float
     draft_extend_s: float
     step_s: float
-    confidences: NDArray[np.float32]
-    verify_len: NDArray[np.uint8]
-    accept_len: NDArray[np.uint8]
-    request_ids: NDArray[np.uint32]
+    confidences: Float32s
+    verify_len: Lengths
+    accept_len: Lengths
+    request_ids: RequestIds
 
     @property
     def output_tokens(self) -> int:

@@ -7,9 +7,8 @@ from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from adaptive_spec.domain.arrays import Floats
+from adaptive_spec.domain.arrays import AnyFloats, Float32s, Floats, Ints
 
 LOGIT_LIMIT = 10.0
 GRID_POINTS = 81
@@ -22,15 +21,15 @@ _LOWEST, _HIGHEST = 1.0 / (1.0 + np.exp(np.array([LOGIT_LIMIT, -LOGIT_LIMIT]) * 
 class GridPosition(NamedTuple):
     """Where scores lie on the grid of survival maps: index of the point below, and how far they are towards the next (0..1)."""
 
-    low: NDArray[np.int64]
+    low: Ints
     weight: Floats
 
     @property
-    def nearest(self) -> NDArray[np.int64]:
+    def nearest(self) -> Ints:
         return self.low + (self.weight >= 0.5)
 
 
-def grid_position(score: NDArray[np.floating]) -> GridPosition:
+def grid_position(score: AnyFloats) -> GridPosition:
     """Scores in [0, 1], any shape, to their places on the grid; logits are clipped to +-LOGIT_LIMIT."""
     # Written for a handful of elements: this runs in every step of the server, and each call of numpy costs a microsecond.
     q = np.minimum(np.maximum(score, _LOWEST), _HIGHEST)
@@ -51,10 +50,10 @@ class SurvivalMap:
     score up to j to survival itself.
     """
 
-    table: NDArray[np.float32]
+    table: Float32s
     conditional: bool
 
-    def survival(self, confidences: NDArray[np.floating]) -> Floats:
+    def survival(self, confidences: AnyFloats) -> Floats:
         """Confidences [b, k] in (0, 1] -> survival probabilities [b, k], never increasing along a row."""
         return self.survival_at(grid_position(confidences if self.conditional else np.cumprod(confidences, axis=1)))
 
@@ -74,6 +73,6 @@ class SurvivalMap:
         return survival
 
     @cached_property
-    def _flat(self) -> tuple[Floats, NDArray[np.int64]]:
+    def _flat(self) -> tuple[Floats, Ints]:
         """The table in one row, and where each position begins in it."""
         return self.table.astype(np.float64).ravel(), np.arange(len(self.table)) * GRID_POINTS

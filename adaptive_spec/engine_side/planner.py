@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
+from adaptive_spec.domain.arrays import Float32s, Lengths
 from adaptive_spec.domain.plan_search import best_lengths, best_slots
 from adaptive_spec.domain.policy import TRIAL_PATIENCE_STEPS, Granularity, Policy, Trial
 
@@ -71,7 +71,7 @@ class Planner:
         self._k = min(policy.draft_length(batch_size, kv_tokens), self.max_k)
         return self._k
 
-    def verify_lengths(self, confidences: NDArray[np.float32]) -> NDArray[np.uint8]:
+    def verify_lengths(self, confidences: Float32s) -> Lengths:
         """Return verify_len [b] for the drafted confidences [b, k] of the step `draft_length` was asked for."""
         b, k = confidences.shape
         policy = self.policy

@@ -20,9 +20,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
-from adaptive_spec.domain.arrays import Floats
+from adaptive_spec.domain.arrays import AnyFloats, Floats, Ints, Lengths
 from adaptive_spec.domain.policy import Mode, Policy
 from adaptive_spec.domain.survival import SurvivalMap, grid_position
 from adaptive_spec.engine_side.planner import Planner
@@ -50,7 +49,7 @@ class AcceptanceHistory:
     def __len__(self) -> int:
         return len(self._row)
 
-    def observe(self, request_ids: Sequence[int], accept_len: NDArray[np.uint8], k: int) -> None:
+    def observe(self, request_ids: Sequence[int], accept_len: Lengths, k: int) -> None:
         """Learn one step: request_ids [b], accept_len [b], k drafted. Positions behind the first error say nothing."""
         if k == 0 or len(accept_len) == 0:
             return
@@ -79,7 +78,7 @@ class AcceptanceHistory:
         accepted = np.where(known[:, None], self._accepted[rows], 0.0)
         return np.asarray((accepted + everybody) / (reached + PRIOR_STEPS))
 
-    def _rows(self, request_ids: Sequence[int]) -> NDArray[np.int64]:
+    def _rows(self, request_ids: Sequence[int]) -> Ints:
         rows = np.empty(len(request_ids), np.int64)
         for i, request in enumerate(request_ids):
             row = self._row.pop(request, None)
@@ -90,7 +89,7 @@ class AcceptanceHistory:
         return rows
 
 
-def survival(history: Floats, first_confidence: NDArray[np.floating] | None, calibration: SurvivalMap) -> Floats:
+def survival(history: Floats, first_confidence: AnyFloats | None, calibration: SurvivalMap) -> Floats:
     """P(draft position j is accepted) before anything but the first token is drafted, [b, max_k].
 
     history: `AcceptanceHistory.conditional`. first_confidence: [b] in (0, 1], not in it where unknown; None: all unknown.
@@ -135,7 +134,7 @@ def best_k(
 
 
 def refined_k(
-    history: AcceptanceHistory, planner: Planner, request_ids: Sequence[int], first_confidence: NDArray[np.floating] | None,
+    history: AcceptanceHistory, planner: Planner, request_ids: Sequence[int], first_confidence: AnyFloats | None,
     table_k: int, kv_tokens: int, padded_rows: int, candidates: Sequence[int],
 ) -> int:  # fmt: skip
     """K of the step the planner has just begun: `best_k` where its policy leaves the choice open, `table_k` elsewhere.

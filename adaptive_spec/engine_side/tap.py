@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
+from adaptive_spec.domain.arrays import Float32s, Lengths, RequestIds
 from adaptive_spec.domain.engine_info import EngineInfo
 from adaptive_spec.domain.policy import Granularity, Policy
 from adaptive_spec.domain.step_record import StepFlag
@@ -166,7 +166,7 @@ class EngineTap:
             self._look()
         return self._page.poll(now_ns) if self._page is not None else None
 
-    def verify_lengths(self, confidences: NDArray[np.float32]) -> NDArray[np.uint8]:
+    def verify_lengths(self, confidences: Float32s) -> Lengths:
         """Return verify_len uint8 [b], draft tokens to verify per request, for the step just begun.
 
         confidences: float32 [b, k], the draft's probability of every drafted token, in (0, 1].
@@ -188,8 +188,8 @@ class EngineTap:
 
     def end_step(
         self, now_ns: int, num_tokens: int, padded_tokens: int, draft_s: float, verify_s: float, draft_extend_s: float,
-        step_s: float, confidences: NDArray[np.float32], verify_len: NDArray[np.uint8], accept_len: NDArray[np.uint8],
-        request_ids: NDArray[np.uint32], flags: int = 0, begun: BegunStep | None = None,
+        step_s: float, confidences: Float32s, verify_len: Lengths, accept_len: Lengths,
+        request_ids: RequestIds, flags: int = 0, begun: BegunStep | None = None,
     ) -> None:  # fmt: skip
         """Write the record of a step: fields, units and array types of `StepRecord`; K is the columns of confidences.
 

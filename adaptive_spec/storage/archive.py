@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from adaptive_spec.domain.arrays import Arrays
+from adaptive_spec.domain.arrays import AnyArray, Arrays
 from adaptive_spec.errors import one_line
 
 FORMAT = "adaptive-spec"
@@ -34,7 +33,7 @@ class ArchiveError(ValueError):
 class Archive(NamedTuple):
     """What an archive holds. `meta`: small JSON values about it."""
 
-    arrays: dict[str, NDArray[Any]]
+    arrays: dict[str, AnyArray]
     meta: dict[str, Any]
 
 
@@ -109,9 +108,9 @@ def parse_archive(data: bytes, kind: str, name: str) -> Archive:
     return Archive(arrays, header["meta"])
 
 
-def _entry(file: zipfile.ZipFile, name: str) -> NDArray[Any]:
+def _entry(file: zipfile.ZipFile, name: str) -> AnyArray:
     with file.open(f"{name}.npy") as entry:
-        array: NDArray[Any] = np.lib.format.read_array(entry, allow_pickle=False)
+        array: AnyArray = np.lib.format.read_array(entry, allow_pickle=False)
     return array
 
 

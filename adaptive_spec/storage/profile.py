@@ -15,8 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from numpy.typing import NDArray
-
+from adaptive_spec.domain.arrays import AnyArray
 from adaptive_spec.domain.engine_info import EngineInfo
 from adaptive_spec.domain.policy import Granularity
 from adaptive_spec.errors import BadInput
@@ -30,8 +29,8 @@ POLICY_VERSION = 1
 class Profile(NamedTuple):
     """The arrays of the two models, by name."""
 
-    latency: dict[str, NDArray[Any]]
-    calibration: dict[str, NDArray[Any]]
+    latency: dict[str, AnyArray]
+    calibration: dict[str, AnyArray]
 
 
 class ProfileError(ValueError):

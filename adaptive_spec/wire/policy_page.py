@@ -27,8 +27,8 @@ import zlib
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
+from adaptive_spec.domain.arrays import AnyArray, AnyFloats
 from adaptive_spec.domain.policy import Granularity, Mode, Policy, Trial
 from adaptive_spec.domain.survival import GRID_POINTS, SurvivalMap
 from adaptive_spec.wire import mapped_file
@@ -382,12 +382,12 @@ def _range(name: str, value: int, low: int, high: int) -> None:
         raise ValueError(f"{name} {value} is not in {low}..{high}")
 
 
-def _shape(name: str, array: NDArray[np.generic], dimensions: int, *sizes: tuple[int, int]) -> None:
+def _shape(name: str, array: AnyArray, dimensions: int, *sizes: tuple[int, int]) -> None:
     if array.ndim != dimensions or not all(low <= size <= high for size, (low, high) in zip(array.shape, sizes, strict=True)):
         wanted = ", ".join(f"{low}" if low == high else f"{low}..{high}" for low, high in sizes)
         raise ValueError(f"{name} has shape {list(array.shape)}, wanted [{wanted}]")
 
 
-def _values(name: str, array: NDArray[np.floating], high: float) -> None:
+def _values(name: str, array: AnyFloats, high: float) -> None:
     if array.size and not (array.min() >= 0.0 and array.max() <= high and array.max() < math.inf):
         raise ValueError(f"{name} holds a value that is not in 0..{high:g}")

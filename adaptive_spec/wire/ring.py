@@ -36,8 +36,8 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
+from adaptive_spec.domain.arrays import Float32s, Lengths, RequestIds
 from adaptive_spec.domain.engine_info import EngineInfo
 from adaptive_spec.domain.step_record import StepRecord
 from adaptive_spec.wire import mapped_file
@@ -116,8 +116,8 @@ class RingWriter:
     def write_fields(
         self, step: int, time_ns: int, kv_tokens: int, policy_version: int, num_tokens: int, padded_tokens: int,
         batch_size: int, k: int, flags: int, draft_s: float, verify_s: float, draft_extend_s: float, step_s: float,
-        confidences: NDArray[np.float32], verify_len: NDArray[np.uint8], accept_len: NDArray[np.uint8],
-        request_ids: NDArray[np.uint32],
+        confidences: Float32s, verify_len: Lengths, accept_len: Lengths,
+        request_ids: RequestIds,
     ) -> None:  # fmt: skip
         """Write the fields of a StepRecord without building one: same names, same units. Never raises.
 

@@ -1,4 +1,4 @@
-"""Whether the process at the other end still runs."""
+"""Whether the process at the other end is running."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ def process_alive(pid: int) -> bool:
 
     A process in another PID namespace has another number there: the caller must not rely on this alone.
     """
-    if pid <= 0:  # to kill(2) these are process groups
+    if pid <= 0:  # kill(2) takes these for process groups
         return False
     try:
         os.kill(pid, 0)

@@ -94,5 +94,5 @@ def test_slots_are_aligned_and_hold_their_arrays(max_batch: int, max_k: int) -> 
 
 @pytest.mark.parametrize(("max_batch", "max_k"), [(0, 1), (MAX_BATCH_LIMIT + 1, 1), (1, 0), (1, MAX_K_LIMIT + 1)])
 def test_a_layout_out_of_range_is_refused(max_batch: int, max_k: int) -> None:
-    with pytest.raises(ValueError, match=r"max_(batch|k) \d+ is not in 1\.\."):
+    with pytest.raises(ValueError, match=r"max_(batch|k): must be in 1\.\.\d+, got \d+"):
         SlotLayout.of(max_batch, max_k)

@@ -29,7 +29,7 @@ from adaptive_spec.sidecar.session import Session, waiting_engine
 from adaptive_spec.sidecar.view import CurrentView, View
 from adaptive_spec.storage.archive import write_atomically
 from adaptive_spec.storage.profile import check_writable
-from adaptive_spec.storage.profile_store import ProfileStore, restorable
+from adaptive_spec.storage.profile_store import ProfileStore
 from adaptive_spec.storage.profile_store_worker import StoreWorker
 from adaptive_spec.wire import mapped_file
 from adaptive_spec.wire.engine_report import read_report
@@ -110,7 +110,7 @@ class Sidecar:
         stored = None
         if self._store and (info := waiting_engine(self.settings)):
             fresh = partial(Controller, self.settings.controller, info)
-            answer = self._store.ask(info, restorable(fresh), now_s)
+            answer = self._store.ask(info, lambda profile: fresh().restore_profile(*profile), now_s)
             if answer is None:
                 return
             stored = answer[0]

@@ -189,7 +189,9 @@ class Session:
 
     def save_profile(self) -> bool:
         """Write the profile. False: it failed; the failure is counted and logged."""
-        return self._done("profile", lambda: save_profile(self.profile_folder, self.info, self.controller))
+        return self._done(
+            "profile", lambda: save_profile(self.profile_folder, self.info, self.profile(), self.controller.policy_summary())
+        )
 
     def profile(self) -> Profile:
         """Return what `save_profile` writes, as copies for another thread."""

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from adaptive_spec.domain.policy import Granularity, Mode
-from adaptive_spec.storage.profile import save_profile
+from adaptive_spec.storage.profile import Profile, save_profile
 from tests.support.processes import assert_one_line, run_cli
 from tests.support.simulated_server import SimulatedServer, engine_info, staircase
 
@@ -20,7 +20,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             break
     server.run(200)
     folder = tmp_path_factory.mktemp("profiles") / server.info.profile_name
-    save_profile(folder, server.info, server.controller)
+    controller = server.controller
+    profile = Profile(controller.latency_state(), controller.calibration_state())
+    save_profile(folder, server.info, profile, controller.policy_summary())
     return folder
 
 

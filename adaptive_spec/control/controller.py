@@ -139,9 +139,7 @@ class Controller:
             return None  # token counts depend on the batch: wait for the first step
         if self._sweep_started_s is None:
             self._sweep_started_s = now_s
-        table = self.models.verify.table
-        padded_to = self.models.padding.seen_tokens(self.info.candidates)
-        trials = self._sweep.next_round(table.cells, table.sigma, self.models.batch_size, padded_to)
+        trials = self._sweep.next_round(self.models.measured_counts(), self.models.batch_size)
         if trials:
             self._take_findings(self.models.learn_acceptance(), now_s)
             self.models.acceptance.refit()
@@ -410,7 +408,7 @@ class Controller:
         """Immutable view for metrics and pages."""
         counters, fit, quality = self.counters, self.models.verify.fit, self.models.acceptance.reliability
         predicted_gain, measured_gain = counters.gains()
-        share = self._sweep.steps / (self._sweep.steps + 6.0 * self._sweep.FIRST_LOOK * max(self._sweep.open_intervals, 1))
+        share = self._sweep.steps / (self._sweep.steps + 6.0 * self._sweep.FIRST_SAMPLES * max(self._sweep.open_intervals, 1))
         return Snapshot(
             time_s=now_s, mode=Mode.SHADOW if self.watched_only else self.mode, watched_only=self.watched_only,
             reason=WATCHED if self.watched_only else self.reason, engine=self.info.name, launch_k=self.info.launch_k,

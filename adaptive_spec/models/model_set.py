@@ -22,10 +22,12 @@ from adaptive_spec.domain.step_record import StepFlag, StepRecord
 from adaptive_spec.models.acceptance.online import AcceptanceModel, StepScore
 from adaptive_spec.models.drift import DriftDetector, TrafficDetector
 from adaptive_spec.models.goodput import Forecast, Models, forecast
+from adaptive_spec.models.latency.measured_counts import MeasuredCounts
 from adaptive_spec.models.latency.padding import Padding
 from adaptive_spec.models.latency.plan_cost import PlanCostModel
 from adaptive_spec.models.latency.robust_mean import CLIP_SIGMAS
-from adaptive_spec.models.latency.staircase import LatencyModel
+from adaptive_spec.models.latency.speed_factor import SpeedFactor
+from adaptive_spec.models.latency.staircase import LatencyFit, LatencyModel
 
 LEARN_AT_TOKENS = 8192
 """Queued draft tokens at which the acceptance model learns without waiting for the refit."""
@@ -79,8 +81,9 @@ class ModelSet:
     def __init__(self, settings: ControllerSettings, info: EngineInfo) -> None:
         self.info = info
         memory = settings.latency.memory_samples
-        self.verify = LatencyModel(memory, settings.latency.jump_threshold)
-        self.speed_factor = self.verify.table.speed_factor
+        self.speed_factor = SpeedFactor()
+        """Common to all latency models. The verify latency leads it, the stages follow."""
+        self.verify = LatencyModel(memory, settings.latency.jump_threshold, self.speed_factor)
         self.stages = {
             name: PlanCostModel(memory, info.max_batch, self.speed_factor) for name in ("draft", "draft_extend", "overhead")
         }
@@ -178,6 +181,15 @@ class ModelSet:
         return record.step_s - record.output_tokens / best if best > 0.0 else 0.0
 
     @property
+    def staircase(self) -> LatencyFit | None:
+        """Verify latency as of the last `fit`, None before anything was measured."""
+        return self.verify.fit
+
+    def measured_counts(self) -> MeasuredCounts:
+        """What is measured of verify latency so far, by token count."""
+        return self.verify.measured(self.padding.padded_to(self.info.candidates))
+
+    @property
     def largest_batch(self) -> int:
         """Largest batch size seen lately, 0 before the first step."""
         seen = np.flatnonzero(self.batches > 0.0)
@@ -212,10 +224,10 @@ class ModelSet:
         if expected is not None:
             # At the present speed factor: a lasting change of it is reported by its own signal.
             residual = math.log(record.verify_s / expected) - (self.speed_factor.value - self._forecast_speed_factor)
-            limit = CLIP_SIGMAS * self.verify.table.sigma
+            limit = CLIP_SIGMAS * self.verify.noise
             self._latency_bias += 0.05 * (min(max(residual, -limit), limit) - self._latency_bias)
-            alarm = self._latency_drift.update(residual / self.verify.table.sigma) and (
-                abs(self._latency_bias) >= max(MATERIAL_BIAS, self.speed_factor.jump_limit(self.verify.table.sigma))
+            alarm = self._latency_drift.update(residual / self.verify.noise) and (
+                abs(self._latency_bias) >= max(MATERIAL_BIAS, self.speed_factor.jump_limit(self.verify.noise))
             )
             if shift is not None:
                 self._latency_drift.restart()
@@ -225,10 +237,10 @@ class ModelSet:
         return Findings()
 
     def latency_state(self) -> dict[str, NDArray[Any]]:
-        """Arrays of `latency_model.npz`: the fit to read, the cells to go on from."""
+        """Arrays of `latency_model.npz`: the fit for readers, the means to continue from."""
         state: dict[str, NDArray[Any]] = {f"cells.{k}": v for k, v in self.verify.state().items()}
         for name, stage in self.stages.items():
-            state |= {f"{name}.{k}": v for k, v in stage.table.state().items()}
+            state |= {f"{name}.{k}": v for k, v in stage.state().items()}
         state["padding"] = self.padding.state()
         return state | (self.verify.fit.state() if self.verify.fit is not None else {})
 
@@ -242,7 +254,7 @@ class ModelSet:
             self.padding.restore(latency["padding"])
             self.verify.restore({"rows": latency["cells.rows"], "noise": latency["cells.noise"]})
             for name, stage in self.stages.items():
-                stage.table.restore({"rows": latency[f"{name}.rows"], "noise": latency[f"{name}.noise"]})
+                stage.restore({"rows": latency[f"{name}.rows"], "noise": latency[f"{name}.noise"]})
             self.acceptance.restore(calibration)
         except KeyError as error:
             raise ValueError(f"profile lacks {error.args[0]}") from error

@@ -45,6 +45,11 @@ class Sweep:
         self.open_intervals = 0
         """Intervals that were still too wide when the last round was planned."""
 
+    @property
+    def progress(self) -> float:
+        """Estimated share of the sweep that is done, 0..1: every open interval needs about six more first measurements."""
+        return self.steps / (self.steps + 6.0 * self.FIRST_SAMPLES * max(self.open_intervals, 1))
+
     def reachable(self, batch_size: int) -> NDArray[np.int64]:
         """Token counts the engine can be made to verify, ascending; `batch_size` is what it serves now."""
         info = self._info

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adaptive_spec.config.settings import ControllerSettings
+from adaptive_spec.domain.arrays import Floats
 from adaptive_spec.domain.engine_info import EngineInfo
 from adaptive_spec.domain.policy import Granularity
 from adaptive_spec.domain.step_record import StepFlag, StepRecord
@@ -69,6 +70,15 @@ class StepComparison:
     goodput: float
     launch_goodput: float
     predicted_s: float | None
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Traffic lately. batch_size, context bucket: of the last step (0 before the first). batches: tally [max_batch + 1]."""
+
+    batch_size: int
+    context: int
+    batches: Floats
 
 
 class ModelSet:
@@ -179,6 +189,10 @@ class ModelSet:
             return 0.0
         best = float(forecast_.goodput[forecast_.row(record.batch_size), self.context].max())
         return record.step_s - record.output_tokens / best if best > 0.0 else 0.0
+
+    @property
+    def traffic(self) -> Traffic:
+        return Traffic(self.batch_size, self.context, self.batches)
 
     @property
     def staircase(self) -> LatencyFit | None:

@@ -10,7 +10,8 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import NamedTuple
 
-from adaptive_spec.control.snapshot import Event, Snapshot
+from adaptive_spec.control.counters import Event
+from adaptive_spec.control.snapshot import Snapshot
 
 RECENT_S = 5.0
 """Time the acceptance of the moment is taken over."""

@@ -22,7 +22,7 @@ from adaptive_spec.domain.policy import Granularity
 from adaptive_spec.domain.step_record import StepFlag, StepRecord
 from adaptive_spec.models.acceptance.online import AcceptanceModel, StepScore
 from adaptive_spec.models.drift import DriftDetector, TrafficDetector
-from adaptive_spec.models.goodput import Forecast, Models, forecast
+from adaptive_spec.models.goodput import Forecast, ForecastInputs, forecast
 from adaptive_spec.models.latency.measured_counts import MeasuredCounts
 from adaptive_spec.models.latency.padding import Padding
 from adaptive_spec.models.latency.plan_cost import PlanCostModel
@@ -32,8 +32,8 @@ from adaptive_spec.models.latency.staircase import LatencyFit, LatencyModel
 
 LEARN_AT_TOKENS = 8192
 """Queued draft tokens at which the acceptance model learns without waiting for the refit."""
-LOOSEN = 0.25
-"""What the past of the calibration still weighs after a drift."""
+DRIFT_DISCOUNT = 0.25
+"""Weight of the calibration's past after a drift."""
 MATERIAL_BIAS = 0.05
 """Mean relative error of predicted latency below which an alarm of the drift detector is ignored."""
 
@@ -138,7 +138,7 @@ class ModelSet:
         for score in scores:
             bias = (score.accepted - score.expected) / math.sqrt(score.variance + 0.25)
             if self._calibration_drift.update(bias) and self.forecast is not None:
-                self.acceptance.loosen(LOOSEN)
+                self.acceptance.discount_past(DRIFT_DISCOUNT)
                 drifts.append(DriftNotice("calibration", "acceptance differs from the calibration"))
         return Findings(tuple(drifts), scores)
 
@@ -152,14 +152,13 @@ class ModelSet:
             for stage in self.stages.values():
                 stage.refit()
         with stopwatch("policy"):
-            self.forecast = forecast(self.models(), seed=0)
+            self.forecast = forecast(self._forecast_inputs(), seed=0)
             self._forecast_speed_factor = self.speed_factor.value
         return findings
 
-    def models(self) -> Models:
-        """The models a forecast is made of, as they stand."""
+    def _forecast_inputs(self) -> ForecastInputs:
         info = self.info
-        return Models(
+        return ForecastInputs(
             verify=self.verify,
             stages=tuple(self.stages.values()),
             acceptance=self.acceptance,
@@ -223,7 +222,7 @@ class ModelSet:
         change = self._traffic_drift.update(record.confidences[:, 0].tolist(), record.request_ids.tolist())
         if change is None:
             return Findings()
-        self.acceptance.recent.forget_decks(self.acceptance.steps)
+        self.acceptance.recent.drop_old_donors(self.acceptance.steps)
         text = f"the draft's mean confidence moved from {change.before:.0%} to {change.after:.0%}"
         return Findings((DriftNotice("calibration", text),))
 

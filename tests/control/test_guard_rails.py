@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from adaptive_spec.control.guard_rails import SwapWatch, better_table, table_for
-from adaptive_spec.control.probing import ProbeBudget
 
 
 def table(k: int) -> np.ndarray:
@@ -36,25 +35,6 @@ def test_a_banned_plan_is_not_moved_to() -> None:
     banned = np.zeros((3, 1, 2), dtype=bool)
     banned[..., 1] = True
     assert (better_table(goodput(100, 200), np.zeros((3, 1, 2)), table(0), 0.01, banned) == 0).all()
-
-
-def test_budget_is_earned_spent_and_does_not_pile_up() -> None:
-    budget = ProbeBudget(0.01)
-    for _ in range(100_000):
-        budget.earn(0.02)
-    full = 0.01 * ProbeBudget.MEMORY_STEPS * 0.02
-    assert budget.credit_s == pytest.approx(full)
-    budget.spend(0.15)
-    assert budget.credit_s == pytest.approx(full - 0.15)
-    budget.grant(1000)
-    assert budget.credit_s == pytest.approx(full)
-
-
-def test_no_budget_means_no_probe_even_after_drift() -> None:
-    budget = ProbeBudget(0.0)
-    budget.earn(1000.0)
-    budget.grant(10)
-    assert budget.credit_s == 0.0
 
 
 @pytest.mark.parametrize(("measured", "ratio", "fails"), [(70, 1.0, True), (99, 1.0, False), (70, 0.7, False)])

@@ -105,12 +105,12 @@ def test_learning_in_one_pass_or_in_many_is_the_same_histogram() -> None:
     assert one.at_risk.verified.sum() < one.cumulative.verified.sum()
 
 
-def test_drift_is_followed_within_its_memory_and_faster_when_loosened() -> None:
+def test_drift_is_followed_within_its_memory_and_faster_with_the_past_discounted() -> None:
     errors = []
-    for loosen in (False, True):
+    for discount in (False, True):
         model = trained(400, accept=0.85)
-        if loosen:
-            model.loosen(0.1)
+        if discount:
+            model.discount_past(0.1)
         rng = np.random.default_rng(6)
         for _ in range(60):
             model.observe(full_record(rng, 32, 5, accept=0.5))

@@ -60,7 +60,7 @@ docs: $(STAMP)
 	$(BIN)/python -m docs.reference_pages.metrics > docs/metrics.md
 
 site: $(STAMP)
-	$(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 	@echo "written to build/site, begin with build/site/index.html"
 
 wheel: $(STAMP)

@@ -189,8 +189,8 @@ CHECKS: dict[str, Callable[[Workplace], str]] = {
 
 
 def run(command: Sequence[str], folder: Path) -> str:
-    """Run a command in a folder; returns its stdout. Raises CheckFailed for another exit status than 0 and when it takes too long."""
-    # PYTHONPATH and PYTHONHOME of the caller would let the checkout shine through.
+    """Run a command in a folder; returns its stdout. Raises CheckFailed when it does not end with exit status 0 in time."""
+    # PYTHONPATH and PYTHONHOME of the caller would make modules of the checkout importable.
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
     try:
         result = subprocess.run(

@@ -6,7 +6,7 @@ STAMP := $(VENV)/.adaptive-spec-installed
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-sglang stack test lint bench benchmarks docs site wheel release-check dashboards vendor manifests clean
+.PHONY: help setup demo demo-sglang stack test lint bench benchmarks docs site wheel release-check dashboards vendor manifests sglang-matrix nightly clean
 
 help:
 	@echo "make demo [ARGS=\"--duration 90 --compare\"]  see it work on a real engine"
@@ -19,6 +19,8 @@ help:
 	@echo "make dashboards                             write the Grafana dashboards of dashboards/ anew"
 	@echo "make manifests                              the alerts as a Kubernetes object, anew"
 	@echo "make vendor                                 the status page's plotting library anew (needs npm)"
+	@echo "make sglang-matrix                          all that the plugin uses of SGLang, checked in wheels of several releases"
+	@echo "make nightly                                what is too slow for every change, or needs a package registry"
 	@echo "make demo-sglang [ARGS=...]                 the same on a real SGLang server on the CPU (2.7 GB, once)"
 
 setup: $(STAMP)
@@ -42,6 +44,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.run $(ARGS)
@@ -71,6 +74,12 @@ release-check: $(STAMP)
 
 manifests: $(STAMP)
 	$(BIN)/python deploy/kubernetes/rules.py > deploy/kubernetes/monitoring/prometheus-rule.yaml
+
+sglang-matrix: $(STAMP)
+	@$(BIN)/python -m tests.engines.release_matrix sglang $(ARGS)
+
+# Checks that are not part of `make test`.
+nightly: sglang-matrix
 
 # The plots of the status page; npm checks what it fetches against the registry's own checksum.
 UPLOT := 1.6.32

@@ -27,6 +27,7 @@ from adaptive_spec.control.guard_rails import SwapWatch, Table, allowed, better_
 from adaptive_spec.control.probing import ProbeBudget, probe_plans
 from adaptive_spec.control.snapshot import Snapshot
 from adaptive_spec.control.sweep import Sweep
+from adaptive_spec.domain.commands import CONTROL_COMMANDS
 from adaptive_spec.domain.engine_info import EngineInfo
 from adaptive_spec.domain.policy import Granularity, Mode, Policy, Trial
 from adaptive_spec.domain.step_record import StepFlag, StepRecord
@@ -313,7 +314,7 @@ class Controller:
             return self._begin_sweep("sweep asked for", now_s)
         modes = {"resume": self.settings.mode, "unpin": self.settings.mode, "active": "active", "shadow": "shadow"}
         if name not in modes:
-            raise ValueError(f"command {name!r} is not one of pause, resume, shadow, active, pin, unpin, refit, resweep")
+            raise ValueError(f"command {name!r} is not one of {', '.join(CONTROL_COMMANDS)}")
         if modes[name] == "active" and not self._swept and self.models.forecast is None:
             self._set_mode(Mode.SWEEP, "cold start", now_s)
             return self._next_sweep_round(now_s)

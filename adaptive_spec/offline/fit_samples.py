@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
-from adaptive_spec.domain.arrays import Floats
+from adaptive_spec.domain.arrays import Floats, Ints
 from adaptive_spec.models.latency.robust_mean import RobustMean
 from adaptive_spec.models.latency.staircase import LatencyFit, fit_cells
 
 
-def fit_samples(num_tokens: NDArray[np.int64], latency_s: Floats, jump_threshold: float) -> LatencyFit:
+def fit_samples(num_tokens: Ints, latency_s: Floats, jump_threshold: float) -> LatencyFit:
     """Fit recorded samples offline, forgetting nothing: num_tokens [n] >= 1, latency_s [n] > 0, n >= 1.
 
     Of a token count with three samples or more, the median and a robust spread stand for the count, so that first replays

@@ -108,14 +108,14 @@ def calls(tmp_path: Path) -> list[CodeType]:
     previous = sys.getprofile()
     try:
         while engine.steps < MAX_STEPS and not in_order(seen):
-            session.turn()  # nothing of the last round is left
+            session.run_once()  # nothing of the last round is left
             seen.clear()
             sys.setprofile(note)
             engine.step(4)
-            session.turn()
+            session.run_once()
             engine.step(4)
             current.view = session.view(None)
-            status_document(current.view, current.beat_s, time.monotonic())
+            status_document(current.view, current.heartbeat_s, time.monotonic())
             list(registry.collect())
             sys.setprofile(previous)
     finally:

@@ -1,17 +1,14 @@
-"""The engine's part of policy.py: survival maps, the search of one step's plans, trials."""
+"""The planner: trials first, then the K table, then the verify lengths of each request."""
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 
-from adaptive_spec.domain.plan_search import best_lengths, best_slots, best_verified
 from adaptive_spec.domain.policy import TRIAL_PATIENCE_STEPS, Granularity, Mode, Policy, Trial
 from adaptive_spec.domain.survival import GRID_POINTS, LOGIT_LIMIT, SurvivalMap
 from adaptive_spec.engine_side.planner import Planner
@@ -35,81 +32,6 @@ def planner(adopted: Policy | None, max_k: int = 7) -> Planner:
     made = Planner(LAUNCH_K, max_k)
     made.adopt(adopted)
     return made
-
-
-def survivals(max_b: int = 3, max_k: int = 3) -> st.SearchStrategy[NDArray[np.float64]]:
-    """Arrays [b, k] that never increase along a row, with ties."""
-    steps = st.sampled_from([0.0, 0.25, 0.5, 0.9, 1.0]) | st.floats(0.0, 1.0)
-    shapes = st.tuples(st.integers(1, max_b), st.integers(0, max_k))
-    return shapes.flatmap(
-        lambda shape: st.lists(steps, min_size=shape[0] * shape[1], max_size=shape[0] * shape[1]).map(
-            lambda values: np.array(values, np.float64).reshape(shape).cumprod(axis=1, dtype=np.float64)
-        )
-    )
-
-
-@given(survivals(), st.floats(0.0, 1.0), st.data())
-def test_the_best_plan_is_the_best_of_all_prefix_closed_plans(
-    survival: NDArray[np.float64], fixed_s: float, data: st.DataObject
-) -> None:
-    b, k = survival.shape
-    size = b * (k + 1) + 1
-    verify_s = np.array(data.draw(st.lists(st.floats(0.01, 1.0), min_size=size, max_size=size)))
-    plans = itertools.product(range(k + 1), repeat=b)
-    brute = max(
-        (b + sum(survival[i, :n].sum() for i, n in enumerate(plan))) / (fixed_s + verify_s[b + sum(plan)]) for plan in plans
-    )
-    count, goodput = best_verified(survival, fixed_s, verify_s)
-    assert goodput == pytest.approx(brute, rel=1e-12)
-    chosen = best_slots(survival, count)
-    assert int(chosen.sum()) == count
-    np.testing.assert_array_equal(best_lengths(survival, fixed_s, verify_s), chosen)
-    reached = (b + sum(survival[i, :n].sum() for i, n in enumerate(chosen))) / (fixed_s + verify_s[b + count])
-    assert reached == pytest.approx(brute, rel=1e-12)
-
-
-@given(survivals(6, 7), st.integers(0, 50))
-def test_slots_go_to_the_likeliest(survival: NDArray[np.float64], count: int) -> None:
-    b, k = survival.shape
-    chosen = best_slots(survival, count)
-    assert chosen.dtype == np.uint8
-    assert chosen.shape == (b,)
-    assert (chosen <= k).all()
-    assert int(chosen.sum()) == min(count, b * k)
-    taken = sum(survival[i, :n].sum() for i, n in enumerate(chosen))
-    assert taken == pytest.approx(np.sort(survival, axis=None)[::-1][:count].sum(), abs=1e-12)
-
-
-@given(
-    st.integers(1, 6).flatmap(
-        lambda k: st.lists(
-            st.lists(st.floats(0.0, 1.0, width=32, exclude_min=True), min_size=k, max_size=k), min_size=1, max_size=5
-        )
-    ),
-    st.integers(0, 2**32 - 1),
-    st.booleans(),
-)
-def test_survival_never_increases_along_a_chain(values: list[list[float]], seed: int, conditional: bool) -> None:
-    confidences = np.array(values, np.float32)
-    table = np.random.default_rng(seed).random((7, GRID_POINTS)).astype(np.float32)
-    survival = SurvivalMap(table, conditional).survival(confidences)
-    assert survival.shape == confidences.shape
-    assert ((survival >= 0.0) & (survival <= 1.0)).all()
-    assert (np.diff(survival, axis=1) <= 0.0).all()
-
-
-@pytest.mark.parametrize("conditional", [True, False])
-def test_a_map_that_changes_nothing_gives_the_cumulative_score(conditional: bool) -> None:
-    confidences = np.random.default_rng(3).uniform(0.3, 0.999, (50, 7)).astype(np.float32)
-    survival = SurvivalMap(np.tile(IDENTITY, (7, 1)), conditional).survival(confidences)
-    np.testing.assert_allclose(survival, np.cumprod(confidences, axis=1), atol=0.006)
-
-
-def test_each_position_has_its_own_row() -> None:
-    table = np.stack([np.full(GRID_POINTS, value, np.float32) for value in (0.5, 0.25, 0.75)])
-    confidences = np.full((2, 3), 0.6, np.float32)
-    np.testing.assert_allclose(SurvivalMap(table, True).survival(confidences), [[0.5, 0.125, 0.09375]] * 2)
-    np.testing.assert_allclose(SurvivalMap(table, False).survival(confidences), [[0.5, 0.25, 0.25]] * 2)
 
 
 @pytest.mark.parametrize(

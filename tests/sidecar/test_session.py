@@ -202,8 +202,7 @@ def test_a_controller_error_puts_the_engine_on_its_launch_k(
     assert _acting(settings)
     with monkeypatch.context() as patch:
         patch.setattr(session.controller, call, _broken)
-        if call == "refit":
-            patch.setattr(session.controller, "refit_due", lambda now_s: True)
+        patch.setattr(session.controller, "refit_due", lambda now_s: call == "refit")  # whatever the time
         for _ in range(3):
             if call == "observe":
                 engine.step()

@@ -113,8 +113,8 @@ def test_never_unpickled(tmp_path: Path) -> None:
 
 
 def test_another_kind_or_version(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ArchiveError, match="holds 'test', not 'other'"):
+    with pytest.raises(ArchiveError, match="kind must be 'other', got 'test'"):
         load_archive(path, "other")
     monkeypatch.setattr("adaptive_spec.storage.archive.FORMAT_VERSION", 2)
-    with pytest.raises(ArchiveError, match="version 1, this program reads 2"):
+    with pytest.raises(ArchiveError, match="format version must be 2, got 1"):
         load_archive(path, "test")

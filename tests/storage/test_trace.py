@@ -47,5 +47,5 @@ def test_what_is_no_trace_is_refused_in_one_line(tmp_path: Path) -> None:
 def test_records_that_say_the_impossible_are_refused(tmp_path: Path) -> None:
     wrong = replace(record_of(1, rows=4, k=3), accept_len=np.full(4, 3, np.uint8), verify_len=np.full(4, 2, np.uint8))
     save_trace(tmp_path / "t.npz", Trace(engine(), (wrong,), 0))
-    with pytest.raises(BadInput, match="step 1 says the impossible"):
+    with pytest.raises(BadInput, match="step 1 has impossible values"):
         load_trace(tmp_path / "t.npz")

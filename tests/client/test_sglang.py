@@ -76,5 +76,5 @@ def test_a_batch_that_fails_says_why_in_one_line(server: CannedServer) -> None:
 
 @pytest.mark.parametrize("url", ["ftp://x", "http://", "//"])
 def test_a_url_that_is_none_is_one_line(url: str) -> None:
-    with pytest.raises(BadInput, match="^--url: must be like http://HOST:PORT, got "):
+    with pytest.raises(BadInput, match=r"^--url: must be like http://HOST:PORT, got "):
         ServerApi(url)

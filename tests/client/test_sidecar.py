@@ -78,5 +78,5 @@ def test_what_cannot_be_found_is_one_line(tmp_path: Path) -> None:
             ControlClient.find(tmp_path, None, None)
     with pytest.raises(BadInput, match=r"^--token-file: '.*none': cannot be read$"):
         ControlClient.find(tmp_path, "http://127.0.0.1:1", tmp_path / "none")
-    with pytest.raises(BadInput, match="^--url: must begin with http:// or https://, got 'ftp://x'$"):
+    with pytest.raises(BadInput, match=r"^--url: must begin with http:// or https://, got 'ftp://x'$"):
         ControlClient("ftp://x")

@@ -76,7 +76,7 @@ def test_one_row_is_enough(tmp_path: Path) -> None:
     assert document["calibration"]["samples"] == 1
 
 
-def test_words_for_people(tmp_path: Path) -> None:
+def test_output_for_people(tmp_path: Path) -> None:
     result = run_cli("fit", "--latency", CURVES / "a100_llama3-8b_tp1.csv", "--out", tmp_path)
     assert result.returncode == 0, result.stderr
     assert "tile boundary" in result.stdout

@@ -60,7 +60,7 @@ def test_truncated(path: Path, keep: int) -> None:
 
 
 def test_every_flipped_byte_is_noticed_or_harmless(path: Path) -> None:
-    """A zip has bytes that nobody reads (times, attributes); whatever is read must be what was written."""
+    """Some bytes of a zip file are never read (times, attributes); what is read must be what was written."""
     data = path.read_bytes()
     refused = 0
     for at in range(0, len(data), 7):

@@ -53,7 +53,7 @@ BAD: list[tuple[str, Any, str]] = [
     ("mean_output_tokens", 0.5, "mean_output_tokens"),
     ("colour", 1, "colour: unknown key"),
     ("latency.colour", 1, "latency.colour: unknown key"),
-    ("latency.noise.colour", 1, "latency.noise.colour: unknown key: allowed are sigma"),
+    ("latency.noise.colour", 1, "latency.noise.colour: unknown key; must be one of sigma"),
     ("classes.chat.colour", 1, "classes.chat.colour: unknown key"),
     ("latency", REMOVED, "latency: is missing"),
     ("latency.verify_curve", REMOVED, "latency.verify_curve: is missing"),
@@ -111,7 +111,7 @@ BAD: list[tuple[str, Any, str]] = [
     ("drift", [{"at_s": 5, "class": "chat"}], "drift.0"),
     ("drift", [{"at_s": 5, "score_slope": 2}], "drift.0"),
     ("drift", [{"at_s": 5, "class": "chat", "accept": [0.5]}], "drift.0.accept"),
-    ("drift", [{"at_s": 5, "class": "chat", "colour": 1}], "drift.0.colour: unknown key: allowed are at_s, latency_scale"),
+    ("drift", [{"at_s": 5, "class": "chat", "colour": 1}], "drift.0.colour: unknown key; must be one of at_s, latency_scale"),
 ]
 
 

@@ -6,7 +6,7 @@ STAMP := $(VENV)/.adaptive-spec-installed
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-sglang stack test lint bench benchmarks docs dashboards vendor manifests clean
+.PHONY: help setup demo demo-sglang stack test lint bench benchmarks docs dashboards vendor manifests images clean
 
 help:
 	@echo "make demo [ARGS=\"--duration 90 --compare\"]  see it work on a real engine"
@@ -15,6 +15,7 @@ help:
 	@echo "make stack [ARGS=\"--duration 90\"]            demo, Prometheus and Alertmanager with the shipped configuration"
 	@echo "make dashboards                             write the Grafana dashboards of dashboards/ anew"
 	@echo "make manifests                              the alerts as a Kubernetes object, anew"
+	@echo "make images                                 build both images without a container engine and run them (root; 3 GB)"
 	@echo "make vendor                                 the status page's plotting library anew (needs npm)"
 	@echo "make demo-sglang [ARGS=...]                 the same on a real SGLang server on the CPU (2.7 GB, once)"
 
@@ -58,6 +59,9 @@ docs: $(STAMP)
 
 manifests: $(STAMP)
 	$(BIN)/python deploy/kubernetes/rules.py > deploy/kubernetes/monitoring/prometheus-rule.yaml
+
+images: $(STAMP)
+	@$(BIN)/python -m deploy.images $(ARGS)
 
 # The plots of the status page; npm checks what it fetches against the registry's own checksum.
 UPLOT := 1.6.32

@@ -89,7 +89,7 @@ def test_dockerfiles_copy_what_the_context_lets_through(name: str) -> None:
         if line.startswith("COPY") and "--from" not in line:
             for source in line.split()[1:-1]:
                 assert source.removeprefix("./") in let, source
-                assert (ROOT / source).exists()
+                assert list(ROOT.glob(source)), source
 
 
 def test_the_sidecars_image_is_not_root() -> None:
@@ -108,11 +108,11 @@ def test_compose_file_is_one() -> None:
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
     services = yaml.safe_load(result.stdout)["services"]
-    assert services.keys() == {"sglang", "sidecar", "prometheus", "alertmanager", "grafana"}
+    assert services.keys() == {"processes", "sglang", "sidecar", "prometheus", "alertmanager", "grafana"}
     for name, service in services.items():
-        for port in service["ports"]:
+        for port in service.get("ports", []):
             assert port["host_ip"] == "127.0.0.1", f"{name} is published beyond loopback"
-        for volume in service["volumes"]:
+        for volume in service.get("volumes", []):
             if volume["type"] == "bind" and Path(volume["source"]).parent.name != "dashboards":
                 assert Path(volume["source"]).exists(), volume["source"]
     for name in ("sglang", "sidecar"):

@@ -6,7 +6,7 @@ STAMP := $(VENV)/.adaptive-spec-installed
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-sglang stack test lint bench benchmarks docs site wheel release-check dashboards vendor manifests sglang-matrix nightly clean
+.PHONY: help setup demo demo-sglang stack test lint bench benchmarks docs site wheel release-check dashboards vendor manifests images sglang-matrix nightly clean
 
 help:
 	@echo "make demo [ARGS=\"--duration 90 --compare\"]  see it work on a real engine"
@@ -18,6 +18,7 @@ help:
 	@echo "make stack [ARGS=\"--duration 90\"]            demo, Prometheus and Alertmanager with the shipped configuration"
 	@echo "make dashboards                             write the Grafana dashboards of dashboards/"
 	@echo "make manifests                              write the alerts as a Kubernetes object"
+	@echo "make images                                 build both images without a container engine and run them (root; 3 GB)"
 	@echo "make vendor                                 fetch the status page's plotting library (needs npm)"
 	@echo "make sglang-matrix                          all that the plugin uses of SGLang, checked in wheels of several releases"
 	@echo "make nightly                                what is too slow for every change, or needs a package registry"
@@ -80,6 +81,9 @@ sglang-matrix: $(STAMP)
 
 # Checks that are not part of `make test`.
 nightly: sglang-matrix
+
+images: $(STAMP)
+	@$(BIN)/python -m deploy.images $(ARGS)
 
 # The plots of the status page; npm checks what it fetches against the registry's own checksum.
 UPLOT := 1.6.32

@@ -80,7 +80,10 @@ NEEDS = (
     Need(COUNTS_AND_K, _CONTROLLER + ".activate_step_by_batch", ("self", "batch_size"), calls=("get_steps_for_batch",)),
     Need(COUNTS_AND_K, _CONTROLLER + ".on_verify_complete", calls=("on_verify_complete",)),
     Need(COUNTS_AND_K, _SPECULATIVE + "adaptive_runtime_state.AdaptiveSpecPolicy", attributes=_POLICY_METHODS),
-    Need(COUNTS_AND_K, _SPECULATIVE + "adaptive_spec_params.AdaptiveSpeculativeParams", attributes=_POLICY_METHODS),
+    Need(COUNTS_AND_K, _SPECULATIVE + "adaptive_spec_params.AdaptiveSpeculativeParams", attributes=(
+        *_POLICY_METHODS, "_route",
+    )),
+    Need(COUNTS_AND_K, _SPECULATIVE + "adaptive_spec_params.AdaptiveStepSlot", attributes=("candidate_steps", "current_steps")),
     Need(COUNTS_AND_K, _WORKER + ".init_cuda_graphs", ("self",), calls=("init_states",), hook="attach"),
     Need(
         COUNTS_AND_K, _WORKER + ".forward_batch_generation", ("self", "batch"),

@@ -22,7 +22,8 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from adaptive_spec.config.settings import GrafanaSettings
-from adaptive_spec.control.snapshot import Event, Snapshot
+from adaptive_spec.control.counters import Event
+from adaptive_spec.control.snapshot import Snapshot
 from adaptive_spec.domain.engine_info import EngineInfo
 from adaptive_spec.errors import BadInput
 

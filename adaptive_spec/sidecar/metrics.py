@@ -11,7 +11,8 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.registry import Collector
 
 from adaptive_spec import __version__
-from adaptive_spec.control.snapshot import HistogramData, Snapshot
+from adaptive_spec.control.counters import HistogramData
+from adaptive_spec.control.snapshot import Snapshot
 from adaptive_spec.domain.policy import Mode
 from adaptive_spec.sidecar.view import CurrentView, View
 from adaptive_spec.wire.engine_report import STATES

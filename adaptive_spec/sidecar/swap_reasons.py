@@ -11,7 +11,8 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import NamedTuple
 
-from adaptive_spec.control.snapshot import Event, Snapshot
+from adaptive_spec.control.counters import Event
+from adaptive_spec.control.snapshot import Snapshot
 
 RECENT_S = 5.0
 """Acceptance "now" is the mean of this many seconds."""

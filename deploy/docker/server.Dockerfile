@@ -6,6 +6,7 @@ FROM python:3.12-slim AS build
 WORKDIR /src
 COPY pyproject.toml README.md LICENSE ./
 COPY adaptive_spec ./adaptive_spec
+COPY dashboards/*.json ./dashboards/
 RUN pip wheel --no-cache-dir --no-deps --disable-pip-version-check --wheel-dir /wheels .
 
 FROM ${SGLANG_IMAGE}

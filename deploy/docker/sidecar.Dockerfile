@@ -4,6 +4,7 @@ FROM python:3.12-slim AS build
 WORKDIR /src
 COPY pyproject.toml README.md LICENSE ./
 COPY adaptive_spec ./adaptive_spec
+COPY dashboards/*.json ./dashboards/
 # Needed by profile_store. For object storage add its fsspec package, for example --build-arg STORAGE_PACKAGE=s3fs
 ARG STORAGE_PACKAGE=fsspec
 RUN python -m venv /opt/adaptive-spec \
@@ -17,7 +18,7 @@ USER 1000:1000
 # The plots of a profile are drawn with matplotlib, which needs a folder for its font cache.
 ENV PATH=/opt/adaptive-spec/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 MPLCONFIGDIR=/tmp/matplotlib
 EXPOSE 9477
-HEALTHCHECK --interval=10s --timeout=5s --start-period=20s \
+HEALTHCHECK --interval=10s --timeout=5s --start-period=120s \
     CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:9477/healthz', timeout=4)"]
 ENTRYPOINT ["adaptive-spec"]
 CMD ["sidecar", "--config", "/etc/adaptive-spec/config.yaml"]

@@ -92,7 +92,7 @@ def test_dockerfiles_copy_only_files_of_the_build_context(name: str) -> None:
     assert "adaptive_spec" in copied
     for source in copied:
         assert source.removeprefix("./") in let, source
-        assert (ROOT / source).exists()
+        assert list(ROOT.glob(source)), source
 
 
 def test_the_sidecars_image_is_not_root() -> None:
@@ -111,11 +111,11 @@ def test_compose_file_is_valid() -> None:
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
     services = yaml.safe_load(result.stdout)["services"]
-    assert services.keys() == {"sglang", "sidecar", "prometheus", "alertmanager", "grafana"}
+    assert services.keys() == {"processes", "sglang", "sidecar", "prometheus", "alertmanager", "grafana"}
     for name, service in services.items():
-        for port in service["ports"]:
+        for port in service.get("ports", []):
             assert port["host_ip"] == "127.0.0.1", f"{name} is published beyond loopback"
-        for volume in service["volumes"]:
+        for volume in service.get("volumes", []):
             if volume["type"] == "bind" and Path(volume["source"]).parent.name != "dashboards":
                 assert Path(volume["source"]).exists(), volume["source"]
     for name in ("sglang", "sidecar"):

@@ -12,7 +12,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from adaptive_spec.config.settings import GrafanaSettings
-from adaptive_spec.control.snapshot import Event
+from adaptive_spec.control.counters import Event
 from adaptive_spec.errors import BadInput
 from adaptive_spec.sidecar.grafana import Annotator, Grafana, GrafanaError, check_dashboards, push_dashboards, shipped_dashboards
 from tests.sidecar.test_metrics import SNAPSHOT

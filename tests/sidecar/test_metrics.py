@@ -11,7 +11,8 @@ from prometheus_client.openmetrics.exposition import generate_latest as generate
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
-from adaptive_spec.control.snapshot import Event, HistogramData, Snapshot
+from adaptive_spec.control.counters import Event, HistogramData
+from adaptive_spec.control.snapshot import Snapshot
 from adaptive_spec.domain.policy import Mode
 from adaptive_spec.domain.staircase import Boundary, Segment
 from adaptive_spec.sidecar.metrics import metrics_registry

@@ -14,7 +14,7 @@ import pytest
 from playwright.sync_api import Browser, expect
 from prometheus_client.parser import text_string_to_metric_families
 
-from adaptive_spec.control.snapshot import Event
+from adaptive_spec.control.counters import Event
 from adaptive_spec.domain.engine_info import EngineInfo
 from adaptive_spec.sidecar.http_server import WebServer
 from adaptive_spec.sidecar.view import CurrentView, View

@@ -202,8 +202,7 @@ def test_a_controller_error_puts_the_engine_on_its_launch_k(
     assert _acting(settings)
     with monkeypatch.context() as patch:
         patch.setattr(session.controller, call, _broken)
-        if call == "refit":
-            patch.setattr(session.controller, "refit_due", lambda now_s: True)
+        patch.setattr(session.controller, "refit_due", lambda now_s: call == "refit")  # whatever the time
         for _ in range(3):
             if call == "observe":
                 engine.step()
@@ -299,7 +298,7 @@ def test_ring_of_another_version(settings: SidecarSettings) -> None:
     data = bytearray(path.read_bytes())
     data[8] += 1
     path.write_bytes(data)
-    with pytest.raises(BadInput, match=r"runtime_dir: .*records\.ring: layout version is 2, wanted 1"):
+    with pytest.raises(BadInput, match=r"runtime_dir: .*records\.ring: layout version: must be 1, got 2"):
         Session.open(settings)
 
 

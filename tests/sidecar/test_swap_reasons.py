@@ -2,7 +2,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from adaptive_spec.control.snapshot import Event, Snapshot
+from adaptive_spec.control.counters import Event
+from adaptive_spec.control.snapshot import Snapshot
 from adaptive_spec.domain.staircase import Boundary
 from adaptive_spec.sidecar.swap_reasons import SwapReasons
 from tests.sidecar.test_metrics import SNAPSHOT

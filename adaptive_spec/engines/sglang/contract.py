@@ -89,6 +89,9 @@ NEEDS = (
         COUNTS_AND_K, _WORKER + ".forward_batch_generation", ("self", "batch"),
         calls=("activate_step_by_batch", "draft", "verify", "_draft_extend_for_decode"), hook="step",
     ),
+    Need(COUNTS_AND_K, _WORKER + ".apply_runtime_state", ("self", "state"), calls=("override",), hook="switch"),
+    Need(COUNTS_AND_K, _SRT + "runtime_context.get_context", called=True),
+    Need(COUNTS_AND_K, _SRT + "runtime_context.RuntimeContext", attributes=("_overrides_log",)),
     Need(COUNTS_AND_K, _WORKER + ".__init__", calls=("AdaptiveController",)),
     Need(COUNTS_AND_K, _WORKER, attributes=(
         "adaptive_controller", "speculative_num_steps", "device", "server_args", "_target_worker", "_draft_worker",

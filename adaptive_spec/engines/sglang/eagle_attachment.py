@@ -24,6 +24,7 @@ from adaptive_spec.engines.sglang.hook_guard import Guard
 from adaptive_spec.engines.sglang.plugin_settings import PluginSettings
 from adaptive_spec.engines.sglang.stage_clock import clock_for
 from adaptive_spec.engines.sglang.steps_in_flight import OpenStep
+from adaptive_spec.engines.sglang.switch_upkeep import SwitchUpkeep, limit_lines
 
 _TRIAL, _STEP_CHOICE, _LIMITED = int(StepFlag.TRIAL), int(StepFlag.STEP_CHOICE), int(StepFlag.LIMITED)
 
@@ -42,6 +43,7 @@ class EagleAttachment(Attachment):
         self._undecided: int | None = LAUNCH if settings.fallback == "launch" else None
         """Who chooses K of a step on which no policy of the sidecar acts; see `SidecarDraftPolicy`."""
         self._decided = self._undecided
+        self._upkeep: SwitchUpkeep | None = None
 
     # -- once ----------------------------------------------------------------------------------------------------------
 
@@ -64,6 +66,9 @@ class EagleAttachment(Attachment):
         if self._guard.closed is not None or not self._supported:
             return stock
         self._guard.fault("controller")
+        if self._settings.mode == "active":
+            limit_lines()
+            self._upkeep = SwitchUpkeep()
         self._policy = SidecarDraftPolicy(stock, int(worker.speculative_num_steps), self._k_decided)
         return self._policy
 
@@ -176,6 +181,11 @@ class EagleAttachment(Attachment):
     def _took(self, step: OpenStep) -> None:
         if self._history is not None and step.accept_len is not None and step.counted is not None:
             self._history.observe(step.request_ids[step.counted].tolist(), step.accept_len[step.counted], step.k)
+
+    def switch_after(self, note: None, result: None, worker: Any, state: Any) -> None:
+        """K was switched, by whichever policy."""
+        if self._upkeep is not None:
+            self._upkeep()
 
     # -- inside --------------------------------------------------------------------------------------------------------
 

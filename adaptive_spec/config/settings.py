@@ -84,6 +84,13 @@ class PolicySettings(_Section):
         le=86_400.0,
         description=("Age of the sidecar's heartbeat, seconds, beyond which the engine returns to its launch K, 1..86400."),
     )
+    fallback: Literal["stock", "launch"] = Field(
+        "stock",
+        description=(
+            "Who chooses K while no policy of the sidecar acts: stock (the engine's own adaptive policy where it has one, as "
+            "SGLang with --speculative-adaptive, else the launch K) or launch (the launch K)."
+        ),
+    )
     rollback_loss: float = Field(
         0.05,
         ge=0.005,

@@ -131,12 +131,13 @@ class Attachment:
         return Place(rank, ranks, group)
 
     def _info(
-        self, worker: Any, place: Place, launch_k: int, candidates: tuple[int, ...], granularity: Granularity
-    ) -> EngineInfo:
+        self, worker: Any, place: Place, launch_k: int, candidates: tuple[int, ...], granularity: Granularity,
+        allowed_from: tuple[tuple[int, tuple[int, ...]], ...] = (),
+    ) -> EngineInfo:  # fmt: skip
         return EngineInfo(
             name="sglang", model=Path(str(worker.server_args.model_path)).name, gpu=_device_name(str(worker.device)),
             tp=place.ranks, launch_k=launch_k, candidates=candidates, max_batch=max_batch(worker), granularity=granularity,
-            holds_batch=False, pid=os.getpid(),
+            holds_batch=False, pid=os.getpid(), allowed_from=allowed_from,
         )  # fmt: skip
 
     def _open_tap(self, info: EngineInfo, place: Place) -> EngineTap:

@@ -122,6 +122,8 @@ def _about_sidecar(family: _Families, view: View) -> Iterable[Metric]:
     yield family.gauge(
         "engine_state", "1 for the state that the engine reports in engine.json, 0 for the others.", states, ("state",)
     )
+    text = "What the plugin does: 0 reports only, 1 counts and K, 2 stage times too, 3 confidences too."
+    yield family.gauge("engine_level", text, _one(report.level if report else None))
     text = "Plugin calls that raised an exception inside the engine; the engine continued without them."
     yield family.counter("engine_failures", text, _by_name(report.failures if report else {}), ("hook",))
     text = "Events counted by the engine: unusable records and pages, policies adopted, steps on the launch K, SPS swaps."

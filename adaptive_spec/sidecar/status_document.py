@@ -33,6 +33,7 @@ def status_document(view: View, heartbeat_s: float, now_s: float) -> dict[str, A
         document["engine_report"] = {
             "pid": report.pid, "engine": report.engine, "state": report.state, "reason": report.reason,
             "failures": dict(report.failures), "counters": dict(report.counters),
+            "level": report.level,
         }  # fmt: skip
         if not info and report.reason:
             document["reason"] = report.reason

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from adaptive_spec.engines.sglang import contract
 from adaptive_spec.engines.sglang.cpu_kit import CpuKit
 from adaptive_spec.engines.sglang.hook_guard import FAILURES_IN_A_ROW, FAULT_VARIABLE, ONCE
-from adaptive_spec.engines.sglang.hook_targets import TARGETS
 from tests.engines.sglang.server import SglangServer, some_prompts, trace
 
 pytestmark = pytest.mark.server
 
-STEPPING = [t.hook for t in TARGETS if t.hook not in ONCE]
+STEPPING = [need.hook for group in contract.LEVELS for need in contract.hooks_of(group) if need.hook not in ONCE]
 
 
 @pytest.fixture(scope="module")

@@ -6,17 +6,22 @@ STAMP := $(VENV)/.adaptive-spec-installed
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-sglang stack test lint bench benchmarks docs dashboards vendor manifests images clean
+.PHONY: help setup demo demo-sglang stack test lint bench benchmarks docs site wheel release-check dashboards vendor manifests images sglang-matrix nightly clean
 
 help:
 	@echo "make demo [ARGS=\"--duration 90 --compare\"]  see it work on a real engine"
 	@echo "make test | lint | bench | docs             check, measure, write docs/{configuration,metrics}.md anew"
+	@echo "make site                                   the documentation as HTML in build/site; fails on a dead link"
+	@echo "make wheel                                  dist/adaptive_spec-VERSION-py3-none-any.whl, to install elsewhere"
+	@echo "make release-check                          build the release and try it in a fresh environment (minutes)"
 	@echo "make benchmarks                             policies against each other, simulated; writes docs/benchmarks.md"
 	@echo "make stack [ARGS=\"--duration 90\"]            demo, Prometheus and Alertmanager with the shipped configuration"
 	@echo "make dashboards                             write the Grafana dashboards of dashboards/ anew"
 	@echo "make manifests                              the alerts as a Kubernetes object, anew"
 	@echo "make images                                 build both images without a container engine and run them (root; 3 GB)"
 	@echo "make vendor                                 the status page's plotting library anew (needs npm)"
+	@echo "make sglang-matrix                          all that the plugin uses of SGLang, checked in wheels of several releases"
+	@echo "make nightly                                what is too slow for every change, or needs a package registry"
 	@echo "make demo-sglang [ARGS=...]                 the same on a real SGLang server on the CPU (2.7 GB, once)"
 
 setup: $(STAMP)
@@ -24,7 +29,7 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is %d.%d; say make PYTHON=..." % sys.version_info[:2] if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[engine,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[engine,dev,docs,release]'
 	@touch $@
 
 demo: $(STAMP)
@@ -40,6 +45,7 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.run $(ARGS)
@@ -57,11 +63,27 @@ docs: $(STAMP)
 	$(BIN)/python -m docs.reference_pages.configuration > docs/configuration.md
 	$(BIN)/python -m docs.reference_pages.metrics > docs/metrics.md
 
+site: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "written to build/site, begin with build/site/index.html"
+
+wheel: $(STAMP)
+	$(BIN)/python -m build --wheel --outdir dist .
+
+release-check: $(STAMP)
+	$(BIN)/python -m release.check $(ARGS)
+
 manifests: $(STAMP)
 	$(BIN)/python deploy/kubernetes/rules.py > deploy/kubernetes/monitoring/prometheus-rule.yaml
 
 images: $(STAMP)
 	@$(BIN)/python -m deploy.images $(ARGS)
+
+sglang-matrix: $(STAMP)
+	@$(BIN)/python -m tests.engines.release_matrix sglang $(ARGS)
+
+# Checks that are not part of `make test`.
+nightly: sglang-matrix
 
 # The plots of the status page; npm checks what it fetches against the registry's own checksum.
 UPLOT := 1.6.32

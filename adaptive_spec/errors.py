@@ -1,7 +1,12 @@
-"""What is said to the operator instead of a traceback."""
+"""The error of bad input, and how any error is written on one line."""
 
 from __future__ import annotations
 
 
 class BadInput(Exception):  # noqa: N818 - it names what happened; callers print it and exit 2
-    """Something given from outside is not allowed. The message is one line naming the field, its value and what is allowed."""
+    """A value from outside is not allowed. The message is one line: the field, then the value, then what is allowed."""
+
+
+def one_line(error: BaseException) -> str:
+    """Return the message of an error on one line; the name of its type when it has no message."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,1 +1,1 @@
-"""Grafana dashboards, made by code: `make dashboards` writes the JSON files of this folder."""
+"""Grafana dashboards, built by code: `make dashboards` writes the JSON files of this folder."""

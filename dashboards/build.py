@@ -1,4 +1,4 @@
-"""`python -m dashboards.build` writes the JSON files beside this module: one dashboard each, the same bytes every time."""
+"""`python -m dashboards.build` writes one JSON file per dashboard into this folder; the output is deterministic."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DASHBOARDS: dict[str, Callable[[], Dashboard]] = {
 
 
 def document(name: str) -> str:
-    """The JSON of a dashboard, by its name in `DASHBOARDS`."""
+    """Return the JSON of a dashboard, by its name in `DASHBOARDS`."""
     return json.dumps(DASHBOARDS[name](), cls=JSONEncoder, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
 
 

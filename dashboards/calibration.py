@@ -1,4 +1,4 @@
-"""Calibration: do draft scores tell acceptance."""
+"""Calibration: how well draft scores predict acceptance."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ BALANCE = (
 
 
 def _reliability() -> trend.Panel:
-    # The label `score` is text; as a number it is the x axis, and the diagonal it should be compared with.
+    # The label `score` is text; converted to a number it is the x axis.
     columns = {"score": "score", "Value #A": "calibrated", "Value #B": "observed"}
     as_number = DataTransformerConfig(
         id_val="convertFieldType", options={"fields": {}, "conversions": [{"targetField": "score", "destinationType": "number"}]}
     )
     return (
-        trend.Panel().title("Reliability now").datasource(DATASOURCE).unit("percentunit").min(0).max(1).height(12).span(12)
-        .description("P(accept) by cumulative draft score: calibrated, and as it was. The two should lie together.")
+        trend.Panel().title("Current reliability").datasource(DATASOURCE).unit("percentunit").min(0).max(1).height(12).span(12)
+        .description("P(accept) by cumulative draft score: calibrated and observed. The two curves should agree.")
         .with_target(rows(f"sum by (score) ({series('calibration_curve_probability')})", "A"))
         .with_target(rows(f"sum by (score) ({series('calibration_observed_probability')})", "B"))
         .transformations([*joined("score", columns, "score")[:3], as_number, *joined("score", columns, "score")[3:]])
@@ -39,19 +39,22 @@ def calibration() -> Dashboard:
     accepted, verified = rate("accepted_tokens_total"), rate("verified_tokens_total")
     panels = [
         number("Calibration error (ECE)", "percentunit", series("calibration_error_ratio"),
-               "The alert CalibrationDecay begins at a mean of 5 %.", decimals=1, width=6,
+               "Mean difference of calibrated and observed acceptance. CalibrationDecay fires above a mean of 5 %.",
+               decimals=1, width=6,
                bounds=((0.03, "yellow"), (0.05, "red"))),
         number("Brier score", "none", series("calibration_brier_ratio"), "Mean squared error of P(accept), 0..1.", decimals=3,
                width=6),
-        number("Log loss", "none", series("calibration_log_loss"), "Nats per draft token; a coin has 0.693.", decimals=3, width=6,
+        number("Log loss", "none", series("calibration_log_loss"),
+               "Nats per draft token; a constant P(accept) of 0.5 gives 0.693.", decimals=3, width=6,
                bounds=((0.693, "red"),)),
         number("Expected minus accepted", "percentunit", BALANCE,
-               "Of the verified draft tokens. The alert CalibrationDecay begins at 5 % either way.", decimals=1, width=6,
+               "Share of the verified draft tokens. The alert CalibrationDecay fires below -5 % and above 5 %.",
+               decimals=1, width=6,
                base="red", bounds=((-0.05, "green"), (0.05, "red"))),
         _reliability(),
         lines("Calibrated P(accept) by score, over time", "percentunit",
               {"score {{score}}": series("calibration_curve_probability")},
-              "How the map moves. Scores are the middles of 15 bins.", low=0, high=1).height(12),
+              "Scores are the centres of 15 bins.", low=0, high=1).height(12),
         lines("Calibration error (ECE)", "percentunit", {"ECE": series("calibration_error_ratio")}, low=0),
         lines("Brier score and log loss", "none", {
             "Brier score": series("calibration_brier_ratio"), "log loss": series("calibration_log_loss"),
@@ -59,13 +62,13 @@ def calibration() -> Dashboard:
         lines("Accepted draft tokens, expected and actual", "tokens/s", {
             "expected": rate("expected_accepted_tokens_total"), "accepted": f"sum without (position) ({accepted})",
         }, low=0),
-        lines("Expected minus accepted", "percentunit", {"of the verified": BALANCE}, "0 = the calibration keeps its word."),
+        lines("Expected minus accepted", "percentunit", {"share of verified": BALANCE}, "0 = as many accepted as expected."),
         lines("Acceptance by position", "percentunit", {"position {{position}}": f"{accepted} / ({verified} > 0)"},
-              "Accepted over verified draft tokens.", low=0, high=1),
+              "Accepted / verified draft tokens.", low=0, high=1),
         lines("Calibration drift events", "none",
               {"events": f"sum({increase('drift_events_total', OURS)})"},
-              "Acceptance or the draft's confidence stopped looking like it did.", bars=True, low=0),
+              "Changes in acceptance or in the draft model's confidence.", bars=True, low=0),
     ]  # fmt: skip
     return page(
-        "calibration", "adaptive-spec: calibration", "Cumulative draft score to P(accept), and how well it holds.", panels
+        "calibration", "adaptive-spec: calibration", "P(accept) by cumulative draft score, and how accurate it is.", panels
     )

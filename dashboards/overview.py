@@ -1,4 +1,4 @@
-"""Overview: does speculative decoding pay here, which K runs, and since when."""
+"""Overview: goodput, gain over the launch K, and K by batch size."""
 
 from __future__ import annotations
 
@@ -15,40 +15,42 @@ FIRST = 'position="1"'
 def overview() -> Dashboard:
     accepted, verified = rate("accepted_tokens_total"), rate("verified_tokens_total")
     panels = [
-        number("Mode", "none", f"{series('mode')} == 1", "What the controller is doing.", legend="{{mode}}", as_name=True),
-        number("Goodput", "tokens/s", series("goodput_tokens_per_second"), "Output tokens per second of decode time, lately.",
+        number("Mode", "none", f"{series('mode')} == 1", "Current mode of the controller.", legend="{{mode}}", as_name=True),
+        number("Goodput", "tokens/s", series("goodput_tokens_per_second"),
+               "Output tokens per second of decode time, over recent steps.",
                decimals=0),
         number("Gain over the launch K", "percentunit", series("policy_measured_gain_ratio"),
-               "Measured goodput against what the K of the server's flags would have given.", decimals=1,
+               "Measured goodput against the estimated goodput of the launch K, which is the K of the server's flags.",
+               decimals=1,
                base="red", bounds=((-0.05, "yellow"), (0, "green"))),
         number("Mean accept_len", "tokens", f"sum({accepted}) / (sum({rate('draft_tokens_total', FIRST)}) > 0)",
-               "Accepted draft tokens per request and step, of the steps that drafted; without the bonus token.", decimals=2),
+               "Accepted draft tokens per request and step, in steps with K > 0; without the bonus token.", decimals=2),
         number("Calibration error (ECE)", "percentunit", series("calibration_error_ratio"),
-               "How far P(accept | score) is off. The alert CalibrationDecay begins at a mean of 5 %.", decimals=1,
+               "Mean difference of P(accept | score) and observed acceptance. CalibrationDecay fires above 5 %.", decimals=1,
                bounds=((0.03, "yellow"), (0.05, "red"))),
         number("Swaps in 30 minutes", "none", f"sum(increase({series('policy_swaps_total')}[30m]))",
-               "Policies swapped in. The alert PolicyFlapping begins at 60.", decimals=0, bounds=((60, "red"),)),
+               "Policy swaps. The alert PolicyFlapping fires above 60.", decimals=0, bounds=((60, "red"),)),
         lines("Goodput", "tokens/s", {
             "of decode time": series("goodput_tokens_per_second"),
-            "of all time, idle included": rate("output_tokens_total"),
-        }, "Output tokens per second. The distance between the two is time in which nothing was decoded.", low=0),
+            "of total time, including idle": rate("output_tokens_total"),
+        }, "Output tokens per second. The difference is time without decode steps.", low=0),
         lines("K by batch size", "none", {"batch {{batch_size}}": series("policy_draft_tokens", POWERS)},
-              "Draft length of the policy in force, at the powers of two.", steps=True, low=0),
+              "K of the current policy, at batch sizes that are powers of two.", steps=True, low=0),
         lines("Mean accept_len", "tokens", {"accept_len": f"sum({accepted}) / (sum({rate('draft_tokens_total', FIRST)}) > 0)"},
-              "Accepted draft tokens per request and step, of the steps that drafted.", low=0),
+              "Accepted draft tokens per request and step, in steps with K > 0.", low=0),
         lines("Acceptance by position", "percentunit", {"position {{position}}": f"{accepted} / ({verified} > 0)"},
-              "Accepted over verified draft tokens.", low=0, high=1),
+              "Accepted / verified draft tokens.", low=0, high=1),
         lines("Step time, predicted and measured", "s", {
             "measured": STEP_MEAN,
             "predicted": f"({STEP_MEAN}) * ignoring (stage) {rate('predicted_step_seconds_total')}"
                          f" / ignoring (stage) ({rate('measured_step_seconds_total')} > 0)",
-        }, "Mean seconds of a decode step.", low=0),
+        }, "Mean time of a decode step.", low=0),
         lines("Gain over the launch K", "percentunit", {
             "predicted": series("policy_predicted_gain_ratio"), "measured": series("policy_measured_gain_ratio"),
-        }, "0 = as fast as with the K of the server's flags."),
+        }, "0 % = same goodput as with the launch K, which is estimated."),
         lines("Swaps by reason", "none", {"{{reason}}": f"sum by (reason) ({increase('policy_swaps_total')})"},
-              "sweep: after a cold start. gain: another K is better. drift: the models changed. rollback: a swap taken back.",
+              "sweep: after a cold start. gain: another K is better. drift: the models changed. rollback: a swap was undone.",
               bars=True, low=0),
         lines("Decode steps per second", "steps/s", {"steps": rate("decode_steps_total")}, "0 while the engine is idle.", low=0),
     ]  # fmt: skip
-    return page("overview", "adaptive-spec: overview", "Draft length K of a live server: what runs, and what it gains.", panels)
+    return page("overview", "adaptive-spec: overview", "Draft length K of a live server, and its gain over the launch K.", panels)

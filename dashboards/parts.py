@@ -1,4 +1,4 @@
-"""What all dashboards are made of: variables, queries, panels in a house style, and the marks of swaps and drift events."""
+"""Parts of all dashboards: variables, queries, panels in one style, and annotations for swaps and drift events."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TAG = "adaptive-spec"
 DATASOURCE = kinds.DataSourceRef(type_val="prometheus", uid="$datasource")
 SELECTOR = 'job=~"$job", model=~"$model", gpu=~"$gpu", instance=~"$instance"'
 BARE = 'job=~"$job", instance=~"$instance"'
-"""For metrics without the engine's labels: the process's own, and refit_duration_seconds, whose `model` says which of ours."""
+"""For metrics without the engine's labels: process metrics, and refit_duration_seconds, which has its own label `model`."""
 STAT_HEIGHT, HEIGHT = 4, 8
 UIDS = {"overview": "adaptive-spec-overview", "latency": "adaptive-spec-latency", "calibration": "adaptive-spec-calibration",
         "health": "adaptive-spec-health"}  # fmt: skip
@@ -23,33 +23,33 @@ Panel = Builder[models.Panel]
 
 
 def series(name: str, *matchers: str) -> str:
-    """Our metric with the matchers of the variables: `decode_steps_total` -> adaptive_spec_decode_steps_total{...}."""
+    """Select a metric by the dashboard's variables: `decode_steps_total` -> adaptive_spec_decode_steps_total{...}."""
     return f"{PREFIX}{name}{{{', '.join((SELECTOR, *matchers))}}}"
 
 
 def rate(name: str, *matchers: str) -> str:
-    """Increase per second of a counter, over a window that Grafana fits to scrape interval and zoom."""
+    """Increase per second of a counter, over Grafana's rate interval."""
     return f"rate({series(name, *matchers)}[$__rate_interval])"
 
 
 def increase(name: str, *matchers: str) -> str:
-    """Increase of a counter within one step of the picture."""
+    """Increase of a counter, over Grafana's rate interval."""
     return f"increase({series(name, *matchers)}[$__rate_interval])"
 
 
 def or_zero(expr: str, label: str) -> str:
-    """`expr`, by `label`; 0 with that label "none" where the counter has no series because it never counted."""
+    """Return `expr`, or 0 with `label` "none" when the counter has no series yet."""
     attached = series("engine_attached")
     return f'{expr} or label_replace(0 * max({attached}), "{label}", "none", "", "")'
 
 
 def query(expr: str, legend: str = "__auto", ref: str = "A") -> prometheus.Dataquery:
-    """A range query; legend: "{{label}}" is replaced."""
+    """Return a range query. legend: "{{label}}" is replaced by the label's value."""
     return prometheus.Dataquery().datasource(DATASOURCE).expr(expr).legend_format(legend).range().ref_id(ref)
 
 
 def rows(expr: str, ref: str) -> prometheus.Dataquery:
-    """An instant query whose samples become the rows of a table: one column per label, and `Value #ref`."""
+    """Return an instant query in table format: one column per label, and `Value #ref`."""
     return prometheus.Dataquery().datasource(DATASOURCE).expr(expr).instant().format(PromQueryFormat.TABLE).ref_id(ref)
 
 
@@ -57,7 +57,7 @@ def lines(
     title: str, unit: str, queries: Mapping[str, str], description: str = "", *, width: int = 12, steps: bool = False,
     bars: bool = False, low: float | None = None, high: float | None = None,
 ) -> timeseries.Panel:  # fmt: skip
-    """Series over time. queries: legend -> expression. steps: the value stands until the next. low, high: ends of the axis."""
+    """Return a time series panel. queries: legend -> expression. steps: draw as steps. low, high: ends of the axis."""
     panel = (
         timeseries.Panel().title(title).description(description).datasource(DATASOURCE).unit(unit).height(HEIGHT).span(width)
         .legend(common.VizLegendOptions().display_mode(kinds.LegendDisplayMode.LIST).placement(kinds.LegendPlacement.BOTTOM)
@@ -80,7 +80,7 @@ def number(
     title: str, unit: str, expr: str, description: str = "", *, width: int = 4, decimals: float | None = None,
     base: str = "green", bounds: Sequence[tuple[float, str]] = (), legend: str = "__auto", as_name: bool = False,
 ) -> stat.Panel:  # fmt: skip
-    """One number. base: colour. bounds: (from this value on, colour). as_name: show the legend, not the value."""
+    """Return a panel with one number. bounds: (value, colour from there on). as_name: show the legend, not the value."""
     steps = [models.Threshold(value=None, color=base), *(models.Threshold(value=v, color=c) for v, c in bounds)]
     panel = (
         stat.Panel().title(title).description(description).datasource(DATASOURCE).unit(unit).height(STAT_HEIGHT).span(width)
@@ -98,7 +98,7 @@ def number(
 
 
 def joined(on: str, columns: Mapping[str, str], sort_by: str) -> list[models.DataTransformerConfig]:
-    """Join the tables of several `rows` queries on a label and keep `columns` (name in the data -> name to show), sorted."""
+    """Join the tables of several `rows` queries on a label; keep `columns` (name in the data -> name shown), sorted."""
     return [
         models.DataTransformerConfig(id_val="joinByField", options={"byField": on, "mode": "outer"}),
         models.DataTransformerConfig(id_val="filterFieldsByName", options={"include": {"names": list(columns)}}),
@@ -120,7 +120,7 @@ def _variable(name: str, label: str, query_text: str, *, several: bool) -> dashb
     return variable
 
 
-def _mark(name: str, colour: str, expr: str, title: str) -> dashboard.AnnotationQuery:
+def _annotation(name: str, colour: str, expr: str, title: str) -> dashboard.AnnotationQuery:
     return (
         dashboard.AnnotationQuery().name(name).datasource(DATASOURCE).enable(True).icon_color(colour).expr(expr)
         .title_format(title).step("15s")
@@ -128,9 +128,9 @@ def _mark(name: str, colour: str, expr: str, title: str) -> dashboard.Annotation
 
 
 def page(name: str, title: str, description: str, panels: Sequence[Panel]) -> models.Dashboard:
-    """A dashboard with our variables, links to the others, and the marks of swaps and drift events."""
+    """Return a dashboard with variables, links to the others, and annotations for swaps and drift events."""
     source = models.VariableOption(text="Prometheus", value="prometheus")
-    words = dashboard.AnnotationTarget().limit(200).match_any(False).tags([TAG]).type("tags")
+    ours = dashboard.AnnotationTarget().limit(200).match_any(False).tags([TAG]).type("tags")
     builder = (
         dashboard.Dashboard(title).uid(UIDS[name]).description(description).tags([TAG]).editable().timezone("browser")
         .time("now-1h", "now").refresh("10s").tooltip(models.DashboardCursorSync.CROSSHAIR)
@@ -144,12 +144,12 @@ def page(name: str, title: str, description: str, panels: Sequence[Panel]) -> mo
         .with_variable(_variable(
             "instance", "Instance", f'label_values({PREFIX}build_info{{job=~"$job", model=~"$model", gpu=~"$gpu"}}, instance)',
             several=False))
-        .annotation(_mark("Swaps", "blue", f"sum by (reason) ({increase('policy_swaps_total')}) > 0",
+        .annotation(_annotation("Swaps", "blue", f"sum by (reason) ({increase('policy_swaps_total')}) > 0",
                           "K policy swapped: {{reason}}"))
-        .annotation(_mark("Drift", "orange", f"sum by (signal) ({increase('drift_events_total')}) > 0",
+        .annotation(_annotation("Drift", "orange", f"sum by (signal) ({increase('drift_events_total')}) > 0",
                           "{{signal}} drift"))
         .annotation(dashboard.AnnotationQuery().name("Events in words").enable(True).icon_color("purple")
-                    .datasource(kinds.DataSourceRef(type_val="grafana", uid="-- Grafana --")).target(words))  # type: ignore[arg-type]  # of a Grafana data source: the SDK has the other kind only
+                    .datasource(kinds.DataSourceRef(type_val="grafana", uid="-- Grafana --")).target(ours))  # type: ignore[arg-type]  # of a Grafana data source: the SDK has the other kind only
     )  # fmt: skip
     for panel in panels:
         builder.with_panel(panel)

@@ -1,1 +1,1 @@
-"""What runs adaptive-spec: configuration of Prometheus and Alertmanager, and `make stack` that starts all of it here."""
+"""Deployment files: Prometheus, Docker, Kubernetes, systemd; and `make stack`, which runs the monitoring on this machine."""

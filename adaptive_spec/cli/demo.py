@@ -1,7 +1,7 @@
-"""`adaptive-spec demo`: a real engine and the sidecar as two processes of their own, watched until the end.
+"""`adaptive-spec demo`: runs an engine and the sidecar as two processes and shows what they do until the end.
 
-The sidecar may die (try `kill -9`): the engine goes on, and a new sidecar is started with growing pauses and continues from
-the checkpoint. Everything the run leaves in memory lies in one folder that is removed at the end.
+When the sidecar dies (try `kill -9`) the engine continues. A new sidecar is started, with growing delays, and continues from the
+checkpoint. All files of the run are in one folder, in memory where possible, which is removed at the end.
 """
 
 from __future__ import annotations
@@ -10,8 +10,6 @@ import contextlib
 import importlib.util
 import json
 import shutil
-import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -19,20 +17,21 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import yaml
 
 from adaptive_spec.cli.demo_view import DemoState, DemoView
+from adaptive_spec.cli.output_files import check_folder_of, write_json
+from adaptive_spec.cli.processes import last_line, stop_signals
 from adaptive_spec.client.sidecar import ADDRESS_NAME, ControlClient
 from adaptive_spec.errors import BadInput
+from adaptive_spec.sidecar.listening import check_port
 from adaptive_spec.sidecar.supervisor import Supervisor, end, end_with_parent
-from adaptive_spec.storage.archive import write_atomically
 
-LOOK_S = 0.25
-END_PATIENCE_S = 30.0
-START_PATIENCE_S = 60.0
+UPDATE_S = 0.25
+END_TIMEOUT_S = 30.0
+START_TIMEOUT_S = 60.0
 SWEEP_TOKENS, SWEEP_STEPS = 32, 500
 CHECKPOINT_INTERVAL_S = 2.0
 WORKERS = {"embedded": "adaptive_spec.engines.embedded.worker", "sglang": "adaptive_spec.engines.sglang.demo_worker"}
@@ -40,7 +39,7 @@ WORKERS = {"embedded": "adaptive_spec.engines.embedded.worker", "sglang": "adapt
 
 @dataclass(frozen=True)
 class DemoOptions:
-    """The options of `adaptive-spec demo`; duration_s None: until Ctrl-C, profile_dir None: a fresh one each time."""
+    """The options of `adaptive-spec demo`. duration_s None: until Ctrl-C. profile_dir None: a new one for every run."""
 
     duration_s: float | None
     host: str
@@ -53,16 +52,16 @@ class DemoOptions:
 
 
 def run_demo(options: DemoOptions) -> int:
-    """Run the demonstration; returns the exit status: 0, or 1 when an output differed from the target model's own.
+    """Run the demo; returns the exit status: 0, or 1 when an output differed from that of the target model alone.
 
-    Raises BadInput when something needed is missing, and when the engine dies.
+    Raises BadInput when a requirement is missing and when the engine fails.
     """
     if options.engine == "embedded" and not all(importlib.util.find_spec(name) for name in ("torch", "safetensors")):
-        raise BadInput("demo: torch or safetensors is missing: install the extra, pip install 'adaptive-spec[engine]'")
-    if options.json_file and not options.json_file.absolute().parent.is_dir():
-        raise BadInput(f"--json: '{options.json_file}' is not allowed: its folder does not exist")
-    _check_port(options.host, options.port)
-    with _folder() as folder, _stop_signals() as stopping:
+        raise BadInput("demo: torch or safetensors is not installed: pip install 'adaptive-spec[engine]'")
+    if options.json_file:
+        check_folder_of(options.json_file, "--json")
+    check_port(options.host, options.port)
+    with _folder() as folder, stop_signals() as stopping:
         demo = _Demo(options, folder)
         try:
             state = demo.watch(stopping)
@@ -70,13 +69,13 @@ def run_demo(options: DemoOptions) -> int:
             demo.end()
     document = result_document(state)
     if options.json_file:
-        write_atomically(options.json_file.absolute(), (json.dumps(document, indent=1) + "\n").encode())
+        write_json(options.json_file, document, "--json")
     demo.view.conclude(document, state)
     return 0 if document["lossless"] else 1
 
 
 def result_document(state: DemoState) -> dict[str, Any]:
-    """What `--json` writes: the fields of the contract, and some more."""
+    """Return what `--json` writes."""
     engine, sidecar = state.engine, state.sidecar
     decode_s = engine.get("decode_s") or 0.0
     return {
@@ -106,7 +105,7 @@ def result_document(state: DemoState) -> dict[str, Any]:
 
 
 class _Demo:
-    """The two processes of one run and what they say."""
+    """The two processes of one run, and their newest state."""
 
     def __init__(self, options: DemoOptions, folder: Path) -> None:
         self._options, self._folder = options, folder
@@ -117,7 +116,7 @@ class _Demo:
             "host": options.host,
             "port": options.port,
             "checkpoint_interval_s": CHECKPOINT_INTERVAL_S,
-            # A demo is short and its batches are small: the curve beyond what they reach is left to a real deployment.
+            # The demo is short and its batches are small, so the sweep measures only the token counts they reach.
             "controller": {"sweep": {"max_tokens": SWEEP_TOKENS, "max_steps": SWEEP_STEPS}},
         }
         (folder / "config.yaml").write_text(yaml.safe_dump(settings))
@@ -135,33 +134,33 @@ class _Demo:
         self.view = DemoView(self._client.url if self._client else "")
 
     def watch(self, stopping: list[int]) -> DemoState:
-        """Show what happens until the engine has ended, by itself or because it was told to. Raises BadInput if it fails."""
+        """Show the run until the engine ends, by itself or on a stop signal. Raises BadInput if the engine fails."""
         engine = self._engine
         assert engine is not None  # started in __init__
-        told_s: float | None = None
+        stopped_s: float | None = None
         with self.view:
             while engine.poll() is None:
-                self._look()
+                self._update()
                 self.view.show(self.state)
-                if stopping and told_s is None:
-                    told_s = time.monotonic()
+                if stopping and stopped_s is None:
+                    stopped_s = time.monotonic()
                     engine.terminate()
-                if told_s is not None and time.monotonic() - told_s > END_PATIENCE_S:
+                if stopped_s is not None and time.monotonic() - stopped_s > END_TIMEOUT_S:
                     engine.kill()
-                time.sleep(LOOK_S)
-            time.sleep(2 * LOOK_S)  # the sidecar reads the last records and shows them
-            self._look()
+                time.sleep(UPDATE_S)
+            time.sleep(2 * UPDATE_S)  # so that the sidecar reads the last records
+            self._update()
         if engine.returncode != 0:
-            raise BadInput(f"demo: the engine ended with status {engine.returncode}: {self._last_line('engine.log')}")
+            raise BadInput(f"demo: the engine ended with status {engine.returncode}: {last_line(self._folder / 'engine.log')}")
         return self.state
 
     def end(self) -> None:
-        """Stop both processes, gently at first."""
+        """Stop both processes."""
         for process in (self._engine, self._supervisor.process):
             if process is not None:
                 end(process)
 
-    def _look(self) -> None:
+    def _update(self) -> None:
         self._supervisor.look(time.monotonic())
         self.state.sidecar_restarts = self._supervisor.restarts
         with contextlib.suppress(OSError, ValueError):
@@ -174,17 +173,17 @@ class _Demo:
             self.state.sidecar_answers = False
 
     def _await_sidecar(self) -> None:
-        """Wait until the first sidecar serves; what keeps it from doing so is the operator's to know."""
-        deadline_s = time.monotonic() + START_PATIENCE_S
+        """Wait until the first sidecar serves. Raises BadInput with its last line when it ends, and on a timeout."""
+        deadline_s = time.monotonic() + START_TIMEOUT_S
         while time.monotonic() < deadline_s:
             with contextlib.suppress(BadInput):
                 self._client = ControlClient.find(self._runtime_dir, None, None)
                 return
             if self._supervisor.process.poll() is not None:
-                raise BadInput(self._last_line("sidecar.log").removeprefix("adaptive-spec: "))
+                raise BadInput(last_line(self._folder / "sidecar.log").removeprefix("adaptive-spec: "))
             time.sleep(0.05)
         self.end()
-        raise BadInput(f"demo: the sidecar does not serve within {START_PATIENCE_S:g} s")
+        raise BadInput(f"demo: the sidecar did not start within {START_TIMEOUT_S:g} s")
 
     def _start_sidecar(self) -> subprocess.Popen[bytes]:
         return self._start("adaptive_spec.cli", ["sidecar", "--config", str(self._folder / "config.yaml")], "sidecar.log")
@@ -196,40 +195,13 @@ class _Demo:
                 stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True, preexec_fn=end_with_parent,
             )  # fmt: skip
 
-    def _last_line(self, log: str) -> str:
-        lines = (self._folder / log).read_text(errors="replace").split("\n")
-        return next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
-
-
-def _check_port(host: str, port: int) -> None:
-    try:
-        socket.create_server((host, port)).close()
-    except OSError as error:
-        raise BadInput(f"--port: {port} on host {host!r} is not allowed: {error.strerror or error}; must be free") from error
-
 
 @contextlib.contextmanager
 def _folder() -> Iterator[Path]:
-    """A folder of this run alone, in memory where there is one."""
+    """Yield a new folder for this run, in /dev/shm where that exists; it is removed afterwards."""
     memory = Path("/dev/shm")
     folder = Path(tempfile.mkdtemp(prefix="adaptive-spec-demo-", dir=memory if memory.is_dir() else None))
     try:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """A list that is empty until SIGINT or SIGTERM asks for the end."""
-    stopping: list[int] = []
-
-    def stop(number: int, _frame: FrameType | None) -> None:
-        stopping.append(number)
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stopping
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

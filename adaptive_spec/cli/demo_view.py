@@ -1,4 +1,4 @@
-"""What the demo shows: a live view on a terminal, plain lines elsewhere, a summary at the end."""
+"""Output of the demo: a live view on a terminal, plain lines elsewhere, and a summary at the end."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from adaptive_spec.cli.tables import k_words, number
+from adaptive_spec.cli.tables import k_ranges, number
 
 LINE_INTERVAL_S = 5.0
 EVENTS_SHOWN = 8
@@ -24,7 +24,7 @@ _STYLES = {"active": "bold green", "sweep": "bold yellow"}
 
 @dataclass
 class DemoState:
-    """The last thing both processes said. engine: the worker's status file. sidecar: /status.json."""
+    """Newest state of both processes. engine: the status file of the engine process. sidecar: /status.json."""
 
     duration_s: float | None
     engine: dict[str, Any] = field(default_factory=dict)
@@ -34,14 +34,14 @@ class DemoState:
 
 
 class DemoView:
-    """Context manager around the run; `show` as often as you like, `conclude` once afterwards."""
+    """Context manager around the run. Call `show` regularly during it, and `conclude` once afterwards."""
 
     def __init__(self, url: str, console: Console | None = None) -> None:
         self._console = console or Console(highlight=False)
         self._url = url
         self._live = Live(console=self._console, auto_refresh=False) if self._console.is_terminal else None
         self._next_line_s = 0.0
-        self._said: set[tuple[float, str]] = set()
+        self._shown: set[tuple[float, str]] = set()
         self._restarts = 0
 
     def __enter__(self) -> Self:
@@ -56,11 +56,11 @@ class DemoView:
             self._live.stop()
 
     def show(self, state: DemoState) -> None:
-        """Refresh the live view, or print a line when it is time or something happened."""
+        """Refresh the live view; without a terminal, print new events and a line every LINE_INTERVAL_S."""
         if self._live:
-            self._live.update(picture(state, self._url), refresh=True)
+            self._live.update(live_view(state, self._url), refresh=True)
             return
-        for text in self._news(state):
+        for text in self._new_events(state):
             self._console.print(text, markup=False, soft_wrap=True)
         now_s = time.monotonic()
         if now_s >= self._next_line_s:
@@ -68,43 +68,43 @@ class DemoView:
             self._console.print(plain_line(state), markup=False, soft_wrap=True)
 
     def conclude(self, document: dict[str, Any], state: DemoState) -> None:
-        """Print the figures of the whole run."""
+        """Print the summary of the run."""
         if document["compare"]:
             self._console.print(compare_table(document["compare"]))
         drift, checked = document["drift_events"], document["lossless_checked"]
         rows = {
             "decode steps": f"{document['decode_steps']:,}",
-            "output": f"{document['output_tokens']:,} tokens, {document['goodput_tokens_per_s']:,.0f} per second of decode time",
+            "output": f"{document['output_tokens']:,} tokens, {document['goodput_tokens_per_s']:,.0f} tokens/s of decode time",
             "sweep": f"{document['sweep_steps']} steps, {document['sweep_s']:.1f} s",
             "tile boundaries": ", ".join(map(str, document["boundaries"])) or "none found",
             "policy swaps": str(document["policy_swaps"]),
             "drift events": f"{drift.get('latency', 0)} latency, {drift.get('calibration', 0)} calibration",
             "calibration": f"ECE {number(document['calibration_error'], '.3f')}",
-            "lossless": f"{'yes' if document['lossless'] else 'NO'}, {checked} outputs checked by the target alone",
+            "lossless": f"{'yes' if document['lossless'] else 'NO'}, {checked} outputs compared with the target model alone",
         }
         if state.sidecar_restarts:
-            rows["sidecar"] = f"restarted {state.sidecar_restarts} times"
+            rows["sidecar"] = f"restarted {state.sidecar_restarts} {'time' if state.sidecar_restarts == 1 else 'times'}"
         table = Table(show_header=False, box=None, pad_edge=False)
         for name, value in rows.items():
             table.add_row(Text(name, style="dim"), Text(value))
         self._console.print(table)
 
-    def _news(self, state: DemoState) -> list[str]:
-        """What happened since the last look."""
-        news = []
+    def _new_events(self, state: DemoState) -> list[str]:
+        """Return a line for each event since the last call."""
+        lines = []
         if state.sidecar_restarts > self._restarts:
             self._restarts = state.sidecar_restarts
-            news.append("  sidecar started again; the engine went on meanwhile")
+            lines.append("  sidecar restarted; the engine kept running")
         for event in state.sidecar.get("events", []):
             key = (event["time_s"], event["text"])
-            if key not in self._said:
-                self._said.add(key)
-                news.append(f"  {event['text']}")
-        return news
+            if key not in self._shown:
+                self._shown.add(key)
+                lines.append(f"  {event['text']}")
+        return lines
 
 
 def plain_line(state: DemoState) -> str:
-    """One line of what is going on."""
+    """Return the state of the run in one line."""
     engine, sidecar = state.engine, state.sidecar
     if not engine:
         return "loading the models"
@@ -114,16 +114,16 @@ def plain_line(state: DemoState) -> str:
     return (
         f"{engine['elapsed_s']:6.1f} s  {mode:8s} {phase['kind']} x{phase['concurrency']}  K {engine['k']}"
         f"  {engine['goodput_tokens_per_s']:,.0f} tokens/s  boundaries {boundaries}"
-        f"  policy {sidecar.get('policy_version', 0)}  K by batch {k_words(sidecar.get('k_by_batch_size', {}))}"
+        f"  policy {sidecar.get('policy_version', 0)}  K by batch {k_ranges(sidecar.get('k_by_batch_size', {}))}"
     )
 
 
-def picture(state: DemoState, url: str) -> RenderableType:
-    """The live view."""
+def live_view(state: DemoState, url: str) -> RenderableType:
+    """Return what the terminal shows during the run."""
     engine, sidecar = state.engine, state.sidecar
     if not engine:
         return Panel(Text("loading the models"), title="adaptive-spec demo", title_align="left")
-    mode = sidecar.get("mode", "-") if state.sidecar_answers else "no sidecar: the engine goes on"
+    mode = sidecar.get("mode", "-") if state.sidecar_answers else "no sidecar, the engine keeps running"
     phase = engine["phase"]
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="dim", no_wrap=True)
@@ -134,7 +134,7 @@ def picture(state: DemoState, url: str) -> RenderableType:
         bar = Table.grid(padding=(0, 1))
         bar.add_row(ProgressBar(total=1.0, completed=sweep["progress"], width=40), f"{sweep['steps']} steps")
         grid.add_row("sweep", bar)
-    grid.add_row("traffic", f"{phase['kind']}, {phase['concurrency']} at once ({engine['stage']})")
+    grid.add_row("traffic", f"{phase['kind']}, {phase['concurrency']} concurrent requests ({engine['stage']})")
     grid.add_row("now", f"K {engine['k']} at batch {engine['batch_size']}, {engine['goodput_tokens_per_s']:,.0f} tokens/s")
     grid.add_row("K by batch size", k_strip(sidecar.get("k_by_batch_size", {})))
     boundaries = sidecar.get("boundaries", [])
@@ -150,7 +150,7 @@ def picture(state: DemoState, url: str) -> RenderableType:
     )
     gain = sidecar.get("measured_gain")
     swaps = sum((sidecar.get("swaps") or {}).values())
-    gained = "" if gain is None else f", {gain:+.1%} over the launch K"
+    gained = "" if gain is None else f", {gain:+.1%} over the launch K (estimate)"
     grid.add_row("policy", f"version {sidecar.get('policy_version', 0)}, {swaps} swaps{gained}")
     parts: list[RenderableType] = [grid]
     if engine.get("compare"):
@@ -166,7 +166,7 @@ def picture(state: DemoState, url: str) -> RenderableType:
 
 
 def k_strip(k_by_batch_size: dict[str, int]) -> Text:
-    """K of every batch size as a row of figures, brighter with K."""
+    """Return K of every batch size in one line, coloured by K."""
     if not k_by_batch_size:
         return Text("none yet", style="dim")
     styles = ("dim", "blue", "cyan", "green", "yellow", "magenta", "red")
@@ -178,7 +178,7 @@ def k_strip(k_by_batch_size: dict[str, int]) -> Text:
 
 
 def staircase(points: list[list[float]], boundaries: list[int], width: int = 64) -> Text:
-    """Latency by measured token count as a row of blocks, with a mark behind every boundary."""
+    """Return latency by measured token count as a row of blocks, with a mark after every tile boundary."""
     if not points:
         return Text("not measured yet", style="dim")
     shown = points[:width]
@@ -194,12 +194,12 @@ def staircase(points: list[list[float]], boundaries: list[int], width: int = 64)
 
 
 def compare_table(compare: dict[str, float]) -> Table:
-    """Goodput of every arm, and of the adaptive one against it."""
+    """Return goodput of every fixed K, and the ratio of adaptive to it."""
     adaptive = compare.get("adaptive", 0.0)
     fixed = {name: goodput for name, goodput in compare.items() if name != "adaptive"}
     best = max(fixed, key=fixed.__getitem__, default="")
-    table = Table("same prompts, in turn", box=None, pad_edge=False)
-    for heading in ("tokens/s", "adaptive against it"):
+    table = Table("same prompts, alternating", box=None, pad_edge=False)
+    for heading in ("tokens/s", "adaptive / this"):
         table.add_column(heading, justify="right")
     for name, goodput in compare.items():
         ratio = f"x {adaptive / goodput:.3f}" if goodput and name != "adaptive" else ""

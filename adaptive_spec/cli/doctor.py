@@ -1,4 +1,4 @@
-"""`adaptive-spec doctor`: what works on this machine and what does not, each in one line."""
+"""`adaptive-spec doctor`: checks this machine and reports each check in one line."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import json
 import os
 import platform
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -21,17 +20,18 @@ from adaptive_spec import __version__
 from adaptive_spec.client.sidecar import ControlClient
 from adaptive_spec.engine_side.tap import PAGE_NAME, RING_NAME
 from adaptive_spec.errors import BadInput
+from adaptive_spec.sidecar.listening import check_port
 
 LIBRARIES = ("numpy", "pydantic", "PyYAML", "click", "rich", "prometheus-client", "river", "bottle", "waitress", "matplotlib")
-SGLANG_PATIENCE_S = 120.0
+SGLANG_TIMEOUT_S = 120.0
 RING_BYTES = 32 << 20
-"""What a large engine's ring takes, see tap.py."""
+"""Size of a large engine's ring, see engine_side/tap.py."""
 
 State = Literal["ok", "note", "broken"]
 
 
 class Finding(NamedTuple):
-    """state: ok, note (missing or odd, and only some commands need it), broken (nothing works without it)."""
+    """Result of one check. state: ok; note: missing, but only some commands need it; broken: nothing works without it."""
 
     state: State
     subject: str
@@ -39,8 +39,8 @@ class Finding(NamedTuple):
 
 
 def examine(runtime_dir: Path, profile_dir: Path, host: str, port: int) -> list[Finding]:
-    """Look at everything; a look that fails is itself a finding, never an exception."""
-    looks: tuple[tuple[str, Callable[[], Iterator[Finding]]], ...] = (
+    """Run all checks. A check that raises becomes a finding."""
+    checks: tuple[tuple[str, Callable[[], Iterator[Finding]]], ...] = (
         ("python", _python),
         ("libraries", _libraries),
         ("torch", _torch),
@@ -54,18 +54,18 @@ def examine(runtime_dir: Path, profile_dir: Path, host: str, port: int) -> list[
         ("promtool", _promtool),
     )
     findings: list[Finding] = []
-    for subject, look in looks:
+    for subject, check in checks:
         try:
-            findings += look()
+            findings += check()
         except Exception as error:
-            findings.append(Finding("note", subject, f"could not be looked at: {' '.join(str(error).split())}"))
+            findings.append(Finding("note", subject, f"check failed: {' '.join(str(error).split())}"))
     return findings
 
 
 def _python() -> Iterator[Finding]:
     right = sys.version_info >= (3, 11)
     words = f"{platform.python_version()} on {platform.platform()}, {os.cpu_count()} cores"
-    yield Finding("ok" if right else "broken", "python", words if right else f"{words}: must be 3.11 or newer")
+    yield Finding("ok" if right else "broken", "python", words if right else f"must be 3.11 or newer, is {words}")
     yield Finding("ok", "adaptive-spec", __version__)
 
 
@@ -90,9 +90,13 @@ def _torch() -> Iterator[Finding]:
     yield Finding("ok", "torch", f"{torch.__version__}, {torch.get_num_threads()} threads")
     linear = importlib.import_module("adaptive_spec.engines.embedded.linear")
     if linear.qnnpack_available():
-        yield Finding("ok", "int8 kernels", "qnnpack: the embedded engine's verify step is a real staircase on this CPU")
+        yield Finding(
+            "ok", "int8 kernels", "qnnpack available: the embedded engine uses it, with a tile boundary every few tokens"
+        )
     else:
-        yield Finding("note", "int8 kernels", "this torch has no qnnpack: the embedded engine runs dense, with other steps")
+        yield Finding(
+            "note", "int8 kernels", "no qnnpack in this torch: the embedded engine uses dense kernels, with other tile boundaries"
+        )
     if torch.cuda.is_available():
         yield Finding("ok", "CUDA", ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())))
     else:
@@ -103,12 +107,12 @@ def _sglang() -> Iterator[Finding]:
     try:
         metadata.version("sglang")
     except metadata.PackageNotFoundError:
-        yield Finding("note", "sglang", "not installed: needed only beside an SGLang server")
+        yield Finding("note", "sglang", "not installed: only needed with an SGLang server")
         return
-    command = [sys.executable, "-m", "adaptive_spec.engines.sglang.examine"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=SGLANG_PATIENCE_S, check=False)
+    command = [sys.executable, "-m", "adaptive_spec.engines.sglang.doctor_checks"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=SGLANG_TIMEOUT_S, check=False)
     lines = (result.stdout if result.returncode == 0 else result.stderr).split("\n")
-    last = next((line for line in reversed(lines) if line.strip()), "it said nothing")
+    last = next((line for line in reversed(lines) if line.strip()), "no output")
     if result.returncode != 0:
         yield Finding("note", "sglang", f"{metadata.version('sglang')} cannot be imported: {last.strip()[:200]}")
         return
@@ -122,11 +126,11 @@ def _runtime_folder(folder: Path) -> Iterator[Finding]:
         with tempfile.TemporaryFile(dir=place):
             pass
     except OSError as error:
-        yield Finding("broken", "runtime folder", f"{folder}: cannot be written: {error.strerror}")
+        yield Finding("broken", "runtime folder", f"{folder}: not writable: {error.strerror}")
         return
     free = shutil.disk_usage(place).free
     state: State = "ok" if free >= RING_BYTES else "note"
-    memory = "in memory" if str(place.resolve()).startswith("/dev/shm") else "on disk: slower, and it wears"
+    memory = "in memory" if str(place.resolve()).startswith("/dev/shm") else "on disk, which is slower than memory"
     yield Finding(state, "runtime folder", f"{folder}: writable, {free / 2**20:,.0f} MiB free (a ring takes up to 32), {memory}")
 
 
@@ -136,7 +140,7 @@ def _profile_folder(folder: Path) -> Iterator[Finding]:
     if place.is_dir() and os.access(place, os.W_OK | os.X_OK):
         yield Finding("ok", "profile folder", f"{folder}: writable, profiles: {', '.join(profiles) or 'none'}")
     else:
-        yield Finding("note", "profile folder", f"{folder}: cannot be written; a sidecar would not start with it")
+        yield Finding("note", "profile folder", f"{folder}: not writable; the sidecar needs a writable one")
 
 
 def _ring(runtime_dir: Path) -> Iterator[Finding]:
@@ -148,14 +152,14 @@ def _ring(runtime_dir: Path) -> Iterator[Finding]:
             info, newest = ring.info, ring.cursor
             last = ring.poll(ring.slots)[-1:]
     except FileNotFoundError:
-        yield Finding("note", "ring", f"no engine has made one in {runtime_dir}")
+        yield Finding("note", "ring", f"no engine has created one in {runtime_dir}")
         return
     except (RingLayoutError, OSError) as error:
         yield Finding("broken", "ring", str(error))
         return
     age = f", last record {time.monotonic() - 1e-9 * last[0].time_ns:,.1f} s old" if last else ""
-    lives = "alive" if _alive(info.pid) else "not running"
-    yield Finding("ok", "ring", f"{info.name} {info.model} on {info.gpu}, pid {info.pid} {lives}, {newest:,} records{age}")
+    process = "alive" if _alive(info.pid) else "not running"
+    yield Finding("ok", "ring", f"{info.name} {info.model} on {info.gpu}, pid {info.pid} {process}, {newest:,} records{age}")
 
 
 def _page(runtime_dir: Path) -> Iterator[Finding]:
@@ -166,13 +170,13 @@ def _page(runtime_dir: Path) -> Iterator[Finding]:
         with PolicyPageReader.open(path) as page:
             policy = page.poll(time.monotonic_ns())
     except FileNotFoundError:
-        yield Finding("note", "policy page", f"no sidecar has made one in {runtime_dir}")
+        yield Finding("note", "policy page", f"no sidecar has created one in {runtime_dir}")
         return
     except (PolicyPageError, OSError) as error:
         yield Finding("broken", "policy page", str(error))
         return
     if policy is None:
-        yield Finding("note", "policy page", "no sign of life from a sidecar: the engine runs its launch K")
+        yield Finding("note", "policy page", "no heartbeat from a sidecar: the engine runs its launch K")
     else:
         acting = "acting" if policy.acting else "not acting"
         yield Finding("ok", "policy page", f"policy {policy.version}, mode {policy.mode}, {acting}")
@@ -183,22 +187,24 @@ def _sidecar(runtime_dir: Path) -> Iterator[Finding]:
         client = ControlClient.find(runtime_dir, None, None)
         status = client.status()
     except BadInput as error:
-        yield Finding("note", "sidecar", f"none is running: {error}")
+        yield Finding("note", "sidecar", f"not running: {error}")
         return
     yield Finding("ok", "sidecar", f"{client.url}, pid {status['sidecar_pid']}, mode {status['mode']}")
 
 
 def _port(runtime_dir: Path, host: str, port: int) -> Iterator[Finding]:
     try:
-        with socket.create_server((host, port)):
-            yield Finding("ok", "port", f"{host}:{port} is free")
-    except OSError as error:
+        check_port(host, port)
+    except BadInput as error:
         try:
             ours = ControlClient.find(runtime_dir, None, None).url == f"http://{host}:{port}"
         except BadInput:
             ours = False
-        words = "taken by the sidecar above" if ours else f"cannot be bound: {error.strerror or error}; use --port"
-        yield Finding("ok" if ours else "note", "port", f"{host}:{port} {words}")
+        yield (
+            Finding("ok", "port", f"{host}:{port} is used by the sidecar above") if ours else Finding("note", "port", str(error))
+        )
+        return
+    yield Finding("ok", "port", f"{host}:{port} is free")
 
 
 def _promtool() -> Iterator[Finding]:
@@ -206,7 +212,7 @@ def _promtool() -> Iterator[Finding]:
     if tool:
         yield Finding("ok", "promtool", tool)
     else:
-        yield Finding("note", "promtool", "not installed: only the test of the metrics' form needs it")
+        yield Finding("note", "promtool", "not installed: only tests of the metrics and alerts need it")
 
 
 def _alive(pid: int) -> bool:

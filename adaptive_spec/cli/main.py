@@ -1,4 +1,8 @@
-"""The command line. Exit status 0, or 2 with one line on stderr that says what is not allowed; never a traceback for that."""
+"""The command line: all commands and their options. What a command does is in the module of its name.
+
+Imports are inside the commands, so that `--help` is quick and only the parts that a command needs must be installed. Exit status:
+0 on success, 2 on bad input, with one line on stderr and no traceback.
+"""
 
 from __future__ import annotations
 
@@ -11,23 +15,23 @@ from typing import Any
 import click
 
 from adaptive_spec import __version__
+from adaptive_spec.domain.commands import CONTROL_COMMANDS
 from adaptive_spec.errors import BadInput
 
 DEFAULT_RUNTIME_DIR = Path("/dev/shm/adaptive-spec")
 PATH = click.Path(path_type=Path)
-COMMANDS = ("status", "pause", "resume", "shadow", "active", "pin", "unpin", "refit", "resweep")
 
 _runtime_dir = click.option(
-    "--runtime-dir", type=PATH, default=DEFAULT_RUNTIME_DIR, show_default=True, help="Folder the sidecar shares with its engine."
+    "--runtime-dir", type=PATH, default=DEFAULT_RUNTIME_DIR, show_default=True, help="Folder that sidecar and engine share."
 )
-_url = click.option("--url", help="Address of the sidecar's HTTP server; found in the runtime directory when not given.")
-_token_file = click.option("--token-file", type=PATH, help="File with the control token; in the runtime directory by default.")
+_url = click.option("--url", help="Address of the sidecar's HTTP server.  [default: read from the runtime directory]")
+_token_file = click.option("--token-file", type=PATH, help="File with the control token.  [default: in the runtime directory]")
 
 
 @click.group(no_args_is_help=False, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="adaptive-spec")
 def cli() -> None:
-    """Keep the draft length K of speculative decoding right on a live LLM server."""
+    """Adapt the draft length K of speculative decoding on a live LLM server."""
 
 
 @cli.command()
@@ -36,13 +40,13 @@ def cli() -> None:
 @click.option("--out", type=PATH, required=True, help="Folder for latency_model.npz, calibration.npz and plots/.")
 @click.option(
     "--jump-threshold", type=click.FloatRange(0.02, 2.0), default=0.15, show_default=True,
-    help="Relative jump that makes a tile boundary.",
+    help="Smallest relative latency jump that counts as a tile boundary.",
 )  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def fit(latency: Path | None, calibration: Path | None, out: Path, jump_threshold: float, as_json: bool) -> None:
-    """Fit both models offline to recorded samples and draw them."""
+    """Fit both models to recorded samples. Plots the latency model and the calibration."""
     if latency is None and calibration is None:
-        raise BadInput("--latency, --calibration: neither is given: must be at least one of them")
+        raise BadInput("--latency, --calibration: at least one of them is required")
     from rich.console import Console
 
     with Console(stderr=True).status("fitting"):
@@ -63,12 +67,12 @@ def fit(latency: Path | None, calibration: Path | None, out: Path, jump_threshol
 @cli.command()
 @click.option("--config", type=PATH, help="YAML configuration, see docs/configuration.md.")
 @click.option("--runtime-dir", type=PATH, help="Overrides runtime_dir of the configuration.")
-@click.option("--profile-dir", type=PATH, help="Overrides profile_dir.")
-@click.option("--host", help="Overrides host.")
-@click.option("--port", type=click.IntRange(0, 65535), help="Overrides port; 0 takes a free one.")
+@click.option("--profile-dir", type=PATH, help="Overrides profile_dir of the configuration.")
+@click.option("--host", help="Overrides host of the configuration.")
+@click.option("--port", type=click.IntRange(0, 65535), help="Overrides port of the configuration; 0: a free port.")
 def sidecar(config: Path | None, **overrides: Any) -> None:
-    """Run the sidecar: learn from an engine's step records, decide K, serve /metrics and the status page."""
-    # One core is the sidecar's; linear algebra on all cores would take them from the engine. Before numpy is imported.
+    """Run the sidecar. It learns from an engine's step records, chooses K, and serves /metrics and the status page."""
+    # The sidecar uses one core: linear algebra on all cores would slow the engine. Set before numpy is imported.
     for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(name, "1")
     from adaptive_spec.config.load import load_settings
@@ -80,15 +84,17 @@ def sidecar(config: Path | None, **overrides: Any) -> None:
 
 
 @cli.command()
-@click.option("--mode", type=click.Choice(["active", "shadow"]), help="Decide K, or only observe; default: the configuration's.")
-@click.option("--config", type=PATH, help="YAML configuration, see docs/configuration.md; for sidecar and plugin.")
+@click.option(
+    "--mode", type=click.Choice(["active", "shadow"]), help="Set K, or observe only.  [default: from the configuration]"
+)
+@click.option("--config", type=PATH, help="YAML configuration of sidecar and plugin, see docs/configuration.md.")
 @click.option("--runtime-dir", type=PATH, help="Overrides runtime_dir of the configuration.")
-@click.option("--profile-dir", type=PATH, help="Overrides profile_dir.")
-@click.option("--host", help="Overrides host, of the sidecar's HTTP server.")
-@click.option("--port", type=click.IntRange(0, 65535), help="Overrides port, of the sidecar's HTTP server; 0 takes a free one.")
+@click.option("--profile-dir", type=PATH, help="Overrides profile_dir of the configuration.")
+@click.option("--host", help="Overrides host of the sidecar's HTTP server.")
+@click.option("--port", type=click.IntRange(0, 65535), help="Overrides port of the sidecar's HTTP server; 0: a free port.")
 @click.argument("flags", nargs=-1, type=click.UNPROCESSED)
 def serve(mode: str | None, config: Path | None, flags: tuple[str, ...], **overrides: Any) -> int:
-    """Run an SGLang server with the sidecar beside it: adaptive-spec serve [OPTIONS] -- SGLANG SERVER FLAGS."""
+    """Run an SGLang server together with a sidecar. Usage: adaptive-spec serve [OPTIONS] -- SGLANG SERVER FLAGS"""
     from adaptive_spec.cli.serve import ServeOptions, run_serve
 
     given = {key: value for key, value in overrides.items() if value is not None}
@@ -96,20 +102,24 @@ def serve(mode: str | None, config: Path | None, flags: tuple[str, ...], **overr
 
 
 @cli.command()
-@click.option("--url", help="Address of an SGLang server, whose batches are then held; or of a sidecar.")
+@click.option("--url", help="Address of an SGLang server, to sweep each batch size; or of a sidecar.")
 @_runtime_dir
 @_token_file
 @click.option(
-    "--timeout", type=click.FloatRange(min=0.0, min_open=True), default=900.0, show_default=True, help="Seconds to wait."
+    "--timeout",
+    type=click.FloatRange(min=0.0, min_open=True),
+    default=900.0,
+    show_default=True,
+    help="Most seconds to wait (with a server: per batch size).",
 )
-@click.option("--batch-sizes", help="With a server: sizes to hold, like 1,2,4,8; default: powers of two.")
-@click.option("--prompts", type=PATH, help="With a server: file of prompts, one a line, like your traffic's.")
-@click.option("--api-key", envvar="SGLANG_API_KEY", default="", help="With a server that asks for one.")
+@click.option("--batch-sizes", help="With a server: batch sizes, like 1,2,4,8.  [default: powers of two]")
+@click.option("--prompts", type=PATH, help="With a server: file with one prompt per line, similar to your traffic.")
+@click.option("--api-key", envvar="SGLANG_API_KEY", default="", help="With a server: its API key.")
 def sweep(
     url: str | None, runtime_dir: Path, token_file: Path | None, timeout: float, batch_sizes: str | None, prompts: Path | None,
     api_key: str,
 ) -> None:  # fmt: skip
-    """A (new) sweep in a running sidecar, watched to its end; with --url of a server, batch size by batch size."""
+    """Run a new sweep and show its progress. With --url of a server, one batch size after the other is swept."""
     from adaptive_spec.cli.server_sweep import is_sidecar, read_prompts, sweep_server
     from adaptive_spec.cli.sweep import watch_sweep
     from adaptive_spec.client.sidecar import ControlClient
@@ -124,16 +134,18 @@ def sweep(
 
 
 @cli.command()
-@click.argument("command", type=click.Choice(COMMANDS))
+@click.argument("command", type=click.Choice(("status", *CONTROL_COMMANDS)))
 @click.argument("k", type=click.IntRange(0, 32), required=False)
 @_url
 @_runtime_dir
 @_token_file
-@click.option("--json", "as_json", is_flag=True, help="With status: print /status.json as it is.")
+@click.option("--json", "as_json", is_flag=True, help="With status: print /status.json.")
 def ctl(command: str, k: int | None, url: str | None, runtime_dir: Path, token_file: Path | None, as_json: bool) -> None:
-    """Show or change what a running sidecar does. `pin K` holds one K for all batch sizes until `unpin`."""
+    """Show or change what a running sidecar does. `pin K` uses one K at all batch sizes until `unpin`."""
     if (command == "pin") != (k is not None):
-        raise BadInput(f"K: {k!r} is not allowed: must be a whole number in 0..32 for pin, and absent otherwise")
+        raise BadInput(
+            "K: required for pin: a whole number in 0..32" if k is None else f"K: only allowed for pin, got {k} with {command}"
+        )
     from adaptive_spec.client.sidecar import ControlClient
 
     client = ControlClient.find(runtime_dir, url, token_file)
@@ -153,12 +165,14 @@ def ctl(command: str, k: int | None, url: str | None, runtime_dir: Path, token_f
 
 @cli.command()
 @click.argument("profile", type=PATH)
-@click.option("--states", type=click.IntRange(1, 33), default=4, show_default=True, help="Most K to capture; each costs memory.")
-@click.option("--max-batch", type=click.IntRange(1, 4096), help="Largest batch size to plan for; default: the profile's.")
-@click.option("--out", type=PATH, help="Write the file for --speculative-adaptive-config.")
+@click.option(
+    "--states", type=click.IntRange(1, 33), default=4, show_default=True, help="Most K to capture; each takes GPU memory."
+)
+@click.option("--max-batch", type=click.IntRange(1, 4096), help="Largest batch size.  [default: that of the profile]")
+@click.option("--out", type=PATH, help="File to write, for SGLang's --speculative-adaptive-config.")
 @click.option("--json", "as_json", is_flag=True, help="Print the choice as JSON.")
 def candidates(profile: Path, states: int, max_batch: int | None, out: Path | None, as_json: bool) -> None:
-    """Choose the K an SGLang server should capture, from what a sweep measured (PROFILE: a folder of profile_dir)."""
+    """Choose the K an SGLang server should capture. PROFILE: a folder in profile_dir, of a finished sweep."""
     from adaptive_spec.cli.candidates import candidates_of, choice_tables, write_config
 
     choice = candidates_of(profile, states, max_batch)
@@ -182,11 +196,11 @@ def candidates(profile: Path, states: int, max_batch: int | None, out: Path | No
 @cli.command()
 @_runtime_dir
 @click.option("--profile-dir", type=PATH, default=Path("profiles"), show_default=True, help="Folder of profiles.")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address the sidecar would bind.")
-@click.option("--port", type=click.IntRange(0, 65535), default=9477, show_default=True, help="Port the sidecar would bind.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address that the sidecar would use.")
+@click.option("--port", type=click.IntRange(0, 65535), default=9477, show_default=True, help="Port that the sidecar would use.")
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
 def doctor(runtime_dir: Path, profile_dir: Path, host: str, port: int, as_json: bool) -> None:
-    """Say what works here and what does not. Exit status 1 when something essential is broken."""
+    """Check this machine. Exit status 1 when something essential does not work."""
     from adaptive_spec.cli.doctor import examine
 
     findings = examine(runtime_dir, profile_dir, host, port)
@@ -203,23 +217,29 @@ def doctor(runtime_dir: Path, profile_dir: Path, host: str, port: int, as_json: 
 
 
 @cli.command()
-@click.option("--duration", type=click.FloatRange(min=1.0), help="Seconds; until Ctrl-C when not given.")
+@click.option("--duration", type=click.FloatRange(min=1.0), help="Seconds to run.  [default: until Ctrl-C]")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address of the sidecar's HTTP server.")
-@click.option("--port", type=click.IntRange(0, 65535), default=9477, show_default=True, help="Its port; 0 takes a free one.")
-@click.option("--json", "json_file", type=PATH, help="Write the figures of the run to this file.")
-@click.option("--compare", is_flag=True, help="Also run every fixed K on the same prompts, in turn, and print the ratios.")
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=9477,
+    show_default=True,
+    help="Port of the sidecar's HTTP server; 0: a free port.",
+)
+@click.option("--json", "json_file", type=PATH, help="File to write the results to.")
+@click.option("--compare", is_flag=True, help="Also run every fixed K on the same prompts, alternating, and print the ratios.")
 @click.option("--engine", type=click.Choice(["embedded", "sglang"]), default="embedded", show_default=True, help="Engine to run.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the prompts' order.")
-@click.option("--profile-dir", type=PATH, help="Keep the profile here and use it next time; a fresh one is thrown away.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed for the order of the prompts.")
+@click.option("--profile-dir", type=PATH, help="Folder to keep the profile in for the next run.  [default: not kept]")
 def demo(
     duration: float | None, host: str, port: int, json_file: Path | None, compare: bool, engine: str, seed: int,
     profile_dir: Path | None,
 ) -> None:  # fmt: skip
-    """See it work: a real engine on real text, the sidecar beside it, and what they decide."""
+    """Run an engine and a sidecar on real text. Shows what the sidecar learns and decides."""
     if engine == "sglang":
         from adaptive_spec.engines.sglang.cpu_kit import CpuKit
 
-        CpuKit().install()  # before anything is shown: it takes minutes the first time
+        CpuKit().install()  # before the live view starts: the first installation takes minutes
     from adaptive_spec.cli.demo import DemoOptions, run_demo
 
     if status := run_demo(DemoOptions(duration, host, port, json_file, compare, seed, profile_dir, engine)):
@@ -228,17 +248,17 @@ def demo(
 
 @cli.command()
 @click.argument("scenarios", nargs=-1, required=True, type=PATH, metavar="SCENARIO.yaml...")
+@click.option("--policies", default="adaptive,oracle,static,ema", show_default=True, help="Policies to run, separated by commas.")
+@click.option("--seed", type=click.IntRange(min=0), help="Seed, instead of that of the scenarios.")
+@click.option("--json", "json_file", type=PATH, help="File to write the results to.")
+@click.option("--warm", is_flag=True, help="Start adaptive from a profile of the first phase instead of a sweep.")
 @click.option(
-    "--policies", default="adaptive,oracle,static,ema", show_default=True, help="Which to run, by name, separated by commas."
+    "--jobs", type=click.IntRange(min=1), help="Number of processes; does not change the results.  [default: one per core]"
 )
-@click.option("--seed", type=click.IntRange(min=0), help="In place of the scenarios' own.")
-@click.option("--json", "json_file", type=PATH, help="Write the results to this file.")
-@click.option("--warm", is_flag=True, help="Let adaptive start from a profile of the first phase, not from a sweep.")
-@click.option("--jobs", type=click.IntRange(min=1), help="Processes; one per core by default. Results do not depend on it.")
 def bench(
     scenarios: tuple[Path, ...], policies: str, seed: int | None, json_file: Path | None, warm: bool, jobs: int | None
 ) -> None:
-    """Run policies against each other in a simulated server, in virtual time. Scenario files: docs/scenarios.md."""
+    """Compare policies on a simulated server in virtual time. Scenario files: docs/scenarios.md."""
     from adaptive_spec.engines.simulated.bench import bench as run_bench
 
     run_bench(scenarios, policies, seed, json_file, warm, jobs)
@@ -247,11 +267,19 @@ def bench(
 @cli.command()
 @_runtime_dir
 @click.option("--out", type=PATH, required=True, help="Trace file to write.")
-@click.option("--steps", type=click.IntRange(2, 10_000_000), default=20_000, show_default=True, help="Newest steps to keep.")
-@click.option("--max-mb", type=click.IntRange(1, 65_536), default=256, show_default=True, help="Memory the trace may take.")
-@click.option("--duration", type=click.FloatRange(min=0.0, min_open=True), help="Seconds; until Ctrl-C when not given.")
+@click.option(
+    "--steps",
+    type=click.IntRange(2, 10_000_000),
+    default=20_000,
+    show_default=True,
+    help="Most steps to keep; the newest are kept.",
+)
+@click.option(
+    "--max-mb", type=click.IntRange(1, 65_536), default=256, show_default=True, help="Most memory for the trace, in MiB."
+)
+@click.option("--duration", type=click.FloatRange(min=0.0, min_open=True), help="Seconds to run.  [default: until Ctrl-C]")
 def record(runtime_dir: Path, out: Path, steps: int, max_mb: int, duration: float | None) -> None:
-    """Record what a live engine does, to judge policies on it with `replay`. The newest steps are kept."""
+    """Record the steps of a live engine to a trace file. The trace is for `replay`."""
     from adaptive_spec.cli.record import record_trace
 
     trace = record_trace(runtime_dir, out, steps, max_mb << 20, duration)
@@ -260,11 +288,11 @@ def record(runtime_dir: Path, out: Path, steps: int, max_mb: int, duration: floa
 
 @cli.command()
 @click.argument("trace", type=PATH)
-@click.option("--policies", default="adaptive,static,ema", show_default=True, help="Which to replay, separated by commas.")
-@click.option("--config", type=PATH, help="The sidecar's YAML configuration: the controller's settings are taken from it.")
-@click.option("--json", "json_file", type=PATH, help="Write the results to this file.")
+@click.option("--policies", default="adaptive,static,ema", show_default=True, help="Policies to replay, separated by commas.")
+@click.option("--config", type=PATH, help="YAML configuration of the sidecar; its controller settings are used.")
+@click.option("--json", "json_file", type=PATH, help="File to write the results to.")
 def replay(trace: Path, policies: str, config: Path | None, json_file: Path | None) -> None:
-    """Say what policies would have decided on a recorded TRACE, and what that would have given, before one goes active."""
+    """Estimate the goodput of other policies on a TRACE. Their decisions are replayed, the outcomes are estimated."""
     from adaptive_spec.config.load import load_settings
 
     settings = load_settings(config).controller
@@ -275,16 +303,16 @@ def replay(trace: Path, policies: str, config: Path | None, json_file: Path | No
 
 @cli.group()
 def dashboards() -> None:
-    """Grafana dashboards: write ours to a Grafana server, or see whether it has them as they are shipped."""
+    """Write the Grafana dashboards, or check them."""
 
 
-_grafana_url = click.option("--grafana-url", required=True, help="Address of Grafana, with its path prefix if it has one.")
+_grafana_url = click.option("--grafana-url", required=True, help="Address of Grafana, including its path prefix.")
 _grafana_token = click.option(
-    "--token-file", type=PATH, help="File with the token of a service account with the role Editor; GRAFANA_TOKEN without it."
+    "--token-file", type=PATH, help="File with the token of a service account with the role Editor.  [default: GRAFANA_TOKEN]"
 )
 _grafana_timeout = click.option(
     "--timeout", type=click.FloatRange(min=0.0, min_open=True, max=600.0), default=10.0, show_default=True,
-    help="Seconds for an answer; there are three attempts.",
+    help="Seconds to wait for each answer; there are three attempts.",
 )  # fmt: skip
 
 
@@ -299,9 +327,9 @@ def _grafana(url: str, token_file: Path | None, timeout: float) -> Any:
 @_grafana_url
 @_grafana_token
 @_grafana_timeout
-@click.option("--folder", default="adaptive-spec", show_default=True, help="Title of the folder, where it must be made.")
+@click.option("--folder", default="adaptive-spec", show_default=True, help="Title of the folder, if it must be created.")
 def push(grafana_url: str, token_file: Path | None, timeout: float, folder: str) -> None:
-    """Write the dashboards that are missing or different. The same again changes nothing."""
+    """Write the missing and different dashboards. The others are not changed."""
     from adaptive_spec.sidecar.grafana import GrafanaError, push_dashboards, summary
 
     try:
@@ -317,7 +345,7 @@ def push(grafana_url: str, token_file: Path | None, timeout: float, folder: str)
 @_grafana_token
 @_grafana_timeout
 def check(grafana_url: str, token_file: Path | None, timeout: float) -> int:
-    """Say of each dashboard whether Grafana has it as shipped. Exit status 1 when one is missing or different."""
+    """Compare the dashboards in Grafana with ours. Exit status 1 when one is missing or different."""
     from adaptive_spec.sidecar.grafana import GrafanaError, check_dashboards, summary
 
     try:
@@ -340,7 +368,7 @@ def main() -> None:
     except (KeyboardInterrupt, click.Abort):
         sys.exit(130)
     except BrokenPipeError:
-        # Whoever read our output has gone; let nothing complain about it at exit.
+        # The reader of stdout has closed it: avoid an error message when Python flushes it at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     sys.exit(status if isinstance(status, int) else 0)

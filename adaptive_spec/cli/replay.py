@@ -1,8 +1,7 @@
-"""`adaptive-spec replay`: read a trace, run policies' decisions over it, show and write what that says."""
+"""`adaptive-spec replay`: estimates from a recorded trace what other policies would have decided and given."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from adaptive_spec.cli.output_files import check_folder_of, write_json
 from adaptive_spec.cli.tables import number
 from adaptive_spec.config.settings import ControllerSettings
 from adaptive_spec.domain.engine_info import EngineInfo
@@ -17,14 +17,13 @@ from adaptive_spec.domain.step_record import StepRecord
 from adaptive_spec.engines.simulated.peers.sglang_ema import AdaptiveParams, build_params
 from adaptive_spec.errors import BadInput
 from adaptive_spec.offline.replay import Plan, Replay, ReplayedPolicy, ReplayedStatic, replay
-from adaptive_spec.storage.archive import write_atomically
 from adaptive_spec.storage.trace import Trace, load_trace
 
 DEFAULT_POLICIES = "adaptive,static,ema"
 
 
 class ReplayedEma:
-    """SGLang's own rule; it sees what would have been accepted of its own K, as far as the trace knows."""
+    """SGLang's own adaptive rule. It learns from the accepted tokens within its own K, as far as the trace has verified them."""
 
     def __init__(self, info: EngineInfo, wide: bool) -> None:
         self._params: AdaptiveParams
@@ -39,7 +38,7 @@ class ReplayedEma:
 
 
 def policies_of(asked: str, info: EngineInfo) -> dict[str, ReplayedPolicy]:
-    """Policies beside adaptive, which is always replayed. Raises BadInput for a name there is not."""
+    """Return the policies to replay besides adaptive, which is always replayed. Raises BadInput for an unknown name."""
     found: dict[str, ReplayedPolicy] = {}
     statics = [f"static-{k}" for k in info.candidates]
     for name in (part.strip() for part in asked.split(",")):
@@ -51,14 +50,14 @@ def policies_of(asked: str, info: EngineInfo) -> dict[str, ReplayedPolicy]:
             found[name] = ReplayedEma(info, wide=name == "ema-wide")
         elif name != "adaptive":
             known = ", ".join(["adaptive", "static", *statics, "ema", "ema-wide"])
-            raise BadInput(f"--policies: {name!r} is not allowed: must be of {known}")
+            raise BadInput(f"--policies: {name!r}: must be one of {known}")
     return found
 
 
 def replay_file(path: Path, asked: str, settings: ControllerSettings, json_file: Path | None) -> None:
     """Replay a trace, print the tables, write the JSON. Raises BadInput."""
-    if json_file is not None and not json_file.absolute().parent.is_dir():
-        raise BadInput(f"--json: '{json_file}' is not allowed: its folder does not exist")
+    if json_file is not None:
+        check_folder_of(json_file, "--json")
     trace = load_trace(path)
     policies = policies_of(asked, trace.info)
     errors = Console(stderr=True)
@@ -67,7 +66,7 @@ def replay_file(path: Path, asked: str, settings: ControllerSettings, json_file:
         try:
             result = replay(trace.info, trace.records, policies, settings, lambda steps: progress.advance(bar, steps))
         except ValueError as error:
-            raise BadInput(f"TRACE: '{path}' is not allowed: {error}") from error
+            raise BadInput(f"TRACE: '{path}': {error}") from error
     console = Console()
     if not console.is_terminal:
         console.width = 110
@@ -77,14 +76,11 @@ def replay_file(path: Path, asked: str, settings: ControllerSettings, json_file:
         if isinstance(policy, ReplayedEma):
             console.print(f"{name}: {policy.origin}", highlight=False)
     if json_file is not None:
-        try:
-            write_atomically(json_file.absolute(), json.dumps(document(trace, result), indent=1).encode() + b"\n")
-        except OSError as error:
-            raise BadInput(f"--json: '{json_file}' cannot be written: {error.strerror or error}") from error
+        write_json(json_file, document(trace, result), "--json")
 
 
 def document(trace: Trace, result: Replay) -> dict[str, Any]:
-    """What `--json` writes. Gains are relative to what ran; low and high bound 90 %."""
+    """Return what `--json` writes. Gains are relative to what ran; low and high are the ends of a 90 % interval."""
     snapshot = result.snapshot
     return {
         "version": 1,
@@ -109,7 +105,7 @@ def document(trace: Trace, result: Replay) -> dict[str, Any]:
 
 
 def replay_tables(trace: Trace, result: Replay) -> list[Table]:
-    """For people: what the trace is, how the models did on it, what each policy would have given."""
+    """Return two tables: the trace and the errors of the models on it, and the estimate for each policy."""
     info, snapshot = trace.info, result.snapshot
     about = Table(show_header=False, box=None, pad_edge=False)
     rows = {
@@ -117,18 +113,18 @@ def replay_tables(trace: Trace, result: Replay) -> list[Table]:
         "goodput": f"{result.goodput:,.1f} tokens/s over {result.seconds:,.1f} s of decoding, as it ran",
         "calibration": f"{snapshot.calibration_kind}, ECE {number(snapshot.calibration_error, '.3f')}, "
         f"Brier {number(snapshot.calibration_brier, '.3f')}, log loss {number(snapshot.calibration_log_loss, '.3f')}",
-        "step time": f"predicted before it was measured: mean error {number(result.step_time_mape, '.1%')}, "
+        "step time": f"predicted before each step was measured: mean error {number(result.step_time_mape, '.1%')}, "
         f"bias {number(result.step_time_bias, '+.1%')}",
-        "tile boundaries": ", ".join(str(boundary.tokens) for boundary in snapshot.boundaries) or "none seen",
+        "tile boundaries": ", ".join(str(boundary.tokens) for boundary in snapshot.boundaries) or "none found",
     }
     for name, words in rows.items():
         about.add_row(f"[dim]{name}[/dim]", words)
     table = Table(
-        title="what would have been (decisions replayed, outcomes estimated; 90 % interval)", title_justify="left",
-        caption="supported: steps whose plan lay within what was verified; the rest is extrapolated", caption_justify="left",
+        title="estimated goodput of each policy on this trace (90 % interval)", title_justify="left",
+        caption="supported: steps whose plan was verified in the trace; the others are extrapolated", caption_justify="left",
     )  # fmt: skip
     table.add_column("policy", no_wrap=True)
-    for words in ("tokens/s", "against what ran", "interval", "mean K", "supported"):
+    for words in ("tokens/s", "vs. what ran", "interval", "mean K", "supported"):
         table.add_column(words, justify="right", no_wrap=True)
     for name, one in result.estimates.items():
         table.add_row(

@@ -1,8 +1,8 @@
-"""`adaptive-spec serve`: a sidecar and an SGLang server, started and ended together.
+"""`adaptive-spec serve`: starts and ends a sidecar and an SGLang server together.
 
-The server is what counts: its exit status is ours, signals go to it, and it never waits for the sidecar, which is started again
-whenever it has died. Only what keeps the first sidecar from starting at all (a bad configuration, a port in use) is refused at
-once, before the server loads a model.
+The exit status is the server's, signals are forwarded to the server, and the server never waits for the sidecar, which is
+restarted whenever it ends. Only an error that keeps the first sidecar from starting (a bad configuration, a port in use) ends
+the command at once, before the server loads a model.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import json
 import logging
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -30,10 +29,11 @@ from adaptive_spec.client.sidecar import ADDRESS_NAME
 from adaptive_spec.config.load import load_settings
 from adaptive_spec.config.settings import SidecarSettings
 from adaptive_spec.errors import BadInput
+from adaptive_spec.sidecar.listening import check_port
 from adaptive_spec.sidecar.supervisor import Supervisor, end, end_with_parent
 
-LOOK_S = 0.2
-SIDECAR_PATIENCE_S = 10.0
+POLL_S = 0.2
+SIDECAR_TIMEOUT_S = 10.0
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 
 log = logging.getLogger("adaptive_spec.cli.serve")
@@ -41,7 +41,7 @@ log = logging.getLogger("adaptive_spec.cli.serve")
 
 @dataclass(frozen=True)
 class ServeOptions:
-    """mode None: as the configuration says. config None: defaults. flags: SGLang's own, as they are."""
+    """mode None: that of the configuration. config None: the defaults. flags: passed to SGLang unchanged."""
 
     mode: str | None
     config: Path | None
@@ -50,15 +50,13 @@ class ServeOptions:
 
 
 def run_serve(options: ServeOptions) -> int:
-    """Serve until the server ends; returns its exit status, 128 + N when signal N ended it. Raises BadInput."""
+    """Run until the server ends; returns its exit status, 128 + N when signal N ended it. Raises BadInput."""
     if importlib.util.find_spec("sglang") is None:
-        raise BadInput(
-            "serve: sglang is not installed here: install it beside adaptive-spec, pip install 'adaptive-spec[sglang]'"
-        )
+        raise BadInput("serve: sglang is not installed: pip install 'adaptive-spec[sglang]'")
     if not options.flags:
-        raise BadInput("serve: no SGLang server flags are given: must be like -- --model-path MODEL")
+        raise BadInput("serve: no SGLang server flags: give them after --, for example -- --model-path MODEL")
     settings = _settings(options)
-    _check_port(settings.host, settings.port)
+    check_port(settings.host, settings.port)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     with tempfile.TemporaryDirectory(prefix="adaptive-spec-serve-") as folder:
         config = Path(folder) / "config.yaml"
@@ -67,7 +65,7 @@ def run_serve(options: ServeOptions) -> int:
 
 
 def _settings(options: ServeOptions) -> SidecarSettings:
-    """The sidecar's settings: both processes get the same file, so that they cannot disagree."""
+    """Return the settings of both processes. Both read the same file, so they always agree."""
     settings = load_settings(options.config, options.overrides)
     update: dict[str, Any] = {"runtime_dir": settings.runtime_dir.absolute(), "profile_dir": settings.profile_dir.absolute()}
     if options.mode is not None:
@@ -75,14 +73,9 @@ def _settings(options: ServeOptions) -> SidecarSettings:
     return settings.model_copy(update=update)
 
 
-def _check_port(host: str, port: int) -> None:
-    try:
-        socket.create_server((host, port)).close()
-    except OSError as error:
-        raise BadInput(f"--port: {port} on host {host!r} is not allowed: {error.strerror or error}; must be free") from error
-
-
 class _Service:
+    """The sidecar and the server of one `serve`."""
+
     def __init__(self, settings: SidecarSettings, config: Path, flags: Sequence[str]) -> None:
         self._settings, self._config, self._flags = settings, config, flags
         self._signals: list[int] = []
@@ -95,7 +88,7 @@ class _Service:
         try:
             self._await_sidecar(supervisor)
             self._server = self._start_server()
-            for number in self._signals:  # those that came before there was anybody to get them
+            for number in self._signals:  # received before the server was started
                 self._server.send_signal(number)
             status = self._watch(self._server, supervisor)
         finally:
@@ -107,11 +100,11 @@ class _Service:
         restarts = 0
         while True:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                return server.wait(LOOK_S)
+                return server.wait(POLL_S)
             supervisor.look(time.monotonic())
             if supervisor.restarts > restarts:
                 restarts = supervisor.restarts
-                log.warning("the sidecar had died and was started again (%d times so far); the server went on", restarts)
+                log.warning("the sidecar ended and was restarted (%d times so far); the server kept running", restarts)
 
     def _forward(self, number: int, _frame: FrameType | None) -> None:
         if self._server is None:
@@ -120,14 +113,14 @@ class _Service:
             self._server.send_signal(number)
 
     def _await_sidecar(self, supervisor: Supervisor) -> None:
-        """Give the first sidecar time to refuse its configuration. Raises BadInput with what it said."""
+        """Wait for the first sidecar to serve. Raises BadInput when it refuses its configuration."""
         address = self._settings.runtime_dir / ADDRESS_NAME
-        deadline_s = time.monotonic() + SIDECAR_PATIENCE_S
+        deadline_s = time.monotonic() + SIDECAR_TIMEOUT_S
         while time.monotonic() < deadline_s and not self._signals:
             if supervisor.process.poll() is not None:
                 if supervisor.process.returncode == 2:
-                    raise BadInput("serve: the sidecar refused to start, see its line above")
-                return  # the supervisor tries again
+                    raise BadInput("serve: the sidecar did not start, see its message above")
+                return  # the supervisor restarts it
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
                 if json.loads(address.read_bytes())["pid"] == supervisor.process.pid:
                     return
@@ -135,7 +128,7 @@ class _Service:
 
     def _start_sidecar(self) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "adaptive_spec.cli", "sidecar", "--config", str(self._config)]
-        # A session of its own: a Ctrl-C on the terminal is the server's, the sidecar is ended when the server has.
+        # Its own session, so that Ctrl-C on the terminal does not reach it: the sidecar is ended after the server.
         return subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=end_with_parent)
 
     def _start_server(self) -> subprocess.Popen[bytes]:

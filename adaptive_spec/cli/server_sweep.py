@@ -1,7 +1,7 @@
-"""`adaptive-spec sweep --url`: a cold-start sweep of a running SGLang server, batch size by batch size.
+"""`adaptive-spec sweep --url`: a cold-start sweep of a running SGLang server, one batch size after the other.
 
-SGLang cannot be told to hold a batch size, but it has one when that many requests run: this holds 1, 2, 4, ... of them through
-the server's own HTTP API and lets the sidecar try every captured K at each size. What is learnt adds up in the sidecar.
+SGLang has no command to hold a batch size, but it has one when that many requests run. This keeps 1, 2, 4, ... requests running
+through the server's HTTP API and lets the sidecar try every captured K at each size. The models accumulate in the sidecar.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from adaptive_spec.errors import BadInput
 
 LARGEST_DEFAULT = 64
 REQUEST_TOKENS = 256
-FILL_PATIENCE_S = 60.0
+FILL_TIMEOUT_S = 60.0
 SETTLE_S = 0.5
-"""Behind the last prefill, until the sidecar has seen a step of the full batch."""
+"""Wait after the last prefill, so that the sidecar has seen a step of the full batch."""
 POLL_S = 0.1
 PROMPTS = (
     "Explain step by step how a suspension bridge carries its load to the ground.",
@@ -33,7 +33,7 @@ PROMPTS = (
 
 
 def is_sidecar(url: str) -> bool:
-    """Whether a sidecar of ours answers there, rather than an SGLang server."""
+    """Whether a sidecar answers at this address, not an SGLang server."""
     try:
         return "sidecar_pid" in ControlClient(url, timeout_s=3.0).status()
     except BadInput:
@@ -41,32 +41,32 @@ def is_sidecar(url: str) -> bool:
 
 
 def default_batch_sizes(largest: int) -> list[int]:
-    """1, 2, 4, ... and the largest itself."""
+    """Return 1, 2, 4, ... and the largest itself, up to LARGEST_DEFAULT."""
     limit = min(max(largest, 1), LARGEST_DEFAULT)
     return sorted({size for size in (1 << e for e in range(limit.bit_length())) if size <= limit} | {limit})
 
 
 def parse_batch_sizes(text: str, largest: int) -> list[int]:
-    """Read "1,2,8". Raises BadInput."""
+    """Parse "1,2,8". Raises BadInput."""
     try:
         sizes = sorted({int(part) for part in text.split(",")})
     except ValueError:
         sizes = []
     if not sizes or sizes[0] < 1 or sizes[-1] > largest:
-        raise BadInput(f"--batch-sizes: {text!r} is not allowed: must be numbers in 1..{largest}, like 1,2,4,8")
+        raise BadInput(f"--batch-sizes: must be whole numbers in 1..{largest}, like 1,2,4,8, got {text!r}")
     return sizes
 
 
 def read_prompts(path: Path | None) -> Sequence[str]:
-    """One prompt a line. Raises BadInput."""
+    """Read one prompt per line; None: the built-in prompts. Raises BadInput."""
     if path is None:
         return PROMPTS
     try:
         prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"--prompts: '{path}' is not allowed: cannot be read") from error
+        raise BadInput(f"--prompts: '{path}': cannot be read") from error
     if not prompts:
-        raise BadInput(f"--prompts: '{path}' is not allowed: it is empty; must hold a prompt a line")
+        raise BadInput(f"--prompts: '{path}': file is empty; must contain one prompt per line")
     return prompts
 
 
@@ -78,11 +78,13 @@ def sweep_server(
     timeout_s: float,
     tokens: int = REQUEST_TOKENS,
 ) -> None:
-    """Sweep; raises BadInput when server or sidecar do not play, or a batch size takes longer than timeout_s."""
+    """Sweep all batch sizes. Raises BadInput when server or sidecar refuse, or a batch size takes longer than timeout_s."""
     largest = int(api.info().get("max_running_requests") or LARGEST_DEFAULT)
     engine = client.status().get("engine")
     if engine is None:
-        raise BadInput(f"{client.url}: no engine is attached to this sidecar: the server must run with the plugin, see doctor")
+        raise BadInput(
+            f"{client.url}: no engine is attached to this sidecar; run the server with the plugin, see adaptive-spec doctor"
+        )
     largest = min(largest, int(engine["max_batch"]))
     sizes = parse_batch_sizes(batch_sizes, largest) if batch_sizes else default_batch_sizes(largest)
     columns = (
@@ -95,33 +97,33 @@ def sweep_server(
         for size in sizes:
             progress.update(task, doing=f"filling a batch of {size}")
             with HeldBatch(api, size, prompts, tokens) as batch:
-                if not batch.wait(FILL_PATIENCE_S):
-                    reason = batch.failure or f"{size} requests do not run at once within {FILL_PATIENCE_S:g} s"
-                    raise BadInput(f"--url: '{api.url}' is not allowed: {reason}; must be a server that takes requests")
+                if not batch.wait(FILL_TIMEOUT_S):
+                    reason = batch.failure or f"{size} concurrent requests did not start within {FILL_TIMEOUT_S:g} s"
+                    raise BadInput(f"--url: '{api.url}': {reason}")
                 time.sleep(SETTLE_S)
                 progress.update(task, doing=f"every K at batch size {size}")
                 client.send("resweep")
-                steps += _await_end(client, batch, timeout_s, size)
+                steps += _await_sweep_end(client, batch, timeout_s, size)
             progress.advance(task)
     status = client.status()
     boundaries = ", ".join(map(str, status["boundaries"])) or "none"
     table = ", ".join(f"{b}: {k}" for b, k in status["k_by_batch_size"].items())
     console = Console(highlight=False)
-    console.print(f"sweep over: batch sizes {', '.join(map(str, sizes))}, {steps} steps, tile boundaries {boundaries}")
+    console.print(f"sweep finished: batch sizes {', '.join(map(str, sizes))}, {steps} steps, tile boundaries {boundaries}")
     console.print(f"K by batch size {table}")
 
 
-def _await_end(client: ControlClient, batch: HeldBatch, timeout_s: float, size: int) -> int:
-    """Trial steps of this part of the sweep."""
+def _await_sweep_end(client: ControlClient, batch: HeldBatch, timeout_s: float, size: int) -> int:
+    """Wait until the sidecar's sweep at this batch size ends; returns its trial steps. Raises BadInput."""
     deadline_s = time.monotonic() + timeout_s
     while True:
         status = client.status()
         if status["mode"] == Mode.SHADOW:
-            raise BadInput(f"sweep: not possible: {status['reason']}")
+            raise BadInput(f"sweep: cannot run: {status['reason']}")
         if status["mode"] != Mode.SWEEP:
             return int(status["sweep"]["steps"])
         if batch.failure is not None:
             raise BadInput(f"--url: a request failed: {batch.failure}")
         if time.monotonic() > deadline_s:
-            raise BadInput(f"--timeout: {timeout_s:g} is not enough at batch size {size}: must be longer")
+            raise BadInput(f"--timeout: the sweep at batch size {size} did not end within {timeout_s:g} s")
         time.sleep(POLL_S)

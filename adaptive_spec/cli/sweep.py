@@ -1,4 +1,4 @@
-"""`adaptive-spec sweep`: start a sweep in a running sidecar and watch it to its end."""
+"""`adaptive-spec sweep`: starts a sweep in a running sidecar and shows its progress until it ends."""
 
 from __future__ import annotations
 
@@ -15,8 +15,10 @@ POLL_S = 0.25
 
 
 def watch_sweep(client: ControlClient, timeout_s: float) -> None:
-    """Show a progress bar until the sweep is over. Raises BadInput: no sidecar, refused, an engine that runs no trials, or
-    no end in time."""
+    """Start a sweep and show a progress bar until it is over.
+
+    Raises BadInput when no sidecar answers or it refuses, when the engine is observe-only, and after timeout_s seconds.
+    """
     client.send("resweep")
     deadline_s = time.monotonic() + timeout_s
     columns = (
@@ -31,13 +33,13 @@ def watch_sweep(client: ControlClient, timeout_s: float) -> None:
             status = client.status()
             sweep = status.get("sweep") or {"progress": 0.0, "steps": 0}
             if status["mode"] == Mode.SHADOW:
-                raise BadInput(f"sweep: not possible: {status['reason']}")
-            over = status["mode"] != Mode.SWEEP
-            progress.update(task, completed=1.0 if over else sweep["progress"], steps=sweep["steps"])
-            if over:
+                raise BadInput(f"sweep: cannot run: {status['reason']}")
+            finished = status["mode"] != Mode.SWEEP
+            progress.update(task, completed=1.0 if finished else sweep["progress"], steps=sweep["steps"])
+            if finished:
                 break
             if time.monotonic() > deadline_s:
-                raise BadInput(f"--timeout: {timeout_s:g} is not enough: the sweep goes on in the sidecar; must be longer")
+                raise BadInput(f"--timeout: the sweep did not end within {timeout_s:g} s; it continues in the sidecar")
             time.sleep(POLL_S)
     boundaries = ", ".join(map(str, status["boundaries"])) or "none"
-    Console().print(f"sweep over: {sweep['steps']} steps, tile boundaries {boundaries}", highlight=False)
+    Console().print(f"sweep finished: {sweep['steps']} steps, tile boundaries {boundaries}", highlight=False)

@@ -1,4 +1,4 @@
-"""What commands print for people: rich tables."""
+"""Tables that the commands print on a terminal."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _STATES = {"ok": ("✓", "green"), "note": ("-", "yellow"), "broken": ("✗", "b
 
 
 def fit_tables(result: FitResult) -> Iterator[Table]:
-    """Tables of an offline fit: boundaries and segments, then calibration."""
+    """Yield the tables of an offline fit: segments with tile boundaries, then calibration."""
     if (latency := result.latency) is not None:
-        title = f"Latency: {len(latency.tokens)} token counts, mean deviation from the lines {latency.mape:.1%}"
-        table = Table("tokens", "latency", "jump behind it", title=title, title_justify="left")
+        title = f"Latency: {len(latency.tokens)} token counts, mean relative error {latency.mape:.1%}"
+        table = Table("tokens", "latency", "jump after it", title=title, title_justify="left")
         jumps = {b.tokens: b.jump_ratio for b in latency.boundaries}
         for s in latency.segments:
             jump = f"x {jumps[s.last]:.2f}  tile boundary" if s.last in jumps else ""
@@ -34,8 +34,8 @@ def fit_tables(result: FitResult) -> Iterator[Table]:
         yield table
 
 
-def k_words(k_by_batch_size: dict[str, int]) -> str:
-    """{1: 4, 2: 4, 3: 2} as "1-2: 4, 3: 2"."""
+def k_ranges(k_by_batch_size: dict[str, int]) -> str:
+    """Return K by batch size in short: {"1": 4, "2": 4, "3": 2} as "1-2: 4, 3: 2"."""
     runs: list[list[int]] = []
     for batch, k in sorted((int(b), k) for b, k in k_by_batch_size.items()):
         if runs and runs[-1][2] == k and runs[-1][1] == batch - 1:
@@ -46,22 +46,22 @@ def k_words(k_by_batch_size: dict[str, int]) -> str:
 
 
 def status_table(document: dict[str, Any]) -> Table:
-    """/status.json for a terminal."""
+    """Return the main values of /status.json."""
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="dim")
     table.add_column()
     engine = document.get("engine") or {}
     calibration = document.get("calibration") or {}
-    words = (
+    engine_text = (
         f"{engine.get('name')} {engine.get('model')} on {engine.get('gpu')}, pid {document.get('engine_pid')}"
         if engine
         else "none"
     )
     rows = {
         "mode": f"{document['mode']} ({document['reason']})",
-        "engine": words + ("" if document.get("engine_attached") else " (not attached)"),
+        "engine": engine_text + ("" if document.get("engine_attached") else " (not attached)"),
         "policy": f"version {document['policy_version']}",
-        "K by batch size": k_words(document["k_by_batch_size"]),
+        "K by batch size": k_ranges(document["k_by_batch_size"]),
         "tile boundaries": ", ".join(map(str, document["boundaries"])) or "none",
         "calibration": f"{calibration.get('kind', 'none')}, ECE {number(calibration.get('ece'), '.3f')}",
         "goodput": f"{number(document.get('goodput_tokens_per_s'), ',.0f')} tokens/s",
@@ -73,12 +73,12 @@ def status_table(document: dict[str, Any]) -> Table:
 
 
 def number(value: float | None, form: str) -> str:
-    """A number, or "-" where it is not known."""
+    """Format a number, or return "-" when it is unknown."""
     return "-" if value is None else format(value, form)
 
 
 def findings_table(findings: Sequence[Finding]) -> Table:
-    """What `doctor` found."""
+    """Return the findings of `doctor`."""
     table = Table(show_header=False, box=None, pad_edge=False)
     for finding in findings:
         mark, style = _STATES[finding.state]

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-from adaptive_spec.errors import BadInput
+from adaptive_spec.errors import BadInput, one_line
 
 TIMEOUT_S = 120.0
 
@@ -135,6 +135,6 @@ class HeldBatch:
                         if self._stop.is_set():
                             return
             except (OSError, http.client.HTTPException, ValueError, KeyError) as error:
-                self.failure = self.failure or " ".join(str(error).split()) or type(error).__name__
+                self.failure = self.failure or one_line(error)
             turn += len(self._threads)
         self._running[slot].set()

@@ -1,0 +1,1 @@
+"""The sidecar's configuration: its settings, and reading them from YAML."""

@@ -16,7 +16,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from adaptive_spec.config.settings import SidecarSettings
-from adaptive_spec.errors import BadInput
+from adaptive_spec.errors import BadInput, one_line
 
 _WANTED = {
     "float_type": "a number",
@@ -75,7 +75,7 @@ def read_yaml(path: Path) -> object:
         line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
         raise BadInput(f"{path}: {line}is not valid YAML: {error.problem or error}") from error
     except (yaml.YAMLError, ValueError, TypeError) as error:
-        raise BadInput(f"{path}: is not valid YAML: {' '.join(str(error).split())}") from error
+        raise BadInput(f"{path}: is not valid YAML: {one_line(error)}") from error
 
 
 def settings_from(data: object, name: str) -> SidecarSettings:

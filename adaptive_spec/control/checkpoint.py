@@ -1,4 +1,4 @@
-"""The controller's state: what a checkpoint keeps of it, as arrays, so that a restarted sidecar goes on where it was."""
+"""The controller's state as arrays: what a checkpoint keeps, so that a restarted sidecar continues."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ STATE_VERSION = 1
 @dataclass(frozen=True)
 class ControllerState:
     """counters, policy: JSON forms of the counters and of the policy (`Controller.policy_summary`). swept: the sweep is over.
-    asked: mode of the settings. batches: tally of batch sizes [max_batch + 1]. ignored: the engine only lets itself be watched.
+    asked: mode of the settings. batches: tally of batch sizes [max_batch + 1]. ignored: the engine is observe-only.
     latency, calibration: arrays of the models.
     """
 
@@ -73,11 +73,11 @@ class ControllerState:
             state = cls(
                 head["ledger"], head["policy"], bool(head["swept"]), str(head["asked"]), float(head["kv_per_request"]),
                 np.array(head["batches"], dtype=np.float64), int(head["sweep_steps"]),
-                bool(head.get("ignored", False)),  # checkpoints of before it was noticed lack it
+                bool(head.get("ignored", False)),  # absent from checkpoints of older versions
                 latency, calibration,
             )  # fmt: skip
             if state.table.ndim != 2 or not state.mode or state.policy_version < 0:
-                raise ValueError("checkpoint is damaged: the policy cannot be one")
+                raise ValueError("checkpoint is damaged: policy: the table must have 2 dimensions and the version be at least 0")
         except (KeyError, TypeError) as error:
             raise ValueError(f"checkpoint is damaged: {error}") from error
         return state

@@ -1,22 +1,45 @@
-"""Counters: everything that is counted, for metrics and the status page. Counters survive a warm restart."""
+"""Counters: everything that is counted, and the latest events, for metrics and the status page.
+
+The controller owns the only `Counters`. They survive a warm restart; events do not.
+"""
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter, deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from adaptive_spec.control.snapshot import Event, HistogramData
 from adaptive_spec.domain.step_record import StepRecord
+from adaptive_spec.models.acceptance.online import StepScore
+from adaptive_spec.models.model_set import StepComparison
 
 STEP_EDGES_S = (*tuple(round(m * 10.0**e, 10) for e in range(-5, 1) for m in (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)), 10.0)
 STAGES = ("draft", "verify", "draft_extend", "step")
 WINDOW_STEPS = 256
 """Steps the current goodput and the gains are taken over."""
 MAX_EVENTS = 100
+
+
+@dataclass(frozen=True)
+class HistogramData:
+    """Histogram of seconds. counts: per bucket, not cumulative (upper bounds `edges_s`, last bucket +Inf). sum_s: their sum."""
+
+    edges_s: tuple[float, ...]
+    counts: tuple[int, ...]
+    sum_s: float
+
+
+@dataclass(frozen=True)
+class Event:
+    """An event for the operator. time_s: on the controller's clock. kind: swap, drift or mode. text: one line."""
+
+    time_s: float
+    kind: str
+    text: str
 
 
 class Histogram:
@@ -58,7 +81,7 @@ class Counters:
         self.refits: dict[str, Histogram] = {}
         self.events: deque[Event] = deque(maxlen=MAX_EVENTS)
         self.window: deque[tuple[int, float, float, float]] = deque(maxlen=WINDOW_STEPS)
-        """(output tokens, step seconds, goodput the policy promised, goodput the launch K would have had) of ordinary steps."""
+        """(output tokens, step seconds, forecast goodput of the step's K and of the launch K) of ordinary steps."""
 
     def count(self, record: StepRecord) -> None:
         """Count one step's tokens and times."""
@@ -77,6 +100,24 @@ class Counters:
         self.stages["verify"].add(record.verify_s)
         self.stages["step"].add(record.step_s)
 
+    def count_scores(self, scores: Iterable[StepScore]) -> None:
+        """Count the draft tokens that the calibration expected to be accepted."""
+        for score in scores:
+            self.expected_accepted += score.expected
+
+    def compare(self, record: StepRecord, comparison: StepComparison | None) -> None:
+        """Count an ordinary step against its forecast; None counts nothing."""
+        if comparison is None:
+            return
+        self.window.append((record.output_tokens, record.step_s, comparison.goodput, comparison.launch_goodput))
+        if comparison.predicted_s is not None:
+            self.predicted_s += comparison.predicted_s
+            self.measured_s += record.step_s
+
+    def count_swap(self, reason: str, now_s: float, text: str) -> None:
+        self.swaps[reason] += 1
+        self.event(now_s, "swap", text)
+
     def event(self, now_s: float, kind: str, text: str) -> None:
         self.events.append(Event(now_s, kind, text))
 
@@ -85,11 +126,11 @@ class Counters:
         seconds = sum(s for _, s, _, _ in self.window)
         return sum(n for n, *_ in self.window) / seconds if seconds > 0.0 else None
 
-    def bias(self, steps: int) -> float:
-        """Measured over promised tokens in the last `steps` ordinary steps, 0..1 (1 where nothing was promised)."""
+    def forecast_ratio(self, steps: int) -> float:
+        """Measured over forecast tokens in the last `steps` ordinary steps, 0..1 (1 where nothing was forecast)."""
         rows = list(self.window)[-steps:]
-        promised = sum(s * p for _, s, p, _ in rows)
-        return min(sum(n for n, *_ in rows) / promised, 1.0) if promised > 0.0 else 1.0
+        forecast = sum(s * p for _, s, p, _ in rows)
+        return min(sum(n for n, *_ in rows) / forecast, 1.0) if forecast > 0.0 else 1.0
 
     def gains(self) -> tuple[float | None, float | None]:
         """(predicted, measured) gain over the launch K in the window, 0 = none; None where nothing could be predicted."""

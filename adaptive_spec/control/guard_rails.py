@@ -1,4 +1,4 @@
-"""Guard rails: which changes of K are worth making, what may be spent on looking, and when a swap is taken back."""
+"""Guard rails: which changes of K are worth making, and when a swap is taken back."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Table = NDArray[np.uint8]
 
 
 def allowed(forecast: Forecast, k_min: int, k_max: int) -> Floats:
-    """Goodput with the K outside [k_min, k_max] struck out; if none is left inside, the nearest one stays."""
+    """Goodput with the K outside [k_min, k_max] set to 0; if no K is inside, the nearest one stays."""
     goodput = forecast.goodput.copy()
     k = np.arange(goodput.shape[-1])
     runnable = goodput[1].max(axis=0) > 0.0
@@ -39,9 +39,9 @@ def better_table(
     best = score.argmax(axis=-1)
     b, c = np.indices(best.shape)
     now = goodput[b, c, current]
-    # Half a standard error of the comparison: a full one would keep every K that was not measured from ever being tried.
-    doubt = 0.5 * np.hypot(uncertainty[b, c, best], uncertainty[b, c, current])
-    worth = score[b, c, best] > now * (1.0 + min_gain + doubt)
+    # Half a standard error of the comparison: with a full one, a K that was not measured would never be tried.
+    margin = 0.5 * np.hypot(uncertainty[b, c, best], uncertainty[b, c, current])
+    worth = score[b, c, best] > now * (1.0 + min_gain + margin)
     return np.where(worth | (now <= 0.0), best, current).astype(np.uint8)
 
 
@@ -54,16 +54,17 @@ def table_for(current: Table, contexts: int) -> Table:
 class SwapWatch:
     """Compares what was measured after a swap with what the previous table would have given on the same steps.
 
-    previous, changed: the table to go back to, and the one swapped in. bias: measured over predicted tokens just before the
-    swap, 0..1: where all predictions had become too high, the previous K would not have kept its promise either. Only steps
-    whose entry changed count. What the previous K would have given is asked of the latest
-    forecast, not of the one that was wrong enough to be replaced.
+    previous, changed: the table to go back to, and the one swapped in. loss: relative loss that fails the swap. forecast_ratio:
+    measured over forecast tokens just before the swap, 0..1; it corrects a forecast that is too high for every K. version: first
+    policy version with the changed table. Only steps whose entry changed count. What the previous table would have given comes
+    from the latest forecast, not from the one before the swap.
     """
 
     previous: Table
     changed: Table
     loss: float
-    bias: float
+    forecast_ratio: float
+    version: int
     steps: int = 0
     measured_tokens: float = 0.0
     squared_tokens: float = 0.0
@@ -85,7 +86,9 @@ class SwapWatch:
     def share(self, goodput: Floats) -> tuple[float, float]:
         """(measured tokens / tokens the previous table would have given, its standard error)."""
         last = goodput.shape[1] - 1  # context buckets may have been merged since the swap
-        expected = self.bias * sum(float(goodput[b, min(c, last), self.previous[b, c]]) * s for (b, c), s in self.seconds.items())
+        expected = self.forecast_ratio * sum(
+            float(goodput[b, min(c, last), self.previous[b, c]]) * s for (b, c), s in self.seconds.items()
+        )
         variance = max(self.squared_tokens - self.measured_tokens**2 / max(self.steps, 1), 0.0)
         return self.measured_tokens / max(expected, 1e-9), math.sqrt(variance) / max(expected, 1e-9)
 

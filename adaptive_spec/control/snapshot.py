@@ -1,30 +1,17 @@
-"""Snapshot: everything the outside may know of the controller at one moment, immutable. Metrics and pages read only this."""
+"""Snapshot: the whole observable state of the controller at one moment, immutable. Metrics and pages read only this."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from adaptive_spec.control.counters import Counters, Event, HistogramData
+from adaptive_spec.control.publication import Publisher
+from adaptive_spec.control.sweep import Sweep
+from adaptive_spec.domain.engine_info import EngineInfo
 from adaptive_spec.domain.policy import Mode
 from adaptive_spec.domain.staircase import Boundary, Segment
-
-
-@dataclass(frozen=True)
-class HistogramData:
-    """Cumulative-free histogram: `counts` per bucket (upper bounds `edges_s`, last bucket +Inf) and the sum, seconds."""
-
-    edges_s: tuple[float, ...]
-    counts: tuple[int, ...]
-    sum_s: float
-
-
-@dataclass(frozen=True)
-class Event:
-    """Something an operator would want to read: `time_s` on the controller's clock, kind (swap, drift, mode, ...), words."""
-
-    time_s: float
-    kind: str
-    text: str
+from adaptive_spec.models.model_set import ModelSet
 
 
 @dataclass(frozen=True)
@@ -77,6 +64,37 @@ class Snapshot:
     probe_share: float
     events: tuple[Event, ...] = ()
     batch_size: int = 0
-    """Requests in the newest decode step, 0 before the first."""
+    """Requests in the latest decode step, 0 before the first."""
     watched_only: bool = False
     """The mode is shadow, though another was asked for, because the engine runs none of the policies made for it."""
+
+
+def build_snapshot(
+    now_s: float, mode: Mode, reason: str, observe_only: bool, k_by_batch_size: Mapping[int, int], *,
+    info: EngineInfo, models: ModelSet, counters: Counters, publisher: Publisher, sweep: Sweep,
+) -> Snapshot:  # fmt: skip
+    """The snapshot of a controller made of these parts. mode, reason: as shown (shadow when `observe_only`)."""
+    fit, quality = models.staircase, models.acceptance.reliability
+    predicted_gain, measured_gain = counters.gains()
+    return Snapshot(
+        time_s=now_s, mode=mode, watched_only=observe_only,
+        reason=reason, engine=info.name, launch_k=info.launch_k,
+        policy_version=publisher.version, policy_time_s=publisher.time_s, k_by_batch_size=k_by_batch_size,
+        segments=fit.segments if fit else (), boundaries=fit.boundaries if fit else (),
+        latency_points=tuple(zip(fit.tokens.tolist(), fit.mean_s.tolist(), fit.weight.tolist(), strict=True)) if fit else (),
+        latency_mape=fit.mape if fit else None,
+        stage_histograms={name: h.data() for name, h in counters.stages.items()},
+        predicted_step_s_total=counters.predicted_s, measured_step_s_total=counters.measured_s,
+        draft_tokens=tuple(counters.draft.tolist()), verified_tokens=tuple(counters.verified.tolist()),
+        accepted_tokens=tuple(counters.accepted.tolist()), expected_accepted_tokens=counters.expected_accepted,
+        output_tokens=counters.output_tokens, decode_steps=counters.steps, goodput_tokens_per_s=counters.goodput(),
+        calibration_kind=models.acceptance.kind, calibration_error=quality.ece, calibration_brier=quality.brier,
+        calibration_log_loss=quality.log_loss, calibration_curve=quality.curve(),
+        drift_events=dict(counters.drift), swaps=dict(counters.swaps),
+        predicted_gain=predicted_gain, measured_gain=measured_gain,
+        observations=counters.observations, dropped=dict(counters.dropped),
+        refit_histograms={name: h.data() for name, h in counters.refits.items()},
+        sweep_steps=sweep.steps, sweep_progress=sweep.progress if mode is Mode.SWEEP else 1.0, sweep_s=counters.sweep_s,
+        probe_share=counters.probe_lost_s / counters.decode_s if counters.decode_s > 0.0 else 0.0,
+        events=tuple(counters.events), batch_size=models.batch_size,
+    )  # fmt: skip

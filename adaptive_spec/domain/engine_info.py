@@ -1,4 +1,4 @@
-"""What an engine is: model, hardware, and the K it can run."""
+"""EngineInfo: model, hardware, and the K that an engine can run."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from adaptive_spec.domain.policy import Granularity
 
 @dataclass(frozen=True)
 class EngineInfo:
-    """Identity and abilities of one engine.
+    """Identity and capabilities of one engine.
 
-    name: "embedded", "sglang", ... model, gpu, tp: name the profile and the metric labels. launch_k: K it was started
-    with. candidates: the K it can run, ascending (SGLang: the captured runtime states). max_batch: most requests in a
-    step. granularity: what it can verify. holds_batch: it can hold a batch size asked for by a trial. pid: its process.
+    name: "embedded", "sglang", ... model, gpu, tp: part of the profile's name and of the metric labels. launch_k: K it was
+    started with. candidates: the K it can run, ascending (SGLang: the captured runtime states). max_batch: most requests in a
+    step. granularity: whether verify lengths may differ in a step. holds_batch: it can keep the batch at the size that a trial
+    asks for. pid: process id.
     """
 
     name: str
@@ -35,7 +36,7 @@ class EngineInfo:
 
     @property
     def profile_name(self) -> str:
-        """Folder name `{model}_{gpu}_tp{N}`, with characters that are no part of a file name replaced by '-'."""
+        """Folder name `{model}_{gpu}_tp{N}`; characters other than letters, digits, '.' and '-' become '-'."""
         return "_".join([_file_name(self.model), _file_name(self.gpu), f"tp{self.tp}"])
 
     def to_json(self) -> bytes:
@@ -50,7 +51,7 @@ class EngineInfo:
         except (TypeError, KeyError, ValueError) as error:
             raise ValueError(f"engine information is damaged: {error}") from error
         if not info.candidates or list(info.candidates) != sorted(set(info.candidates)) or info.candidates[0] < 0:
-            raise ValueError(f"candidates {info.candidates} are not ascending draft lengths >= 0")
+            raise ValueError(f"candidates: must be ascending draft lengths of at least 0, got {list(info.candidates)}")
         return info
 
 

@@ -1,4 +1,4 @@
-"""The policy: what the sidecar decides and the engine executes. Read in the server's process too: numpy only."""
+"""The policy: what the sidecar decides and the engine executes. Used in the engine's process: numpy only."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from enum import StrEnum
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
+from adaptive_spec.domain.arrays import Float32s, KTable
 from adaptive_spec.domain.survival import SurvivalMap
 
 
 class Mode(StrEnum):
-    """What the controller is doing. SWEEP, ACTIVE and PINNED act on the engine, the others leave it where it is."""
+    """What the controller does. SWEEP, ACTIVE and PINNED set K; the other modes leave the engine on its launch K."""
 
     SWEEP = "sweep"
     SHADOW = "shadow"
@@ -24,21 +24,21 @@ class Mode(StrEnum):
 
 
 class Granularity(StrEnum):
-    """BATCH: one K for all requests of a step. REQUEST: verify_len may differ (ragged verification)."""
+    """BATCH: one K for all requests of a step. REQUEST: verify_len may differ by request (ragged verification)."""
 
     BATCH = "batch"
     REQUEST = "request"
 
 
 TRIAL_PATIENCE_STEPS = 64
-"""Steps the engine waits for the batch size of a trial before it skips the trial, so that a sweep cannot hang."""
+"""Steps without the trial's batch size after which the engine skips the trial, so that a sweep always ends."""
 
 
 class Trial(NamedTuple):
-    """A plan to be run for a few steps whatever the policy says, to measure it.
+    """A plan that is run for some steps to measure it, in place of the table's.
 
-    batch_size: the batch it is for; the engine holds its batch there if it can (0: any). k: draft length. num_tokens:
-    tokens to verify (0: all drafted ones). steps: how many.
+    batch_size: the batch it is for; an engine that can keeps its batch at this size (0: any). k: draft length. num_tokens:
+    tokens to verify (0: all drafted ones). steps: number of steps.
     """
 
     batch_size: int
@@ -51,13 +51,13 @@ class Trial(NamedTuple):
 class Policy:
     """One immutable decision of the controller, as the engine adopts it.
 
-    version: 1, 2, ... acting: False means "stay on the launch K" (shadow, fallback). mode, granularity: see the enums.
-    max_k: largest K there is. k_table: uint8 [max_batch + 1, contexts], K by batch size and context bucket.
-    context_edges: float [contexts - 1], mean KV tokens per request at which the next bucket begins.
-    fixed_s: float32 [max_k + 1, max_batch + 1], seconds a step costs beside verification (draft, draft-extend, overhead).
+    version: 1, 2, ... acting: False keeps the engine on its launch K (shadow, paused, ...). mode, granularity: see the enums.
+    max_k: largest K. k_table: uint8 [max_batch + 1, contexts], K by batch size and context bucket.
+    context_edges: float [contexts - 1], mean KV tokens per request at which the next context bucket begins.
+    fixed_s: float32 [max_k + 1, max_batch + 1], seconds of a step other than verification (draft, draft-extend, overhead).
     verify_s: float32 [tokens + 1], predicted verify seconds by num_tokens. context_s_per_token: seconds per KV token.
-    survival: calibration. verify_all: True sends every drafted token to verification (pinned, and batch granularity).
-    trials: run first, once.
+    survival: calibration. verify_all: verify every drafted token (pinned, and batch granularity). trials: run once, before the
+    table is used.
     """
 
     version: int
@@ -65,17 +65,17 @@ class Policy:
     acting: bool
     granularity: Granularity
     max_k: int
-    k_table: NDArray[np.uint8]
-    context_edges: NDArray[np.float32]
-    fixed_s: NDArray[np.float32]
-    verify_s: NDArray[np.float32]
+    k_table: KTable
+    context_edges: Float32s
+    fixed_s: Float32s
+    verify_s: Float32s
     context_s_per_token: float
     survival: SurvivalMap
     verify_all: bool
     trials: tuple[Trial, ...] = field(default=())
 
     def draft_length(self, batch_size: int, kv_tokens: int) -> int:
-        """K of the table for a batch; beyond the table its last row holds."""
+        """K of the table for a batch. A batch larger than the table uses its last row."""
         row = self.k_table[min(batch_size, len(self.k_table) - 1)]
         if len(row) == 1:
             return int(row[0])

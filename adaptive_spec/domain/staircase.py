@@ -17,7 +17,10 @@ class Segment:
 
 @dataclass(frozen=True)
 class Boundary:
-    """`tokens` is the last token count of the cheaper tile; the next one costs `jump_ratio` times as much (>= 1 + threshold)."""
+    """A tile boundary.
+
+    tokens: last token count of the cheaper tile. jump_ratio: latency of one token more over that of `tokens`, >= 1 + threshold.
+    """
 
     tokens: int
     jump_ratio: float

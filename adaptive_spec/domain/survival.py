@@ -1,4 +1,4 @@
-"""Calibrated survival probabilities as tables that the engine can apply in every step, without knowing how they were fitted."""
+"""Calibrated survival probabilities as lookup tables, applied in every step. Used in the engine's process: numpy only."""
 
 from __future__ import annotations
 
@@ -7,32 +7,31 @@ from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from adaptive_spec.domain.arrays import Floats
+from adaptive_spec.domain.arrays import AnyFloats, Float32s, Floats, Ints
 
 LOGIT_LIMIT = 10.0
 GRID_POINTS = 81
-"""Survival maps are sampled on logits -10..10 in steps of 0.25."""
+"""Tables are sampled at logits -10..10 in steps of 0.25."""
 _POINTS_PER_LOGIT = (GRID_POINTS - 1) / (2 * LOGIT_LIMIT)
 _LOWEST, _HIGHEST = 1.0 / (1.0 + np.exp(np.array([LOGIT_LIMIT, -LOGIT_LIMIT]) * (1.0 - 1e-12)))
-"""Scores just inside the ends of the grid; float64, so that what is compared with them is too."""
+"""Scores just inside the ends of the grid. float64, so that comparisons are in float64 too."""
 
 
 class GridPosition(NamedTuple):
-    """Where scores lie on the grid of survival maps: index of the point below, and how far they are towards the next (0..1)."""
+    """Positions of scores on the grid: index of the grid point below, and the weight of the next one (0..1)."""
 
-    low: NDArray[np.int64]
+    low: Ints
     weight: Floats
 
     @property
-    def nearest(self) -> NDArray[np.int64]:
+    def nearest(self) -> Ints:
         return self.low + (self.weight >= 0.5)
 
 
-def grid_position(score: NDArray[np.floating]) -> GridPosition:
-    """Scores in [0, 1], any shape, to their places on the grid; logits are clipped to +-LOGIT_LIMIT."""
-    # Written for a handful of elements: this runs in every step of the server, and each call of numpy costs a microsecond.
+def grid_position(score: AnyFloats) -> GridPosition:
+    """Return the grid positions of scores in [0, 1], any shape. Logits are clipped to +-LOGIT_LIMIT."""
+    # Runs in every step on few elements, where each numpy call costs about a microsecond: so as few calls as possible.
     q = np.minimum(np.maximum(score, _LOWEST), _HIGHEST)
     x = np.log(q / (1.0 - q))
     x += LOGIT_LIMIT
@@ -44,22 +43,22 @@ def grid_position(score: NDArray[np.floating]) -> GridPosition:
 
 @dataclass(frozen=True)
 class SurvivalMap:
-    """Calibrated P(draft position j is accepted), as tables the engine can apply without knowing how they were fitted.
+    """Calibrated P(draft position j is accepted), as a table by position.
 
     table: float [K, GRID_POINTS], probabilities at the grid's logits. conditional: if true, row j maps the confidence of
     token j to P(accept j | all before accepted) and survival is the running product; if false, row j maps the cumulative
     score up to j to survival itself.
     """
 
-    table: NDArray[np.float32]
+    table: Float32s
     conditional: bool
 
-    def survival(self, confidences: NDArray[np.floating]) -> Floats:
+    def survival(self, confidences: AnyFloats) -> Floats:
         """Confidences [b, k] in (0, 1] -> survival probabilities [b, k], never increasing along a row."""
         return self.survival_at(grid_position(confidences if self.conditional else np.cumprod(confidences, axis=1)))
 
     def survival_at(self, position: GridPosition) -> Floats:
-        """The same for scores [b, k] whose places on the grid are known: of the confidences if conditional, else cumulative."""
+        """`survival` from grid positions [b, k]: of the confidences if conditional, else of the cumulative scores."""
         low, weight = position
         flat, offsets = self._flat
         index = low + offsets[: low.shape[1]]
@@ -74,6 +73,6 @@ class SurvivalMap:
         return survival
 
     @cached_property
-    def _flat(self) -> tuple[Floats, NDArray[np.int64]]:
-        """The table in one row, and where each position begins in it."""
+    def _flat(self) -> tuple[Floats, Ints]:
+        """The table as one row, and the offset of each position in it."""
         return self.table.astype(np.float64).ravel(), np.arange(len(self.table)) * GRID_POINTS

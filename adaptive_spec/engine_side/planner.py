@@ -1,19 +1,19 @@
-"""Executes policies step by step inside the engine: trials first, then the table, then the per-request search."""
+"""The planner: K and the verify lengths of each step, from a policy."""
 
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
+from adaptive_spec.domain.arrays import Float32s, Lengths
 from adaptive_spec.domain.plan_search import best_lengths, best_slots
 from adaptive_spec.domain.policy import TRIAL_PATIENCE_STEPS, Granularity, Policy, Trial
 
 
 class Planner:
-    """Executes policies step by step inside the engine: trials first, then the table, then the per-request search.
+    """Executes a policy step by step: its trials first, then its table of K; where allowed, verify lengths by request.
 
-    launch_k: K the engine was started with, used whenever no policy is acting. max_k: largest K it can run. A trial waits
-    at most `TRIAL_PATIENCE_STEPS` for its batch size, so that a sweep cannot hang on a batch that never comes.
+    launch_k: K the engine was started with, used while no policy acts. max_k: largest K the engine can run. A trial whose batch
+    size does not occur within `TRIAL_PATIENCE_STEPS` steps is skipped, so that a sweep always ends.
     """
 
     def __init__(self, launch_k: int, max_k: int) -> None:
@@ -29,32 +29,32 @@ class Planner:
 
     @property
     def version(self) -> int:
-        """Version of the policy this planner acts on, 0 on the launch K."""
+        """Version of the policy in use, 0 on the launch K."""
         return self.policy.version if self.policy is not None and self.policy.acting else 0
 
     @property
     def in_trial(self) -> bool:
-        """Whether the step `draft_length` was last asked for is a trial."""
+        """Whether the last step of `draft_length` is a trial."""
         return self._running is not None
 
     @property
     def trial_tokens(self) -> int:
-        """Tokens the trial `in_trial` speaks of wants verified, 0 for all; 0 outside a trial too."""
+        """Tokens to verify in the trial of this step; 0: all of them, or no trial."""
         return self._running.num_tokens if self._running is not None else 0
 
     @property
     def held_batch_size(self) -> int:
-        """Batch size the current trial wants, 0 when any will do."""
+        """Batch size that the next trial is for, 0 when any will do or there is none."""
         trial = self._current_trial()
         return trial.batch_size if trial is not None else 0
 
     def adopt(self, policy: Policy | None) -> None:
-        """Take a new policy (None: back to the launch K); its trials start from the first."""
+        """Use a new policy from now on (None: the launch K). Its trials begin with the first."""
         self.policy = policy
         self._trial = self._trial_steps = self._waited = 0
 
     def draft_length(self, batch_size: int, kv_tokens: int) -> int:
-        """Return K of the coming step, 0..max_k."""
+        """Choose K of the coming step, 0..max_k: launch K without an acting policy, else the trial's, else the table's."""
         self._kv_tokens, self._running = kv_tokens, None
         policy = self.policy
         if policy is None or not policy.acting:
@@ -71,8 +71,8 @@ class Planner:
         self._k = min(policy.draft_length(batch_size, kv_tokens), self.max_k)
         return self._k
 
-    def verify_lengths(self, confidences: NDArray[np.float32]) -> NDArray[np.uint8]:
-        """Return verify_len [b] for the drafted confidences [b, k] of the step `draft_length` was asked for."""
+    def verify_lengths(self, confidences: Float32s) -> Lengths:
+        """Choose verify_len [b] for the confidences [b, k] drafted in the step of the last `draft_length`."""
         b, k = confidences.shape
         policy = self.policy
         if policy is None or not policy.acting or k == 0:

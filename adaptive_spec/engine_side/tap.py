@@ -1,12 +1,12 @@
-"""EngineTap: the only object an engine touches. Three calls a decode step:
+"""EngineTap: the one object an engine calls, three times a decode step:
 
     k = tap.begin_step(batch_size, kv_tokens, now_ns)      # draft k tokens per request
     verify_len = tap.verify_lengths(confidences)           # engines with ragged verification
-    tap.end_step(...)                                      # what it was and how long it took
+    tap.end_step(...)                                      # writes the step's record
 
 Regimes: a fresh policy that acts is executed; a fresh one that does not act (shadow, paused) leaves the launch K; with no
-page, no policy on it, or no sign of life from the sidecar for max_age_s, the launch K too, marked as fallback, and the
-policy again once the sidecar is back. Nothing here raises or waits: whatever fails is counted and the launch K is used.
+policy page, no policy on it, or a heartbeat older than max_age_s, the launch K is used and the step is marked as fallback,
+until the heartbeat is fresh again. No method raises or waits: a failure is counted and the launch K is used.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
+from adaptive_spec.domain.arrays import Float32s, Lengths, RequestIds
 from adaptive_spec.domain.engine_info import EngineInfo
 from adaptive_spec.domain.policy import Granularity, Policy
 from adaptive_spec.domain.step_record import StepFlag
@@ -30,9 +30,9 @@ from adaptive_spec.wire.slot import MAX_BATCH_LIMIT, MAX_K_LIMIT, SlotLayout
 RING_NAME = "records.ring"
 PAGE_NAME = "policy.page"
 RING_BYTES_LIMIT = 32 << 20
-"""The ring has fewer slots rather than more bytes: a container's /dev/shm is often 64 MB."""
+"""Largest ring; a ring with large slots has fewer of them. A container's /dev/shm is often 64 MB."""
 LOOK_STEPS = 64
-"""Steps between looks for a policy page, or for another one in its place."""
+"""Steps between checks for a new policy page."""
 
 _TRIAL, _FALLBACK = int(StepFlag.TRIAL), int(StepFlag.FALLBACK)
 
@@ -42,9 +42,8 @@ log = logging.getLogger(__name__)
 class TapCounters(NamedTuple):
     """Counts since the tap was opened.
 
-    records_written, write_failures: records. page_failures: pages or policies that were refused. hook_failures: calls of
-    the tap that failed inside and fell back. adoptions: policies taken over. fallback_steps: steps on the launch K because
-    no fresh policy was there.
+    records_written, write_failures: records. page_failures: pages and policies that were refused. hook_failures: calls of
+    the tap that failed inside. adoptions: policies adopted. fallback_steps: steps on the launch K for lack of a fresh policy.
     """
 
     records_written: int
@@ -56,7 +55,7 @@ class TapCounters(NamedTuple):
 
 
 class BegunStep(NamedTuple):
-    """What `begin_step` decided. An engine that begins a step before it has ended the one before gives it to `end_step`."""
+    """What `begin_step` decided. An engine whose steps overlap passes it to `end_step`."""
 
     step: int
     k: int
@@ -67,20 +66,19 @@ class BegunStep(NamedTuple):
 
 
 class EngineTap:
-    """An engine's link to its sidecar; see the module. Not thread-safe: one decode loop, one tap.
+    """An engine's link to its sidecar; see the module. Not thread-safe: one tap for one decode loop.
 
-    info: what the engine said about itself. planner: executes the policies; to look at, not to call. begun: what the last
-    `begin_step` decided.
+    info: the engine. planner: executes the policies; others only read it. begun: what the last `begin_step` decided.
     """
 
     def __init__(self, runtime_dir: Path | str, info: EngineInfo, ring: RingWriter | None, max_age_s: float = 30.0) -> None:
-        """Build a tap on an open ring (None: records are counted as failed); engines use `open`."""
+        """Use an open ring (None: every record counts as failed). Engines call `open`."""
         self.info = info
-        # Largest candidate <= wanted, the smallest one where there is none; indexed by any K the planner can return.
         candidates = info.candidates or (info.launch_k,)
         wanted = range(max(*candidates, info.launch_k, 0) + 1)
-        self._allowed = [max((c for c in candidates if c <= k), default=min(candidates)) for k in wanted]
-        self._launch_k = self._allowed[max(info.launch_k, 0)]
+        # By any K the planner can return: the largest candidate that is not larger, else the smallest candidate.
+        self._runnable_k = [max((c for c in candidates if c <= k), default=min(candidates)) for k in wanted]
+        self._launch_k = self._runnable_k[max(info.launch_k, 0)]
         self.planner = Planner(self._launch_k, max(candidates))
         self._ragged = info.granularity is Granularity.REQUEST
         self._ring = ring
@@ -90,16 +88,15 @@ class EngineTap:
         self._step = 0
         self._look_at = 0
         self._fallback = True
-        self._page_failures = self._hook_failures = self._ringless = self._adoptions = self._fallback_steps = 0
+        self._page_failures = self._hook_failures = self._unrecorded = self._adoptions = self._fallback_steps = 0
         self.begun = BegunStep(0, self._launch_k, 0, 0, 0, _FALLBACK)
 
     @classmethod
     def open(cls, runtime_dir: Path | str, info: EngineInfo, max_age_s: float = 30.0, slots: int = 1024) -> EngineTap:
-        """Create `{runtime_dir}/records.ring` (the folder too, 0700) and look for `{runtime_dir}/policy.page` from now on.
+        """Create `{runtime_dir}/records.ring` (and the folder, 0700); check for `policy.page` in it now and then.
 
-        max_age_s: seconds without a sign of life from the sidecar after which the launch K is used. slots: records the ring
-        holds, fewer where they would take more than 32 MiB. Does not raise for a ring that cannot be made: that is logged,
-        and the engine runs on its launch K or on the policies it still can read.
+        max_age_s: age of the sidecar's heartbeat, seconds, beyond which the launch K is used. slots: records in the ring, fewer
+        if they would exceed RING_BYTES_LIMIT. A ring that cannot be created is logged; the tap then still follows policies.
         """
         ring = None
         try:
@@ -108,16 +105,16 @@ class EngineTap:
             fitting = max(RING_BYTES_LIMIT // layout.slot_bytes, MIN_SLOTS)
             ring = RingWriter.create(Path(runtime_dir) / RING_NAME, info, min(slots, fitting))
         except Exception as error:
-            log.warning("no record ring in %s, this engine cannot be observed: %s", runtime_dir, error)
+            log.warning("record ring in %s: cannot be created, this engine cannot be observed: %s", runtime_dir, error)
         return cls(runtime_dir, info, ring, max_age_s)
 
     @property
     def counters(self) -> TapCounters:
-        """What happened so far."""
+        """The counts so far."""
         ring, page = self._ring, self._page
         return TapCounters(
             ring.written if ring is not None else 0,
-            (ring.failed if ring is not None else 0) + self._ringless,
+            (ring.failed if ring is not None else 0) + self._unrecorded,
             self._page_failures + (page.failures if page is not None else 0),
             self._hook_failures,
             self._adoptions,
@@ -126,7 +123,7 @@ class EngineTap:
 
     @property
     def held_batch_size(self) -> int:
-        """Batch size the engine should hold for a trial if it can, 0 for none."""
+        """Batch size the engine should keep for a trial if it can, 0 for none."""
         try:
             return 0 if self._fallback else self.planner.held_batch_size
         except Exception:
@@ -134,10 +131,9 @@ class EngineTap:
             return 0
 
     def begin_step(self, batch_size: int, kv_tokens: int, now_ns: int) -> int:
-        """Return K of the coming step, one of the engine's candidates.
+        """Choose K of the coming step, one of the engine's candidates.
 
-        batch_size: requests in it. kv_tokens: their context tokens in the KV cache. now_ns: CLOCK_MONOTONIC
-        (time.monotonic_ns).
+        batch_size: requests in the step. kv_tokens: their tokens in the KV cache. now_ns: time.monotonic_ns().
         """
         self._step += 1
         k, version, flags = self._launch_k, 0, _FALLBACK
@@ -149,7 +145,7 @@ class EngineTap:
                 if policy is not planner.policy:
                     planner.adopt(policy)
                     self._adoptions += 1
-                k = self._allowed[planner.draft_length(batch_size, kv_tokens)]
+                k = self._runnable_k[planner.draft_length(batch_size, kv_tokens)]
                 version, flags = planner.version, _TRIAL if planner.in_trial else 0
                 self._fallback = False
         except Exception:
@@ -160,16 +156,18 @@ class EngineTap:
         return k
 
     def newest_policy(self, now_ns: int) -> Policy | None:
-        """Return the policy to act on in the step just begun, None for the launch K. Called by `begin_step` once a step; an
-        engine of several ranks overrides it, so that all of them see the same one."""
+        """Return the policy for the step just begun, None for the launch K. `begin_step` calls it once a step.
+
+        An engine with several ranks overrides it, so that all ranks use the same policy in the same step.
+        """
         if self._step >= self._look_at:
-            self._look()
+            self._check_page()
         return self._page.poll(now_ns) if self._page is not None else None
 
-    def verify_lengths(self, confidences: NDArray[np.float32]) -> NDArray[np.uint8]:
-        """Return verify_len uint8 [b], draft tokens to verify per request, for the step just begun.
+    def verify_lengths(self, confidences: Float32s) -> Lengths:
+        """Choose verify_len uint8 [b], draft tokens to verify per request, in the step just begun.
 
-        confidences: float32 [b, k], the draft's probability of every drafted token, in (0, 1].
+        confidences: float32 [b, k], the draft model's probability of each drafted token, in (0, 1].
         """
         try:
             if self._ragged and not self._fallback:
@@ -188,18 +186,18 @@ class EngineTap:
 
     def end_step(
         self, now_ns: int, num_tokens: int, padded_tokens: int, draft_s: float, verify_s: float, draft_extend_s: float,
-        step_s: float, confidences: NDArray[np.float32], verify_len: NDArray[np.uint8], accept_len: NDArray[np.uint8],
-        request_ids: NDArray[np.uint32], flags: int = 0, begun: BegunStep | None = None,
+        step_s: float, confidences: Float32s, verify_len: Lengths, accept_len: Lengths,
+        request_ids: RequestIds, flags: int = 0, begun: BegunStep | None = None,
     ) -> None:  # fmt: skip
         """Write the record of a step: fields, units and array types of `StepRecord`; K is the columns of confidences.
 
-        flags: the engine's own (DISTURBED, CENSORED); TRIAL and FALLBACK are added here. begun: the step this belongs to,
-        by default the last one begun.
+        flags: the engine's own (DISTURBED, CENSORED); TRIAL and FALLBACK are added here. begun: the step that ends, by default
+        the last one begun.
         """
         try:
             ring = self._ring
             if ring is None:
-                self._ringless += 1
+                self._unrecorded += 1
                 return
             if begun is None:
                 begun = self.begun
@@ -212,12 +210,12 @@ class EngineTap:
             self._hook_failures += 1
 
     def detach_ring(self) -> RingWriter | None:
-        """Give the ring away, to a tap of another kind."""
+        """Hand the ring over to another tap; this one records nothing from now on."""
         ring, self._ring = self._ring, None
         return ring
 
     def close(self) -> None:
-        """Let go of ring and page; later steps run on the launch K and are not recorded."""
+        """Close ring and page. Later steps use the launch K and are not recorded."""
         ring, page, self._ring, self._page = self._ring, self._page, None, None
         self._look_at = 1 << 62
         try:
@@ -229,8 +227,8 @@ class EngineTap:
         except Exception:
             self._hook_failures += 1
 
-    def _look(self) -> None:
-        """See whether a page has appeared, or another one has taken its place."""
+    def _check_page(self) -> None:
+        """Open the policy page if there is one that is not open yet."""
         self._look_at = self._step + LOOK_STEPS
         old = self._page
         identity = mapped_file.identity_at(self._page_path)

@@ -4,8 +4,8 @@
 
 Batch granularity: tokens = padded(b) (K + 1), E[tokens out] = b (1 + sum of survival over K positions). Request granularity:
 the engine will choose the verified tokens by score, so the expectation is taken over groups of b recent requests, each
-planned by the very search the engine runs. The relative uncertainty of each entry comes with it: it decides what must be
-measured (a probe) before it may be believed.
+planned by the same search the engine runs. Each entry comes with its relative standard error, by which the controller chooses
+probes and refuses swaps.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from adaptive_spec.models.latency.staircase import LatencyModel
 CONTEXT_EDGES = np.array([1024.0, 4096.0, 16384.0], dtype=np.float32)
 CONTEXT_CENTRES = (512.0, 2048.0, 8192.0, 32768.0)
 MATERIAL_CONTEXT = 0.02
-"""Context buckets are told apart when context makes up this share of a step."""
+"""Context buckets are used when context makes up more than this share of a step."""
 GROUP_ROWS = 256
-"""Recent requests an expectation is taken over, in groups of the batch size, at least `MIN_GROUPS` of them."""
+"""Recent requests an expectation is taken over, in groups of the batch size, at least `MIN_GROUPS` groups."""
 MIN_GROUPS = 2
 FREQUENT = 24
 """Batch sizes forecast exactly at request granularity, besides the powers of two."""
@@ -64,8 +64,8 @@ class Forecast:
 
 
 @dataclass(frozen=True)
-class Models:
-    """The models a forecast is made of."""
+class ForecastInputs:
+    """The models and the traffic a forecast is made of."""
 
     verify: LatencyModel
     stages: Sequence[PlanCostModel]
@@ -76,11 +76,11 @@ class Models:
     max_batch: int
     kv_per_request: float
     batches: NDArray[np.float64]
-    """Tally of batch sizes seen lately, [max_batch + 1]."""
+    """Forgetting tally of batch sizes, [max_batch + 1]."""
 
 
-def forecast(models: Models, seed: int) -> Forecast | None:
-    """Return the forecast, None before anything was measured. seed: chooses the groups of recent requests."""
+def forecast(models: ForecastInputs, seed: int) -> Forecast | None:
+    """Return the forecast, None before anything was measured. seed: of the grouping of recent requests."""
     fit = models.verify.fit
     if fit is None:
         return None
@@ -98,10 +98,10 @@ def forecast(models: Models, seed: int) -> Forecast | None:
         fixed_error += (seconds * relative_error) ** 2
     slope = fit.context_s_per_token
     typical = float(np.median(verify_s[1:])) if len(verify_s) > 1 else 0.0
-    told_apart = slope * models.kv_per_request > MATERIAL_CONTEXT * typical > 0.0
-    edges = CONTEXT_EDGES if told_apart else CONTEXT_EDGES[:0]
-    centres = list(CONTEXT_CENTRES) if told_apart else [models.kv_per_request]
-    if told_apart:
+    by_context = slope * models.kv_per_request > MATERIAL_CONTEXT * typical > 0.0
+    edges = CONTEXT_EDGES if by_context else CONTEXT_EDGES[:0]
+    centres = list(CONTEXT_CENTRES) if by_context else [models.kv_per_request]
+    if by_context:
         centres[int(np.searchsorted(edges, models.kv_per_request, side="right"))] = models.kv_per_request
     shape = (max_batch + 1, len(centres), max_k + 1)
     goodput, uncertainty, tokens = np.zeros(shape), np.ones(shape), np.ones(shape)
@@ -127,7 +127,7 @@ Costs = tuple[Floats, Floats, Floats, Floats, Floats, NDArray[np.int64]]
 Outputs = tuple[Floats, Floats, Floats]
 
 
-def _per_batch(models: Models, costs: Costs, outputs: Outputs) -> None:
+def _per_batch(models: ForecastInputs, costs: Costs, outputs: Outputs) -> None:
     fixed_s, fixed_error, verify_s, verify_error_s, context_s, pad = costs
     goodput, uncertainty, tokens = outputs
     survival, survival_error = _survival(models.acceptance)
@@ -147,14 +147,14 @@ def _survival(acceptance: AcceptanceModel) -> tuple[Floats, Floats]:
     """Survival of positions 1..max_k and its standard error (delta method on a product of independent rates)."""
     rates, errors = acceptance.conditional_rates()
     recent = acceptance.recent_survival()
-    # The scores of recent drafts say sooner than counts of accepted ones that the traffic has changed.
+    # Scores of recent drafts show a change of traffic sooner than counts of accepted tokens.
     survival: Floats = (recent if len(recent) else np.cumprod(rates)[None, :]).mean(axis=0)
-    # The error is that of the counts: recent scores may be sure of what was not drafted for long.
+    # The error is that of the counts: scores may be confident at positions that were not drafted for long.
     error = np.cumprod(rates) * np.sqrt(np.cumsum((errors / np.maximum(rates, 0.05)) ** 2))
     return survival, error.astype(np.float64)
 
 
-def _per_request(models: Models, seed: int, costs: Costs, outputs: Outputs) -> dict[int, Floats]:
+def _per_request(models: ForecastInputs, seed: int, costs: Costs, outputs: Outputs) -> dict[int, Floats]:
     fixed_s, fixed_error, verify_s, verify_error_s, context_s, _ = costs
     goodput, uncertainty, tokens = outputs
     rows = models.acceptance.recent_survival()
@@ -198,7 +198,7 @@ def _per_request(models: Models, seed: int, costs: Costs, outputs: Outputs) -> d
 def batch_grid(batches: NDArray[np.float64]) -> list[int]:
     """Batch sizes to forecast exactly: the most frequent ones, and 1, 2, 4, 8, ... to beyond the largest.
 
-    batches: tally of batch sizes [max_batch + 1]. What lies between takes the forecast of the next smaller one.
+    batches: tally of batch sizes [max_batch + 1]. A size in between takes the forecast of the next smaller one.
     """
     largest = len(batches) - 1
     seen = int(np.flatnonzero(batches > 0.0).max(initial=0))

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-from adaptive_spec.domain.arrays import Floats
+from adaptive_spec.domain.arrays import Bools, Floats
 from adaptive_spec.domain.step_record import StepRecord
 from adaptive_spec.domain.survival import SurvivalMap
 from adaptive_spec.models.acceptance.calibration_maps import GRID_SCORE
@@ -33,7 +32,7 @@ class CalibrationFit:
         """Cumulative scores [n] in (0, 1] -> P(accept) [n]."""
         return self.map.survival(np.asarray(scores, dtype=np.float64)[:, None])[:, 0]
 
-    def state(self) -> dict[str, NDArray[np.float64]]:
+    def state(self) -> dict[str, Floats]:
         """Arrays of `calibration.npz`."""
         return {
             "score": GRID_SCORE,
@@ -43,7 +42,7 @@ class CalibrationFit:
         }
 
 
-def fit_pairs(cumulative_score: Floats, accepted: NDArray[np.bool_]) -> CalibrationFit:
+def fit_pairs(cumulative_score: Floats, accepted: Bools) -> CalibrationFit:
     """Calibrate recorded pairs: cumulative_score [n >= 1] in (0, 1], accepted [n]; forgets nothing.
 
     The pairs are shuffled (fixed seed) and predicted before learnt in 20 chunks; the map served is then fitted to all.

@@ -23,12 +23,11 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from adaptive_spec.config.settings import ControllerSettings
 from adaptive_spec.control.controller import Controller
 from adaptive_spec.control.snapshot import Snapshot
-from adaptive_spec.domain.arrays import Floats
+from adaptive_spec.domain.arrays import Floats, Ints, Lengths
 from adaptive_spec.domain.engine_info import EngineInfo
 from adaptive_spec.domain.policy import Granularity, Mode
 from adaptive_spec.domain.step_record import StepFlag, StepRecord
@@ -50,7 +49,7 @@ class Plan:
     """What a policy would do in one step. verify_len: [rows], or None for all k drafted tokens."""
 
     k: int
-    verify_len: NDArray[np.uint8] | None = None
+    verify_len: Lengths | None = None
 
 
 class ReplayedPolicy(Protocol):
@@ -164,9 +163,9 @@ class Part(NamedTuple):
     forecast: Forecast
     rates: Floats
     errors: Floats
-    measured: NDArray[np.int64]
+    measured: Ints
     measured_s: Floats
-    padded: NDArray[np.int64]
+    padded: Ints
 
     def verify_seconds(self, tokens: int) -> tuple[float, float]:
         """Verify time of a token count and its standard error."""
@@ -227,7 +226,7 @@ class Hindsight:
         supported = error < SURE_ERROR and not bool((wanted > record.verify_len).any())
         return tokens, seconds, scale * doubt, error, supported
 
-    def _beyond(self, record: StepRecord, wanted: NDArray[np.uint8], rows: NDArray[np.int64], part: Part) -> tuple[float, float]:
+    def _beyond(self, record: StepRecord, wanted: Lengths, rows: Ints, part: Part) -> tuple[float, float]:
         """Expected tokens behind what was verified and accepted, and what of them is in doubt."""
         survival = part.forecast.survival.survival(record.confidences) if record.k else np.zeros((len(wanted), 0))
         extra = doubt = 0.0

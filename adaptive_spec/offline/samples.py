@@ -15,6 +15,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from adaptive_spec.domain.arrays import Floats, Ints
 from adaptive_spec.errors import BadInput
 
 MAX_NUM_TOKENS = 65_536
@@ -24,14 +25,14 @@ Value = TypeVar("Value")
 class LatencySamples(NamedTuple):
     """num_tokens: int64 [n], >= 1. latency_s: float64 [n], > 0."""
 
-    num_tokens: NDArray[np.int64]
-    latency_s: NDArray[np.float64]
+    num_tokens: Ints
+    latency_s: Floats
 
 
 class CalibrationPairs(NamedTuple):
     """cumulative_score: float64 [n] in (0, 1]. accepted: uint8 [n], 0 or 1."""
 
-    cumulative_score: NDArray[np.float64]
+    cumulative_score: Floats
     accepted: NDArray[np.uint8]
 
 

@@ -1,4 +1,4 @@
-"""History: the last half hour of one engine in a few numbers per moment, for the status page. Prometheus keeps the rest."""
+"""The last half hour of one engine, for the goodput chart of the status page. Prometheus keeps what is older."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from typing import NamedTuple
 from adaptive_spec.control.snapshot import Snapshot
 
 INTERVAL_S = 2.0
-MOMENTS = 900
+MAX_POINTS = 900
+"""Half an hour."""
 
 
-class Moment(NamedTuple):
-    """time_s: on the clock `note` is given. None: unknown, as while nothing is decoded.
+class HistoryPoint(NamedTuple):
+    """One point of the chart; None: unknown, for example while nothing is decoded.
 
-    launch_k_goodput_tokens_per_s: what the launch K would have given in the same steps, from the controller's own forecast.
-    draft_tokens: K of the policy at `batch_size`.
+    time_s: on the clock given to `History.add`. launch_k_goodput_tokens_per_s: estimate of what the launch K would have given in
+    the same steps, from the controller's forecast. draft_tokens: K of the policy at `batch_size`.
     """
 
     time_s: float
@@ -26,24 +27,24 @@ class Moment(NamedTuple):
 
 
 class History:
-    """Keeps a moment every 2 s, 900 of them. `moments` is replaced, never changed, so that any thread may hold on to it."""
+    """Keeps a point every 2 s, 900 of them. `points` is replaced and never changed, so any thread may keep a reference."""
 
     def __init__(self) -> None:
-        self.moments: tuple[Moment, ...] = ()
-        self._kept: deque[Moment] = deque(maxlen=MOMENTS)
+        self.points: tuple[HistoryPoint, ...] = ()
+        self._kept: deque[HistoryPoint] = deque(maxlen=MAX_POINTS)
         self._steps = -1
 
-    def note(self, snapshot: Snapshot | None, now_s: float) -> None:
-        """Keep this moment if the last one is old enough."""
+    def add(self, snapshot: Snapshot | None, now_s: float) -> None:
+        """Add a point for this snapshot, unless the last point is younger than INTERVAL_S."""
         if self._kept and now_s - self._kept[-1].time_s < INTERVAL_S:
             return
-        self._kept.append(self._moment(snapshot, now_s))
-        self.moments = tuple(self._kept)
+        self._kept.append(self._point(snapshot, now_s))
+        self.points = tuple(self._kept)
 
-    def _moment(self, s: Snapshot | None, now_s: float) -> Moment:
+    def _point(self, s: Snapshot | None, now_s: float) -> HistoryPoint:
         steps, self._steps = self._steps, s.decode_steps if s else -1
         if s is None or s.decode_steps == steps:
-            return Moment(now_s, None, None, None, None)
+            return HistoryPoint(now_s, None, None, None, None)
         goodput, gain = s.goodput_tokens_per_s, s.measured_gain
         launch = goodput / (1.0 + gain) if goodput is not None and gain is not None and gain > -1.0 else None
-        return Moment(now_s, goodput, launch, s.batch_size or None, s.k_by_batch_size.get(s.batch_size))
+        return HistoryPoint(now_s, goodput, launch, s.batch_size or None, s.k_by_batch_size.get(s.batch_size))

@@ -1,11 +1,11 @@
-"""The sidecar's HTTP server: metrics, status, health, the status page and the control of `ctl`.
+"""The sidecar's HTTP server: metrics, status, health, the status page and the commands of `adaptive-spec ctl`.
 
     GET  /             the status page              GET  /status.json  `status_document`
-    GET  /metrics      Prometheus or OpenMetrics    GET  /healthz      200 while the loop lives, else 503
+    GET  /metrics      Prometheus or OpenMetrics    GET  /healthz      200 while the sidecar's loop runs, else 503
     GET  /history.json `history_document`
     POST /control      {"command": NAME, "k": N}    with the header `Authorization: Bearer TOKEN`
 
-It never touches the controller: reading goes by the current_view, commands go through a queue into the loop's thread.
+Its threads never call the controller. They read the current view; commands go through a queue to the thread of the loop.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import hmac
 import json
 import queue
-import socket
 import threading
 import time
 from collections.abc import Mapping
@@ -26,17 +25,18 @@ from prometheus_client.exposition import choose_encoder
 from waitress import wasyncore
 from waitress.server import create_server
 
-from adaptive_spec.errors import BadInput
+from adaptive_spec.domain.commands import CONTROL_COMMANDS
+from adaptive_spec.sidecar.listening import listening_socket
 from adaptive_spec.sidecar.metrics import metrics_registry
 from adaptive_spec.sidecar.status_document import history_document, status_document
 from adaptive_spec.sidecar.view import CurrentView
 
 ALIVE_S = 5.0
-"""A loop that has not beaten for this long is taken for dead."""
+"""/healthz answers 503 when the loop has not run for this long."""
 ANSWER_S = 5.0
+"""How long POST /control waits for the loop."""
 CLOSING_LOOK_S = 0.1
 MAX_BODY_BYTES = 4096
-COMMANDS = ("pause", "resume", "shadow", "active", "pin", "unpin", "refit", "resweep")
 _PAGE = {
     "": "text/html",
     "status.css": "text/css",
@@ -54,7 +54,7 @@ _HEADERS = {
 
 @dataclass
 class Command:
-    """One request of an operator, on its way into the loop and back. answer: "" = done, else why not."""
+    """A command of an operator. answer: set by the loop before `done`; "" = carried out, otherwise the reason it was not."""
 
     name: str
     k: int | None
@@ -63,9 +63,9 @@ class Command:
 
 
 class WebServer:
-    """Serves a current_view on host:port (0: a free one) from threads of its own.
+    """Serves the current view on host:port (port 0: a free one) in its own threads.
 
-    token: what `POST /control` must show. Raises BadInput when the address cannot be bound.
+    token: required by POST /control. Raises BadInput when the address cannot be bound.
     """
 
     def __init__(self, current_view: CurrentView, host: str, port: int, token: str) -> None:
@@ -82,7 +82,7 @@ class WebServer:
         app.route("/control", "POST", self._control)
         app.route("/", "GET", lambda: _page(""))
         app.route("/<name:path>", "GET", _page)
-        listening = _bind(host, port)
+        listening = listening_socket(host, port, "port")
         self._sockets: dict[int, Any] = {}
         self._server = create_server(app, map=self._sockets, sockets=[listening], threads=4, ident=None)
         self.port = int(listening.getsockname()[1])
@@ -92,13 +92,13 @@ class WebServer:
         self._thread.start()
 
     def close(self) -> None:
-        """Stop answering and let go of the port."""
+        """Stop the server and release the port."""
         self._closing.set()
         self._thread.join(2.0)
         self._server.task_dispatcher.shutdown()
 
     def _serve(self) -> None:
-        # Sockets are closed by the thread that waits on them: waitress has no other way to end cleanly.
+        # The thread that waits on the sockets closes them: waitress offers no other clean way to end.
         while not self._closing.is_set():
             wasyncore.loop(timeout=CLOSING_LOOK_S, map=self._sockets, count=1)
         for channel in list(self._sockets.values()):
@@ -110,13 +110,13 @@ class WebServer:
         return encode(self._registry)
 
     def _status(self) -> str:
-        return _json(status_document(self._current_view.view, self._current_view.beat_s, time.monotonic()))
+        return _json(self._status_document())
 
     def _history(self) -> str:
         return _json(history_document(self._current_view.view, time.monotonic()))
 
     def _healthz(self) -> str:
-        age_s = time.monotonic() - self._current_view.beat_s
+        age_s = time.monotonic() - self._current_view.heartbeat_s
         if age_s > ALIVE_S:
             bottle.response.status = 503
         return _json(
@@ -126,48 +126,33 @@ class WebServer:
     def _control(self) -> str:
         shown = bottle.request.environ.get("HTTP_AUTHORIZATION", "").removeprefix("Bearer ").encode("latin-1")
         if not hmac.compare_digest(shown, self._token):
-            return _refuse(403, "the token is not the one in the sidecar's token file")
+            return _refuse(403, "wrong token: it must be the one in the sidecar's token file")
         if bottle.request.content_length > MAX_BODY_BYTES:
-            return _refuse(413, f"the body is longer than {MAX_BODY_BYTES} bytes")
+            return _refuse(413, f"body: must be at most {MAX_BODY_BYTES} bytes")
         try:
             body = json.loads(bottle.request.body.read(MAX_BODY_BYTES))
             name, k = body["command"], body.get("k")
         except (ValueError, TypeError, KeyError, AttributeError):
             return _refuse(400, 'the body must be JSON: {"command": NAME} or {"command": "pin", "k": N}')
-        if name not in COMMANDS:
-            return _refuse(400, f"command: {name!r} is not allowed: must be one of {', '.join(COMMANDS)}")
+        if name not in CONTROL_COMMANDS:
+            return _refuse(400, f"command: {name!r}: must be one of {', '.join(CONTROL_COMMANDS)}")
         if (k is None) == (name == "pin") or (k is not None and (not isinstance(k, int) or isinstance(k, bool))):
-            return _refuse(400, f"k: {k!r} is not allowed: must be a whole number for pin, and absent otherwise")
+            return _refuse(400, f"k: must be a whole number for pin and absent for other commands, got {k!r}")
         command = Command(name, k)
         self.commands.put(command)
         if not command.done.wait(ANSWER_S):
-            return _refuse(503, f"the loop has not answered within {ANSWER_S:g} s")
+            return _refuse(503, f"the sidecar's loop did not answer within {ANSWER_S:g} s")
         if command.answer:
             return _refuse(409, command.answer)
-        return _json(
-            {"done": True, "mode": status_document(self._current_view.view, self._current_view.beat_s, time.monotonic())["mode"]}
-        )
+        return _json({"done": True, "mode": self._status_document()["mode"]})
 
-
-def _bind(host: str, port: int) -> socket.socket:
-    """Return a bound socket: one, even where a name has several addresses. Raises BadInput."""
-    listening = None
-    try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listening = socket.socket(family, socket.SOCK_STREAM)
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind(address)
-        listening.listen()
-    except OSError as error:
-        if listening:
-            listening.close()
-        raise BadInput(f"port: {port} on host {host!r} is not allowed: {error.strerror or error}; must be free") from error
-    return listening
+    def _status_document(self) -> dict[str, Any]:
+        return status_document(self._current_view.view, self._current_view.heartbeat_s, time.monotonic())
 
 
 def _page(name: str) -> bytes | str:
     if name not in _PAGE:
-        return _refuse(404, f"there is no /{name}")
+        return _refuse(404, f"/{name}: no such page")
     bottle.response.content_type = f"{_PAGE[name]}; charset=utf-8"
     for header, value in _HEADERS.items():
         bottle.response.set_header(header, value)
@@ -181,7 +166,7 @@ def _json(document: Mapping[str, Any]) -> str:
 
 
 def _finite(value: Any) -> Any:
-    """NaN and infinities are no JSON: they become null. numpy numbers become plain ones."""
+    """Replace NaN and infinities, which JSON does not have, by None, and numpy numbers by plain ones."""
     if isinstance(value, Mapping):
         return {key: _finite(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):

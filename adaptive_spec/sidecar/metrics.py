@@ -1,4 +1,4 @@
-"""Prometheus metrics: one collector that reads an immutable view, so a scrape never sees half an update."""
+"""Prometheus metrics. One collector reads an immutable view, so a scrape never sees a partial update."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.registry import Collector
 
 from adaptive_spec import __version__
-from adaptive_spec.control.snapshot import HistogramData, Snapshot
+from adaptive_spec.control.counters import HistogramData
+from adaptive_spec.control.snapshot import Snapshot
 from adaptive_spec.domain.policy import Mode
 from adaptive_spec.sidecar.view import CurrentView, View
 from adaptive_spec.wire.engine_report import STATES
@@ -21,7 +22,7 @@ Rows = Iterable[tuple[tuple[str, ...], float]]
 
 
 class SnapshotCollector(Collector):
-    """All metrics of this project, from the current_view. A value nobody knows yet is left out, never shown as 0."""
+    """All metrics of this project, from the current view. A value that is not known yet is left out, not exported as 0."""
 
     def __init__(self, current_view: CurrentView) -> None:
         self._current_view = current_view
@@ -42,7 +43,7 @@ class SnapshotCollector(Collector):
 
 
 def metrics_registry(current_view: CurrentView) -> CollectorRegistry:
-    """Return a registry with our metrics and the process's own (`process_*`)."""
+    """Return a registry with the metrics of this project and those of the process (`process_*`)."""
     registry = CollectorRegistry(auto_describe=False)
     registry.register(SnapshotCollector(current_view))
     ProcessCollector(registry=registry)
@@ -50,7 +51,7 @@ def metrics_registry(current_view: CurrentView) -> CollectorRegistry:
 
 
 class _Families:
-    """Makes metric families that all carry the constant labels model, gpu and tp, once the engine has told them."""
+    """Builds metric families with the constant labels model, gpu and tp, once an engine is attached."""
 
     def __init__(self, view: View) -> None:
         info = view.info
@@ -69,7 +70,7 @@ class _Families:
         return family
 
     def histogram(self, name: str, text: str, rows: Mapping[str, HistogramData], label: str) -> Metric:
-        # refit_duration_seconds has a label `model` of its own, which here says which of our models: a name fits only once.
+        # refit_duration_seconds has its own label `model` (which model was refitted), so it cannot carry the engine's as well.
         constant = {key: value for key, value in self._constant.items() if key != label}
         family = HistogramMetricFamily(PREFIX + name, text, labels=(label, *constant))
         for value, data in rows.items():
@@ -95,28 +96,40 @@ def _by_name(values: Mapping[str, float]) -> Rows:
 
 def _about_sidecar(family: _Families, view: View) -> Iterable[Metric]:
     mode = view.snapshot.mode if view.snapshot else Mode.FALLBACK
-    yield family.gauge("mode", "1 for the mode the controller is in.", [((m.value,), float(m is mode)) for m in Mode], ("mode",))
-    yield family.gauge("engine_attached", "1 while an engine's ring is open and the engine lives.", _one(view.attached))
     yield family.gauge(
-        "build_info", "1, labelled with versions.", [((__version__, platform.python_version()), 1.0)], ("version", "python")
+        "mode",
+        "1 for the current mode of the controller, 0 for the others.",
+        [((m.value,), float(m is mode)) for m in Mode],
+        ("mode",),
+    )
+    yield family.gauge(
+        "engine_attached", "1 while an engine's ring is open and its process is alive, else 0.", _one(view.attached)
+    )
+    yield family.gauge(
+        "build_info",
+        "Always 1; the labels give the versions of adaptive-spec and Python.",
+        [((__version__, platform.python_version()), 1.0)],
+        ("version", "python"),
     )
     yield family.counter(
         "controller_failures",
-        "Controller calls that raised; the engine then runs its launch K.",
+        "Controller calls that raised an exception; the engine then runs its launch K.",
         _by_name(view.failures),
         ("call",),
     )
     report = view.report
     states = [((state,), float(state == report.state)) for state in STATES] if report else []
-    yield family.gauge("engine_state", "1 for what the engine says of itself in engine.json.", states, ("state",))
-    text = "Calls of ours that raised inside the engine, which went on without them."
+    yield family.gauge(
+        "engine_state", "1 for the state that the engine reports in engine.json, 0 for the others.", states, ("state",)
+    )
+    text = "Plugin calls that raised an exception inside the engine; the engine continued without them."
     yield family.counter("engine_failures", text, _by_name(report.failures if report else {}), ("hook",))
-    text = "What the engine counted: records and pages it could not use, policies adopted, steps on the launch K, SPS swaps."
+    text = "Events counted by the engine: unusable records and pages, policies adopted, steps on the launch K, SPS swaps."
     yield family.counter("engine_events", text, _by_name(report.counters if report else {}), ("event",))
-    text = "What the profile store was asked and what came of it."
+    text = "Operations of the profile store, by result."
     yield family.counter("profile_store_operations", text, (view.store or {}).items(), ("operation", "result"))
-    yield family.counter("annotations", "Annotations that Grafana took.", _one(view.annotations_sent))
-    text = "Annotations that Grafana did not take, or not in time."
+    yield family.counter("annotations", "Annotations written to Grafana.", _one(view.annotations_sent))
+    text = "Annotations that were not written to Grafana."
     yield family.counter("annotations_dropped", text, _by_name(view.annotations_dropped), ("reason",))
     age = None if view.checkpoint_s is None else max(time.monotonic() - view.checkpoint_s, 0.0)
     yield family.gauge("checkpoint_age_seconds", "Seconds since the last checkpoint.", _one(age))
@@ -125,22 +138,30 @@ def _about_sidecar(family: _Families, view: View) -> Iterable[Metric]:
 def _about_latency(family: _Families, s: Snapshot) -> Iterable[Metric]:
     ordinals = [(str(i), b) for i, b in enumerate(s.boundaries)]
     tokens = [((i,), float(b.tokens)) for i, b in ordinals]
-    yield family.gauge("tile_boundary_tokens", "Last token count of the cheaper tile.", tokens, ("boundary",))
+    yield family.gauge("tile_boundary_tokens", "Tile boundary: last token count of the cheaper tile.", tokens, ("boundary",))
     ratios = [((i,), b.jump_ratio) for i, b in ordinals]
-    yield family.gauge("tile_jump_ratio", "Latency just beyond the boundary against just before it.", ratios, ("boundary",))
+    yield family.gauge(
+        "tile_jump_ratio", "Latency just above the tile boundary divided by the latency just below it.", ratios, ("boundary",)
+    )
     intercepts = [((str(i),), piece.intercept_s) for i, piece in enumerate(s.segments)]
-    text = "Verify latency of a segment at 0 tokens, continued from its line."
+    text = "Verify latency of a segment, extrapolated to 0 tokens."
     yield family.gauge("latency_segment_intercept_seconds", text, intercepts, ("segment",))
     slopes = [((str(i),), piece.slope_s_per_token) for i, piece in enumerate(s.segments)]
-    yield family.gauge("latency_segment_slope_seconds_per_token", "Verify seconds per token in a segment.", slopes, ("segment",))
+    yield family.gauge(
+        "latency_segment_slope_seconds_per_token", "Verify latency per token within a segment.", slopes, ("segment",)
+    )
     firsts = [((str(i),), float(piece.first)) for i, piece in enumerate(s.segments)]
     yield family.gauge("latency_segment_first_tokens", "First token count of a segment.", firsts, ("segment",))
     lasts = [((str(i),), float(piece.last)) for i, piece in enumerate(s.segments)]
     yield family.gauge("latency_segment_last_tokens", "Last token count of a segment.", lasts, ("segment",))
     yield family.gauge("latency_error_ratio", "Mean absolute relative error of the latency fit.", _one(s.latency_mape))
     yield family.histogram("step_duration_seconds", "Measured stage times of decode steps.", s.stage_histograms, "stage")
-    yield family.counter("predicted_step_seconds", "Sum of predicted step times.", _one(s.predicted_step_s_total))
-    yield family.counter("measured_step_seconds", "Sum of the measured times of the same steps.", _one(s.measured_step_s_total))
+    yield family.counter("predicted_step_seconds", "Sum of the predicted step times.", _one(s.predicted_step_s_total))
+    yield family.counter(
+        "measured_step_seconds",
+        "Sum of the measured times of the steps in predicted_step_seconds_total.",
+        _one(s.measured_step_s_total),
+    )
 
 
 def _about_tokens(family: _Families, s: Snapshot) -> Iterable[Metric]:
@@ -148,12 +169,12 @@ def _about_tokens(family: _Families, s: Snapshot) -> Iterable[Metric]:
     yield family.counter("draft_tokens", "Draft tokens proposed.", _by_position(s.draft_tokens), position)
     yield family.counter("verified_tokens", "Draft tokens verified.", _by_position(s.verified_tokens), position)
     yield family.counter("accepted_tokens", "Draft tokens accepted.", _by_position(s.accepted_tokens), position)
-    text = "Draft tokens that were expected to be accepted."
+    text = "Draft tokens that the calibration expected to be accepted."
     yield family.counter("expected_accepted_tokens", text, _one(s.expected_accepted_tokens))
-    yield family.counter("output_tokens", "Tokens given to users, bonus tokens included.", _one(s.output_tokens))
-    yield family.counter("decode_steps", "Decode steps.", _one(s.decode_steps))
+    yield family.counter("output_tokens", "Output tokens, bonus tokens included.", _one(s.output_tokens))
+    yield family.counter("decode_steps", "Decode steps of the engine.", _one(s.decode_steps))
     yield family.gauge(
-        "goodput_tokens_per_second", "Output tokens per second of decode time, lately.", _one(s.goodput_tokens_per_s)
+        "goodput_tokens_per_second", "Output tokens per second of decode time, over recent steps.", _one(s.goodput_tokens_per_s)
     )
 
 
@@ -161,35 +182,37 @@ def _about_calibration(family: _Families, s: Snapshot) -> Iterable[Metric]:
     yield family.gauge("calibration_error_ratio", "Expected calibration error (ECE), 0..1.", _one(s.calibration_error))
     yield family.gauge("calibration_brier_ratio", "Brier score, 0..1.", _one(s.calibration_brier))
     yield family.gauge(
-        "calibration_log_loss", "Log loss of the serving calibration, nats per token.", _one(s.calibration_log_loss)
+        "calibration_log_loss", "Log loss of the calibration in use, nats per draft token.", _one(s.calibration_log_loss)
     )
     curve = [((f"{centre:.3f}",), calibrated) for centre, calibrated, _, _ in s.calibration_curve]
     yield family.gauge("calibration_curve_probability", "Calibrated P(accept) by cumulative score.", curve, ("score",))
     observed = [((f"{centre:.3f}",), seen) for centre, _, seen, _ in s.calibration_curve]
     yield family.gauge("calibration_observed_probability", "Observed acceptance by cumulative score.", observed, ("score",))
     events = {"latency": 0, "calibration": 0, **s.drift_events}
-    yield family.counter("drift_events", "Drifts detected.", _by_name(events), ("signal",))
+    yield family.counter("drift_events", "Drift events detected, by signal.", _by_name(events), ("signal",))
 
 
 def _about_policy(family: _Families, s: Snapshot) -> Iterable[Metric]:
     yield family.gauge("policy_version", "Version of the newest policy.", _one(s.policy_version))
     age = max(time.monotonic() - s.policy_time_s, 0.0) if s.policy_version else None
-    yield family.gauge("policy_age_seconds", "Seconds since the newest policy was made.", _one(age))
+    yield family.gauge("policy_age_seconds", "Seconds since the newest policy was published.", _one(age))
     by_batch = [((str(b),), float(k)) for b, k in s.k_by_batch_size.items()]
     yield family.gauge("policy_draft_tokens", "K of the policy by batch size.", by_batch, ("batch_size",))
-    text = "Requests in the newest decode step."
+    text = "Batch size of the newest decode step."
     yield family.gauge("batch_size_requests", text, _one(s.batch_size or None))
-    yield family.counter("policy_swaps", "Policies swapped in.", _by_name(s.swaps), ("reason",))
-    text = "Predicted goodput gain over the launch K, 0 = none."
+    yield family.counter("policy_swaps", "Policy swaps, by reason.", _by_name(s.swaps), ("reason",))
+    text = "Predicted goodput gain over the launch K; 0 = no gain."
     yield family.gauge("policy_predicted_gain_ratio", text, _one(s.predicted_gain))
-    text = "Measured goodput gain over the launch K, 0 = none."
+    text = "Measured goodput divided by the estimated goodput of the launch K, minus 1; 0 = no gain."
     yield family.gauge("policy_measured_gain_ratio", text, _one(s.measured_gain))
 
 
 def _about_learning(family: _Families, s: Snapshot) -> Iterable[Metric]:
-    yield family.counter("observations", "Step records learnt from.", _one(s.observations))
-    yield family.counter("observations_dropped", "Step records not learnt from.", _by_name(s.dropped), ("reason",))
-    yield family.histogram("refit_duration_seconds", "Time of a refit.", s.refit_histograms, "model")
-    yield family.gauge("sweep_progress_ratio", "Progress of the cold-start sweep, 1 = over.", _one(s.sweep_progress))
+    yield family.counter("observations", "Step records that the models learnt from.", _one(s.observations))
+    yield family.counter(
+        "observations_dropped", "Step records that were lost, torn or invalid.", _by_name(s.dropped), ("reason",)
+    )
+    yield family.histogram("refit_duration_seconds", "Duration of a refit, by model.", s.refit_histograms, "model")
+    yield family.gauge("sweep_progress_ratio", "Progress of the cold-start sweep, 0..1; 1 = finished.", _one(s.sweep_progress))
     yield family.counter("sweep_steps", "Decode steps spent on sweeps.", _one(s.sweep_steps))
-    yield family.gauge("probe_ratio", "Share of decode time spent on probing.", _one(s.probe_share))
+    yield family.gauge("probe_ratio", "Share of decode time lost to probing.", _one(s.probe_share))

@@ -1,4 +1,4 @@
-"""The sidecar's process: waits for an engine, runs its session, shows it over HTTP, keeps checkpoint and profile."""
+"""The sidecar process: waits for an engine, runs its session, serves HTTP, writes checkpoint and profile."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from adaptive_spec.sidecar.session import Session, waiting_engine
 from adaptive_spec.sidecar.view import CurrentView, View
 from adaptive_spec.storage.archive import write_atomically
 from adaptive_spec.storage.profile import check_writable
-from adaptive_spec.storage.profile_store import ProfileStore, restorable
+from adaptive_spec.storage.profile_store import ProfileStore
 from adaptive_spec.storage.profile_store_worker import StoreWorker
 from adaptive_spec.wire import mapped_file
 from adaptive_spec.wire.engine_report import read_report
@@ -44,9 +44,9 @@ log = logging.getLogger(__name__)
 
 
 class Sidecar:
-    """The loop. `run` returns after SIGTERM or SIGINT, with checkpoint and profile written.
+    """The sidecar's loop. `run` returns after SIGTERM or SIGINT, when checkpoint and profile are written.
 
-    Raises BadInput for what the operator must put right: folders, port, token file, a ring of another version.
+    Raises BadInput for what the operator must correct: a folder, the port, the token file, a ring of another version.
     """
 
     def __init__(self, settings: SidecarSettings) -> None:
@@ -66,7 +66,7 @@ class Sidecar:
         self._next: dict[str, float] = {}
 
     def run(self) -> None:
-        """Serve until told to stop."""
+        """Run the loop until SIGTERM or SIGINT."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self._stop.set())
         address = self.settings.runtime_dir / ADDRESS_NAME
@@ -75,7 +75,7 @@ class Sidecar:
         log.info("waiting for an engine in %s", self.settings.runtime_dir)
         try:
             while not self._stop.is_set():
-                self._turn()
+                self._run_once()
         finally:
             self._close_session()
             if self._store:
@@ -86,23 +86,23 @@ class Sidecar:
             _remove_if_ours(address)
         log.info("stopped")
 
-    def _turn(self) -> None:
+    def _run_once(self) -> None:
         now_s = time.monotonic()
         if self._session is None:
             if self._due("follow", FOLLOW_INTERVAL_S, now_s):
                 self._open_session(now_s)
         elif self._due("follow", FOLLOW_INTERVAL_S, now_s) and not self._session.follow_engine():
-            log.info("another engine has taken the place of %s", self._session.info.model)
+            log.info("another engine has replaced %s", self._session.info.model)
             self._close_session()
-        learnt = self._session.turn() if self._session else 0
+        learnt = self._session.run_once() if self._session else 0
         answered = self._answer_commands()
         if self._due("view", VIEW_INTERVAL_S, now_s) or answered:
-            self._show()
+            self._update_view()
         for command in answered:
             command.set()
         if self._session:
-            self._keep(self._session, now_s)
-        self._current_view.beat_s = time.monotonic()
+            self._write_files(self._session, now_s)
+        self._current_view.heartbeat_s = time.monotonic()
         if not learnt:
             self._stop.wait(self.settings.poll_interval_s)
 
@@ -110,7 +110,7 @@ class Sidecar:
         stored = None
         if self._store and (info := waiting_engine(self.settings)):
             fresh = partial(Controller, self.settings.controller, info)
-            answer = self._store.ask(info, restorable(fresh), now_s)
+            answer = self._store.ask(info, lambda profile: fresh().restore_profile(*profile), now_s)
             if answer is None:
                 return
             stored = answer[0]
@@ -139,7 +139,7 @@ class Sidecar:
         self._current_view.view = View(time.monotonic())
 
     def _answer_commands(self) -> list[threading.Event]:
-        """Carry out what came in; those who wait are told once the current_view shows the result."""
+        """Carry out the queued commands; returns their `done` events, to be set once the current view shows the result."""
         answered: list[threading.Event] = []
         while True:
             try:
@@ -149,13 +149,13 @@ class Sidecar:
             command.answer = self._session.command(command.name, command.k) if self._session else "no engine is attached"
             answered.append(command.done)
 
-    def _show(self) -> None:
+    def _update_view(self) -> None:
         report = read_report(self.settings.runtime_dir)
         view = self._session.view(self._checkpoint_s) if self._session else View(time.monotonic())
         attached = view.attached and (report is None or view.info is None or report.pid != view.info.pid or report.records_come)
-        self._history.note(view.snapshot, view.time_s)
+        self._history.add(view.snapshot, view.time_s)
         store = self._store.summary() if self._store else None
-        view = replace(view, report=report, attached=attached, history=self._history.moments, store=store)
+        view = replace(view, report=report, attached=attached, history=self._history.points, store=store)
         if (annotator := self._annotator) is not None:
             if view.snapshot and view.info:
                 annotator.offer(view.snapshot, view.info, time.monotonic())
@@ -163,8 +163,8 @@ class Sidecar:
             view = replace(view, annotations_sent=counts.sent, annotations_dropped=dict(counts.dropped))
         self._current_view.view = view
 
-    def _keep(self, session: Session, now_s: float) -> None:
-        """Write checkpoint, profile and pictures when it is time."""
+    def _write_files(self, session: Session, now_s: float) -> None:
+        """Write checkpoint, profile, stored profile and plots, each at its interval."""
         if self._due("checkpoint", self.settings.checkpoint_interval_s, now_s) and session.checkpoint():
             self._checkpoint_s = now_s
         just_swept = session.swept and not self._swept
@@ -186,26 +186,26 @@ class Sidecar:
 
 
 def _check_runtime_dir(folder: Path) -> None:
-    """Make the runtime folder; refuse one that somebody else could tamper with. Raises BadInput."""
+    """Make the runtime folder. Raises BadInput when that fails and when other users could write to it."""
     try:
         mapped_file.make_runtime_dir(folder)
         status = folder.stat()
     except OSError as error:
-        raise BadInput(f"runtime_dir: '{folder}' is not allowed: {error.strerror}; must be a writable folder") from error
+        raise BadInput(f"runtime_dir: '{folder}': {error.strerror}; must be a writable folder") from error
     if os.geteuid() not in (0, status.st_uid) or status.st_mode & stat.S_IWOTH:
-        raise BadInput(f"runtime_dir: '{folder}' is not allowed: others can write there; must be a folder of your own, mode 0700")
+        raise BadInput(f"runtime_dir: '{folder}': other users can write to it; must be your own folder with mode 0700")
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise BadInput(f"runtime_dir: '{folder}' is not allowed: Permission denied; must be a writable folder")
+        raise BadInput(f"runtime_dir: '{folder}': Permission denied; must be a writable folder")
 
 
 def _control_token(settings: SidecarSettings) -> str:
-    """Return the token of `ctl`: of the operator's file, else of our own, made at the first start and kept."""
+    """Return the control token: from control_token_file, else from a file in runtime_dir, made at the first start and kept."""
     path = settings.control_token_file
     try:
         if path is not None:
             token = path.read_text().strip()
             if not token:
-                raise BadInput(f"control_token_file: '{path}' is not allowed: it is empty; must hold a token")
+                raise BadInput(f"control_token_file: '{path}': file is empty; must contain a token")
             return token
         path = settings.runtime_dir / TOKEN_NAME
         if path.exists() and not path.stat().st_mode & 0o077 and (token := path.read_text().strip()):
@@ -214,8 +214,8 @@ def _control_token(settings: SidecarSettings) -> str:
         write_atomically(path, token.encode() + b"\n")
         return token
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "is not text"
-        raise BadInput(f"control_token_file: '{path}' is not allowed: {reason}; must be readable") from error
+        reason = error.strerror if isinstance(error, OSError) else "not a text file"
+        raise BadInput(f"control_token_file: '{path}': {reason}") from error
 
 
 def _remove_if_ours(address: Path) -> None:

@@ -1,4 +1,4 @@
-"""Starts a short-lived process that draws the pictures of a profile, so that matplotlib is never in the sidecar's memory."""
+"""Draws the plots of a profile in a short-lived process, so that matplotlib is never loaded into the sidecar."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 
 from adaptive_spec.control.snapshot import Snapshot
 
-if TYPE_CHECKING:  # plots imports matplotlib, which must stay out of the sidecar
+if TYPE_CHECKING:  # plots imports matplotlib, which the sidecar must not load
     from adaptive_spec.offline.plots import PlotData
 
 
 def start_plots(folder: Path, snapshot: Snapshot) -> subprocess.Popen[bytes] | None:
-    """Draw the profile's pictures in a process of its own, at low priority; the caller reaps it. None: it cannot start."""
+    """Start a process that draws the plots of the profile in `folder`; the caller waits for it. None: it cannot be started."""
     try:
         with tempfile.TemporaryFile() as data:
             data.write(json.dumps(_plot_data(snapshot, folder.name)).encode())

@@ -1,4 +1,4 @@
-"""One attached engine: its ring, its policy page, its controller. The sidecar's loop owns it; no other thread touches it."""
+"""One attached engine: its ring, its policy page and its controller. Only the thread of the sidecar's loop uses it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from adaptive_spec.domain.engine_info import EngineInfo
 from adaptive_spec.domain.policy import Mode, Policy
 from adaptive_spec.engine_side.tap import PAGE_NAME, RING_NAME
 from adaptive_spec.errors import BadInput
-from adaptive_spec.sidecar.swap_reasons import Story
+from adaptive_spec.sidecar.swap_reasons import SwapReasons
 from adaptive_spec.sidecar.view import View
 from adaptive_spec.storage.archive import ArchiveError, load_archive, save_archive
 from adaptive_spec.storage.profile import Profile, identity, load_profile, save_profile, written_s
@@ -31,8 +31,9 @@ from adaptive_spec.wire.ring import RingLayoutError, RingReader
 
 CHECKPOINT = "checkpoint"
 POLL_RECORDS = 512
-"""Records learnt in one turn: a long backlog must not keep the loop from its heartbeat."""
+"""Most records learnt in one iteration, so that a long backlog does not delay the heartbeat."""
 SILENT_S = 5.0
+"""An engine that wrote a record within this time counts as alive, whatever its pid says."""
 DROPS = ("lost", "torn", "invalid")
 
 log = logging.getLogger(__name__)
@@ -40,13 +41,13 @@ Arguments = ParamSpec("Arguments")
 
 
 class Session:
-    """Drains the ring into the controller and publishes what it decides.
+    """Reads records from the ring, passes them to the controller and publishes its policies.
 
-    A controller call that raises is counted and logged once per kind, and the engine goes back to its launch K: a fault of
-    ours may cost speed, never the server.
+    A controller call that raises is counted, logged the first time, and puts the engine back on its launch K: an error here
+    may cost speed, never a request.
 
-    The log says after which record of the ring each refit (level debug) and each command was: with a trace of the same records
-    the models can be computed anew, to the last digit.
+    The log says after which record of the ring each refit (level debug) and each command ran. Together with a trace of the same
+    records this reproduces the models exactly.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class Session:
         self._dropped: Counter[str] = Counter()
         self._record_s = -SILENT_S
         self._snapshot: Snapshot | None = None
-        self._story = Story()
+        self._swap_reasons = SwapReasons()
 
     @classmethod
     def open(cls, settings: SidecarSettings, stored: StoredProfile | None = None) -> Session | None:
@@ -77,7 +78,7 @@ class Session:
             ring.close()
             raise BadInput(f"runtime_dir: {error.strerror or error}; must be a folder of one engine and one sidecar") from error
         log.info("attached to %s (pid %d)", identity(info), info.pid)
-        controller, origin, position = _begin(settings, ring, stored)
+        controller, origin, position = _start_controller(settings, ring, stored)
         if position is not None:
             ring.close()
             ring = RingReader.open(ring.path, start=position)
@@ -97,11 +98,11 @@ class Session:
 
     @property
     def swept(self) -> bool:
-        """Whether there is something worth keeping as a profile."""
+        """Whether the sweep is over and there are measurements to save as a profile."""
         return self._snapshot is not None and self._snapshot.mode is not Mode.SWEEP and bool(self._snapshot.latency_points)
 
-    def turn(self) -> int:
-        """One turn of the loop: learn what came, refit when due, publish, give a sign of life. Returns records learnt."""
+    def run_once(self) -> int:
+        """One iteration of the loop: learn new records, refit when due, publish, write the heartbeat. Returns records learnt."""
         records = self.ring.poll(POLL_RECORDS)
         now_s = time.monotonic()
         controller = self.controller
@@ -125,7 +126,7 @@ class Session:
         return len(records)
 
     def command(self, name: str, k: int | None) -> str:
-        """Carry out an operator's command; returns "" or one line that says why not."""
+        """Carry out an operator's command; returns "" or, in one line, why it was refused."""
         try:
             policy = self.controller.command(name, time.monotonic(), k)
         except ValueError as error:
@@ -139,23 +140,23 @@ class Session:
         return ""
 
     def follow_engine(self) -> bool:
-        """Go over to the ring of a restarted engine. False: it is another engine, this session is over."""
+        """Switch to the ring of a restarted engine. False: it is another engine, and this session is over."""
         if not self.ring.replaced():
             return True
         ring = _open_ring(self.ring.path)
         if ring is None:
-            return True  # replaced once more in between: next time
+            return True  # replaced once more meanwhile: tried again at the next call
         if replace(ring.info, pid=0) != replace(self.info, pid=0):
             ring.close()
             return False
-        log.info("engine restarted (pid %d), continuing with what is known", ring.info.pid)
+        log.info("engine restarted (pid %d), continuing with the same models", ring.info.pid)
         self.ring.close()
         self.ring = ring
         self._dropped.clear()
         return True
 
     def attached(self, now_s: float) -> bool:
-        """Whether the engine lives: its process does, or (in another PID namespace) it has just written a record."""
+        """Whether the engine is alive: its process exists, or (in another PID namespace) it wrote a record lately."""
         if now_s - self._record_s < SILENT_S:
             return True
         try:
@@ -167,44 +168,46 @@ class Session:
         return True
 
     def view(self, checkpoint_s: float | None) -> View:
-        """What the current_view shows."""
+        """Return the state of this session for the HTTP threads."""
         now_s = time.monotonic()
         try:
             snapshot = self.controller.snapshot(now_s)
-            self._snapshot = replace(snapshot, events=self._story.tell(snapshot))
+            self._snapshot = replace(snapshot, events=self._swap_reasons.explain(snapshot))
         except Exception:
             self._count_failure("snapshot")
         return View(now_s, self._snapshot, self.info, self.attached(now_s), dict(self.failures), self.origin, checkpoint_s)
 
     def checkpoint(self) -> bool:
-        """Write the checkpoint. False: it failed, which was counted and logged."""
+        """Write the checkpoint. False: it failed; the failure is counted and logged."""
         meta = {
             "engine": identity(self.info),
-            "generation": str(self.ring.generation),  # text: a 64-bit number is no JSON number everywhere
+            "generation": str(self.ring.generation),  # text: not every JSON reader keeps 64-bit integers exact
             "position": self.ring.position,
         }
         path = self.settings.runtime_dir / f"{CHECKPOINT}.npz"
         return self._done("checkpoint", lambda: save_archive(path, CHECKPOINT, self.controller.state(), meta))
 
     def save_profile(self) -> bool:
-        """Write the profile. False: it failed, which was counted and logged."""
-        return self._done("profile", lambda: save_profile(self.profile_folder, self.info, self.controller))
+        """Write the profile. False: it failed; the failure is counted and logged."""
+        return self._done(
+            "profile", lambda: save_profile(self.profile_folder, self.info, self.profile(), self.controller.policy_summary())
+        )
 
     def profile(self) -> Profile:
-        """What `save_profile` writes, as copies that another thread may keep."""
+        """Return what `save_profile` writes, as copies for another thread."""
         parts = self.controller.latency_state(), self.controller.calibration_state()
         return Profile(*({name: array.copy() for name, array in part.items()} for part in parts))
 
     def close(self) -> None:
-        """Let go of ring and page; both files stay."""
+        """Close ring and page; both files stay."""
         self.ring.close()
         self.page.close()
 
     @contextmanager
     def _stopwatch(self, model: str) -> Iterator[None]:
-        begun_s = time.perf_counter()
+        started_s = time.perf_counter()
         yield
-        self.controller.note_refit(model, time.perf_counter() - begun_s)
+        self.controller.note_refit(model, time.perf_counter() - started_s)
 
     def _guarded(
         self, call: str, function: Callable[Arguments, Policy | None], *args: Arguments.args, **kwargs: Arguments.kwargs
@@ -257,13 +260,13 @@ def _open_ring(path: Path) -> RingReader | None:
     except RingLayoutError as error:
         raise BadInput(f"runtime_dir: {error}") from error
     except OSError as error:
-        raise BadInput(f"runtime_dir: '{path}' cannot be read: {error.strerror}") from error
+        raise BadInput(f"runtime_dir: '{path}': {error.strerror}") from error
 
 
 def waiting_engine(settings: SidecarSettings) -> EngineInfo | None:
-    """The engine in the runtime directory, where only a profile could give its models; None: none, or it has a checkpoint.
+    """Return the engine in the runtime directory, so that a profile can be looked for; None: no engine, or a checkpoint exists.
 
-    Raises BadInput as `Session.open`.
+    Raises BadInput as `Session.open` does.
     """
     if (settings.runtime_dir / f"{CHECKPOINT}.npz").exists() or (ring := _open_ring(settings.runtime_dir / RING_NAME)) is None:
         return None
@@ -272,8 +275,10 @@ def waiting_engine(settings: SidecarSettings) -> EngineInfo | None:
     return info
 
 
-def _begin(settings: SidecarSettings, ring: RingReader, stored: StoredProfile | None) -> tuple[Controller, str, int | None]:
-    """Return a controller, where its models came from, and the record to go on from (None: the oldest there is)."""
+def _start_controller(
+    settings: SidecarSettings, ring: RingReader, stored: StoredProfile | None
+) -> tuple[Controller, str, int | None]:
+    """Return controller, origin of its models, and ring position to continue at (None: the oldest record)."""
     checkpoint = _from_checkpoint(settings, ring)
     if checkpoint is not None:
         return checkpoint
@@ -282,9 +287,9 @@ def _begin(settings: SidecarSettings, ring: RingReader, stored: StoredProfile | 
     if stored is not None and stored.written_s > written_s(folder):
         ways.reverse()
     for way in ways:
-        begun = way()
-        if begun is not None:
-            return begun
+        started = way()
+        if started is not None:
+            return started
     return Controller(settings.controller, ring.info), "sweep", None
 
 
@@ -309,7 +314,7 @@ def _from_store(settings: SidecarSettings, info: EngineInfo, stored: StoredProfi
     try:
         controller.restore_profile(stored.profile.latency, stored.profile.calibration)
     except ValueError as error:
-        log.warning("the profile of the store cannot be used: %s", error)
+        log.warning("the profile from the store cannot be used: %s", error)
         return None
     log.info("already profiled by another replica, skipping warmup (profile of %.0f in the store)", stored.written_s)
     return controller, "store", None
@@ -321,7 +326,7 @@ def _from_checkpoint(settings: SidecarSettings, ring: RingReader) -> tuple[Contr
     try:
         archive = load_archive(path, CHECKPOINT)
         if archive.meta["engine"] != identity(ring.info):
-            raise ArchiveError(f"{path.name} is of another engine: {archive.meta['engine']}")
+            raise ArchiveError(f"{path.name} belongs to another engine: {archive.meta['engine']}")
         controller.restore(archive.arrays)
         position = int(archive.meta["position"]) if archive.meta["generation"] == str(ring.generation) else None
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""What /status.json says: the sidecar's view as plain JSON."""
+"""The contents of /status.json and /history.json."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 
 from adaptive_spec import __version__
 from adaptive_spec.domain.policy import Mode
-from adaptive_spec.sidecar.history import INTERVAL_S, Moment
+from adaptive_spec.sidecar.history import INTERVAL_S, HistoryPoint
 from adaptive_spec.sidecar.view import View
 
 
-def status_document(view: View, beat_s: float, now_s: float) -> dict[str, Any]:
-    """Return what /status.json says; documented in docs/architecture.md. Times are seconds, `_ms` milliseconds."""
+def status_document(view: View, heartbeat_s: float, now_s: float) -> dict[str, Any]:
+    """Return the contents of /status.json, described in docs/architecture.md. Times are in seconds, `_ms` in milliseconds."""
     info, s = view.info, view.snapshot
     document: dict[str, Any] = {
         "version": __version__,
@@ -24,7 +24,7 @@ def status_document(view: View, beat_s: float, now_s: float) -> dict[str, Any]:
         "sidecar_pid": os.getpid(),
         "engine_pid": info.pid if info else None,
         "engine_attached": view.attached,
-        "loop_age_s": round(now_s - beat_s, 3),
+        "loop_age_s": round(now_s - heartbeat_s, 3),
         "failures": dict(view.failures),
         "origin": view.origin,
         "profile_store": None if view.store is None else {f"{what} {result}": n for (what, result), n in view.store.items()},
@@ -86,8 +86,8 @@ def status_document(view: View, beat_s: float, now_s: float) -> dict[str, Any]:
 
 
 def history_document(view: View, now_s: float) -> dict[str, Any]:
-    """What /history.json says: one list per field of `Moment`, oldest first, ages in place of times."""
-    columns: dict[str, Any] = {"age_s": [round(now_s - moment.time_s, 1) for moment in view.history]}
-    for name in Moment._fields[1:]:
-        columns[name] = [getattr(moment, name) for moment in view.history]
+    """Return the contents of /history.json: one list per field of `HistoryPoint`, oldest first, with ages instead of times."""
+    columns: dict[str, Any] = {"age_s": [round(now_s - point.time_s, 1) for point in view.history]}
+    for name in HistoryPoint._fields[1:]:
+        columns[name] = [getattr(point, name) for point in view.history]
     return {"interval_s": INTERVAL_S, **columns}

@@ -1,4 +1,4 @@
-"""Keeping a process alive: started again when it has died, with growing pauses while it does not live long."""
+"""Restarting a child process when it ends, with exponential backoff; ending it with its parent."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ _PR_SET_PDEATHSIG = 1
 
 
 def end_with_parent() -> None:
-    """In a child, before its program: ask Linux for a SIGTERM when the parent dies, however it dies."""
+    """For `preexec_fn`: on Linux, send this process SIGTERM when its parent dies, for whatever reason."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def end(process: subprocess.Popen[bytes], patience_s: float = 10.0) -> None:
-    """Stop a process, gently at first."""
+    """Stop a process: SIGTERM, and SIGKILL after patience_s seconds."""
     if process.poll() is None:
         process.terminate()
         try:
@@ -30,10 +30,10 @@ def end(process: subprocess.Popen[bytes], patience_s: float = 10.0) -> None:
 
 
 class Supervisor:
-    """Looks after one process. start: starts it. now_s: seconds on any steadily rising clock.
+    """Restarts one process. start: starts it. now_s: seconds on any monotonic clock.
 
-    A process that dies is started again after 0.5 s, and twice as long after each further death, up to 30 s; one that has lived
-    for 30 s begins anew. A start that raises OSError counts as a death.
+    A process that ends is started again after 0.5 s. The delay doubles with every further end, up to 30 s, and returns to 0.5 s
+    once a process has run for 30 s. A start that raises OSError counts as an end.
     """
 
     def __init__(self, start: Callable[[], subprocess.Popen[bytes]], now_s: float) -> None:
@@ -45,7 +45,7 @@ class Supervisor:
         self.process: subprocess.Popen[bytes] = start()
 
     def look(self, now_s: float) -> None:
-        """Restart the process if it is dead and has been for long enough."""
+        """Restart the process if it has ended and the delay is over."""
         if self._died_s is None:
             if self.process.poll() is None:
                 if now_s - self._started_s > LONGEST_PAUSE_S:

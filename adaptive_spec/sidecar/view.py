@@ -1,4 +1,4 @@
-"""The current_view: what the sidecar's loop shows to the HTTP threads. One reference, swapped whole, never changed in place."""
+"""What the HTTP threads can see of the sidecar: an immutable `View`, replaced as a whole by the sidecar's loop."""
 
 from __future__ import annotations
 
@@ -7,19 +7,20 @@ from dataclasses import dataclass, field
 
 from adaptive_spec.control.snapshot import Snapshot
 from adaptive_spec.domain.engine_info import EngineInfo
-from adaptive_spec.sidecar.history import Moment
+from adaptive_spec.sidecar.history import HistoryPoint
 from adaptive_spec.wire.engine_report import EngineReport
 
 
 @dataclass(frozen=True)
 class View:
-    """The sidecar at one moment.
+    """State of the sidecar at one time.
 
-    time_s: CLOCK_MONOTONIC seconds. snapshot, info: None until an engine was attached. attached: its ring is open and the
-    engine lives. failures: controller calls that raised, by kind of call. origin: where the models came from ("sweep",
-    "profile", "store", "checkpoint"). checkpoint_s: time of the last checkpoint, None before the first. report: what the engine
-    says of itself. history: moments, oldest first. store: what came of the profile store, by (operation, result), None without.
-    annotations_sent, annotations_dropped: of Grafana, None where no Grafana is configured; dropped ones by reason.
+    time_s: CLOCK_MONOTONIC seconds. snapshot, info: None before an engine is attached. attached: the engine's ring is open and
+    its process is alive. failures: controller calls that raised, by call. origin: where the models came from: "sweep",
+    "profile", "store" or "checkpoint". checkpoint_s: time of the last checkpoint, None before the first. report: the engine's
+    own report. history: points of the goodput chart, oldest first. store: operations of the profile store, counted by
+    (operation, result), None without a store. annotations_sent, annotations_dropped: Grafana annotations, the dropped ones by
+    reason; annotations_sent is None when no Grafana is configured.
     """
 
     time_s: float
@@ -31,15 +32,15 @@ class View:
     checkpoint_s: float | None = None
     position: int = 0
     report: EngineReport | None = None
-    history: tuple[Moment, ...] = ()
+    history: tuple[HistoryPoint, ...] = ()
     store: Mapping[tuple[str, str], int] | None = None
     annotations_sent: int | None = None
     annotations_dropped: Mapping[str, int] = field(default_factory=dict)
 
 
 class CurrentView:
-    """Written by the loop only, read by anybody. `beat_s` is the loop's last sign of life."""
+    """The newest view, written by the sidecar's loop and read by any thread. heartbeat_s: when the loop last ran."""
 
     def __init__(self, now_s: float) -> None:
         self.view = View(now_s)
-        self.beat_s = now_s
+        self.heartbeat_s = now_s

@@ -1,0 +1,1 @@
+"""Files: archives, profiles and the store they are shared in, traces."""

@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
+
+from adaptive_spec.domain.arrays import AnyArray, Arrays
+from adaptive_spec.errors import one_line
 
 FORMAT = "adaptive-spec"
 FORMAT_VERSION = 1
@@ -31,7 +33,7 @@ class ArchiveError(ValueError):
 class Archive(NamedTuple):
     """What an archive holds. `meta`: small JSON values about it."""
 
-    arrays: dict[str, NDArray[Any]]
+    arrays: dict[str, AnyArray]
     meta: dict[str, Any]
 
 
@@ -50,12 +52,12 @@ def write_atomically(path: Path, data: bytes, mode: int = 0o600) -> None:
         raise
 
 
-def save_archive(path: Path, kind: str, arrays: Mapping[str, NDArray[Any]], meta: Mapping[str, Any] | None = None) -> None:
+def save_archive(path: Path, kind: str, arrays: Arrays, meta: Mapping[str, Any] | None = None) -> None:
     """Write arrays of any plain dtype. Raises OSError, and TypeError for arrays of Python objects."""
     write_atomically(path, archive_bytes(kind, arrays, meta))
 
 
-def archive_bytes(kind: str, arrays: Mapping[str, NDArray[Any]], meta: Mapping[str, Any] | None = None) -> bytes:
+def archive_bytes(kind: str, arrays: Arrays, meta: Mapping[str, Any] | None = None) -> bytes:
     """Return what `save_archive` writes. Raises TypeError for arrays of Python objects."""
     for name, array in arrays.items():
         if array.dtype.hasobject:
@@ -76,7 +78,7 @@ def load_archive(path: Path, kind: str) -> Archive:
     except FileNotFoundError:
         raise
     except OSError as error:
-        raise ArchiveError(f"{path.name} is damaged: {_one_line(error)}") from error
+        raise ArchiveError(f"{path.name} is damaged: {one_line(error)}") from error
     return parse_archive(data, kind, path.name)
 
 
@@ -93,7 +95,7 @@ def parse_archive(data: bytes, kind: str, name: str) -> Archive:
     except ArchiveError:
         raise
     except Exception as error:  # a damaged zip fails in a dozen ways: ValueError, BadZipFile, zlib.error, struct.error, ...
-        raise ArchiveError(f"{name} is damaged: {_one_line(error)}") from error
+        raise ArchiveError(f"{name} is damaged: {one_line(error)}") from error
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise ArchiveError(f"{name} was not written by adaptive-spec")
     if header.get("version") != FORMAT_VERSION:
@@ -106,20 +108,16 @@ def parse_archive(data: bytes, kind: str, name: str) -> Archive:
     return Archive(arrays, header["meta"])
 
 
-def _entry(file: zipfile.ZipFile, name: str) -> NDArray[Any]:
+def _entry(file: zipfile.ZipFile, name: str) -> AnyArray:
     with file.open(f"{name}.npy") as entry:
-        array: NDArray[Any] = np.lib.format.read_array(entry, allow_pickle=False)
+        array: AnyArray = np.lib.format.read_array(entry, allow_pickle=False)
     return array
 
 
-def _digest(header: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> str:
+def _digest(header: Mapping[str, Any], arrays: Arrays) -> str:
     digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode())
     for name in sorted(arrays):
         array = np.ascontiguousarray(arrays[name])
         digest.update(json.dumps([name, array.dtype.str, array.shape]).encode())
         digest.update(array.tobytes())
     return digest.hexdigest()
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

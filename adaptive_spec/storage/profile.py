@@ -13,16 +13,13 @@ import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-from adaptive_spec.control.controller import Controller
+from adaptive_spec.domain.arrays import AnyArray
 from adaptive_spec.domain.engine_info import EngineInfo
 from adaptive_spec.domain.policy import Granularity
 from adaptive_spec.errors import BadInput
 from adaptive_spec.storage.archive import ArchiveError, load_archive, save_archive, write_atomically
-
-if TYPE_CHECKING:  # plots imports matplotlib, which must stay out of the sidecar
-    pass
 
 LATENCY_MODEL = "latency_model"
 CALIBRATION = "calibration"
@@ -30,10 +27,10 @@ POLICY_VERSION = 1
 
 
 class Profile(NamedTuple):
-    """Arrays of the two models, as `Controller.restore_profile` takes them."""
+    """The arrays of the two models, by name."""
 
-    latency: dict[str, Any]
-    calibration: dict[str, Any]
+    latency: dict[str, AnyArray]
+    calibration: dict[str, AnyArray]
 
 
 class ProfileError(ValueError):
@@ -77,14 +74,14 @@ def written_s(folder: Path) -> float:
         return float("-inf")
 
 
-def save_profile(folder: Path, info: EngineInfo, controller: Controller) -> None:
-    """Write a profile, file by file. Raises OSError."""
+def save_profile(folder: Path, info: EngineInfo, profile: Profile, policy: Mapping[str, Any]) -> None:
+    """Write a profile, file by file. policy: the JSON form of the policy, with `candidates` and `table`. Raises OSError."""
     (folder / "plots").mkdir(parents=True, exist_ok=True)
     meta = {"engine": identity(info)}
-    save_archive(folder / f"{LATENCY_MODEL}.npz", LATENCY_MODEL, controller.latency_state(), meta)
-    save_archive(folder / f"{CALIBRATION}.npz", CALIBRATION, controller.calibration_state(), meta)
-    policy = {"format_version": POLICY_VERSION, "engine": identity(info), "policy": controller.policy_summary()}
-    document = {**policy, "sha256": _checksum(policy)}
+    save_archive(folder / f"{LATENCY_MODEL}.npz", LATENCY_MODEL, profile.latency, meta)
+    save_archive(folder / f"{CALIBRATION}.npz", CALIBRATION, profile.calibration, meta)
+    content = {"format_version": POLICY_VERSION, "engine": identity(info), "policy": policy}
+    document = {**content, "sha256": _checksum(content)}
     write_atomically(folder / "policy.json", (json.dumps(document, indent=1) + "\n").encode())
 
 

@@ -18,9 +18,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-from adaptive_spec.control.controller import Controller
 from adaptive_spec.domain.engine_info import EngineInfo
-from adaptive_spec.errors import BadInput
+from adaptive_spec.errors import BadInput, one_line
 from adaptive_spec.storage.archive import ArchiveError, archive_bytes, parse_archive, write_atomically
 from adaptive_spec.storage.profile import CALIBRATION, LATENCY_MODEL, Profile, ProfileError, identity
 
@@ -63,7 +62,7 @@ class ProfileStore:
         try:
             self._files, self._root = url_to_fs(url)
         except (ImportError, ValueError, OSError) as error:
-            raise BadInput(f"profile_store: {self.shown!r} is not allowed: {_one_line(error)}; {allowed}") from error
+            raise BadInput(f"profile_store: {self.shown!r} is not allowed: {one_line(error)}; {allowed}") from error
         self._root = self._root.rstrip("/")
         protocols = self._files.protocol
         self._local = "file" in ((protocols,) if isinstance(protocols, str) else protocols)
@@ -101,7 +100,7 @@ class ProfileStore:
                     gone = True  # a writer has just removed it, so there are newer ones
                     continue
                 except (OSError, ValueError) as error:
-                    log.warning("profile %s in the store cannot be used: %s", path.rsplit("/", 1)[1], _one_line(error))
+                    log.warning("profile %s in the store cannot be used: %s", path.rsplit("/", 1)[1], one_line(error))
                     continue
                 return StoredProfile(written_s, profile)
             if not gone:
@@ -135,11 +134,6 @@ class ProfileStore:
                 log.debug("profile %s was not removed from the store: %s", path, error)
 
 
-def restorable(controller: Callable[[], Controller]) -> Callable[[Profile], object]:
-    """A check for `load`: whether a new controller takes the profile."""
-    return lambda profile: controller().restore_profile(profile.latency, profile.calibration)
-
-
 def _flat(profile: Profile) -> dict[str, Any]:
     return {
         f"{kind}.{name}": array
@@ -161,7 +155,3 @@ def _unflat(arrays: dict[str, Any]) -> Profile:
 def _without_secrets(url: str) -> str:
     parts = urlsplit(url)
     return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="").geturl() if "@" in parts.netloc else url
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from adaptive_spec.domain.engine_info import EngineInfo
+from adaptive_spec.errors import one_line
 from adaptive_spec.storage.profile import Profile
 from adaptive_spec.storage.profile_store import ProfileStore, StoredProfile
 
@@ -108,7 +109,7 @@ class StoreWorker:
             result = "none" if found is None else "found"
         except Exception as error:  # every storage has errors of its own
             result = "failed"
-            log.warning("the profile store %s cannot be read: %s", self.store.shown, _one_line(error))
+            log.warning("the profile store %s cannot be read: %s", self.store.shown, one_line(error))
         with self._changed:
             if info != self._asked or self._answered:
                 return  # it was counted as late, or another engine has come
@@ -122,10 +123,6 @@ class StoreWorker:
         except Exception as error:  # every storage has errors of its own
             result = "failed"
             if not self.counts["save", "failed"]:
-                log.warning("the profile store %s cannot be written: %s; now only counted", self.store.shown, _one_line(error))
+                log.warning("the profile store %s cannot be written: %s; now only counted", self.store.shown, one_line(error))
         with self._changed:
             self.counts["save", result] += 1
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -11,11 +11,10 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from adaptive_spec.domain.arrays import AnyArray
 from adaptive_spec.domain.engine_info import EngineInfo
 from adaptive_spec.domain.step_record import StepRecord
 from adaptive_spec.errors import BadInput
@@ -45,7 +44,7 @@ def save_trace(path: Path, trace: Trace) -> None:
         )
         for r in records
     ]  # fmt: skip
-    arrays: dict[str, NDArray[Any]] = {
+    arrays: dict[str, AnyArray] = {
         "counts": np.array(counts, dtype=np.int64).reshape(-1, _COUNTS),
         "seconds": np.array([(r.draft_s, r.verify_s, r.draft_extend_s, r.step_s) for r in records]).reshape(-1, 4),
     }
@@ -70,7 +69,7 @@ def load_trace(path: Path) -> Trace:
         raise BadInput(f"TRACE: '{path}' is not allowed: must be a trace of adaptive-spec record: {error}") from error
 
 
-def _records(arrays: dict[str, NDArray[Any]]) -> Sequence[StepRecord]:
+def _records(arrays: dict[str, AnyArray]) -> Sequence[StepRecord]:
     counts, seconds = arrays["counts"], arrays["seconds"]
     if counts.ndim != 2 or counts.shape[1] != _COUNTS or seconds.shape != (len(counts), 4):
         raise ValueError("its tables do not fit each other")

@@ -1,8 +1,8 @@
-"""The engine's own word about its side: attached or why not, and what failed in it. `{runtime_dir}/engine.json`.
+"""The engine's report, `{runtime_dir}/engine.json`: whether it is attached or why not, and what failed in it.
 
-Records say nothing while an engine cannot be observed, so what went wrong on its side travels by this small file: written by
-the engine when something changed and at most once a second, read by the sidecar for /metrics and /status.json. A report of a
-process that lives no more, or that is damaged, is no report.
+An engine that cannot be observed writes no records, so its state is in this file: written by the engine on a change and at most
+once a second, read by the sidecar for /metrics and /status.json. A damaged report, or one of a process that has ended, is
+ignored.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from adaptive_spec.wire.liveness import process_alive
+
 REPORT_NAME = "engine.json"
 State = Literal["attached", "observing", "refused", "detached"]
 STATES: tuple[State, ...] = ("attached", "observing", "refused", "detached")
@@ -22,9 +24,11 @@ LARGEST_BYTES = 1 << 16
 
 @dataclass(frozen=True)
 class EngineReport:
-    """pid: of the engine. engine: name and version. state: attached; observing (records, but K cannot be changed); refused
-    (left alone from the start); detached (given up after repeated failures). reason: why, one line, "" when attached.
-    failures: calls of ours that raised inside the engine, by hook. counters: of the tap, by name.
+    """The state of the engine's side.
+
+    pid: of the engine. engine: name and version. state: attached; observing (writes records, K cannot be changed); refused (not
+    attached at start); detached (after repeated failures). reason: why, one line, "" when attached. failures: calls that raised
+    inside the engine, by hook. counters: of the tap, by name.
     """
 
     pid: int
@@ -40,7 +44,7 @@ class EngineReport:
 
 
 def write_report(runtime_dir: Path, report: EngineReport) -> None:
-    """Replace the report (0600) in one piece. Raises OSError."""
+    """Replace the report (mode 0600) atomically. Raises OSError."""
     path = runtime_dir / REPORT_NAME
     temporary = path.with_name(f".{REPORT_NAME}.{os.getpid()}.tmp")
     with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600), "wb") as file:
@@ -49,7 +53,7 @@ def write_report(runtime_dir: Path, report: EngineReport) -> None:
 
 
 def read_report(runtime_dir: Path) -> EngineReport | None:
-    """Return the report of a living engine, None when there is none to be trusted. Never raises."""
+    """Return the report of a running engine, None when there is no valid one. Never raises."""
     try:
         with open(runtime_dir / REPORT_NAME, "rb") as file:
             fields = json.loads(file.read(LARGEST_BYTES))
@@ -59,18 +63,8 @@ def read_report(runtime_dir: Path) -> EngineReport | None:
         )  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    return report if report.state in STATES and _alive(report.pid) else None
+    return report if report.state in STATES and process_alive(report.pid) else None
 
 
 def _tally(data: Mapping[str, object]) -> dict[str, int]:
     return {str(name): max(int(str(count)), 0) for name, count in data.items()}
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except (OSError, OverflowError):
-        pass
-    return pid > 0

@@ -1,9 +1,8 @@
-"""Files that two processes map: created whole, private to the user, opened without surprises.
+"""Files that two processes map: complete from the moment they are visible, and private to the user.
 
-A file is filled under a temporary name in the same folder and renamed, so that nobody ever maps half a header. Its pages
-are allocated and touched at creation: a full /dev/shm is then an OSError here and not a SIGBUS at the first write, and no
-page fault falls into a decode step. What no process can defend itself against is another one truncating a mapped file;
-nothing of ours ever does.
+A file is filled under a temporary name in the same folder and renamed, so that no process maps an incomplete header. Its pages
+are allocated and touched at creation: a full /dev/shm is then an OSError here and not a SIGBUS at the first write, and a decode
+step has no page fault. A process that truncates a file while others map it would crash them; nothing in this package does.
 """
 
 from __future__ import annotations
@@ -14,9 +13,10 @@ import os
 import platform
 import stat
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 WEAKLY_ORDERED = platform.machine().lower() not in ("x86_64", "amd64", "i386", "i686")
 """Whether this machine may reorder stores (ARM does): then a sequence lock needs a fence between sequence and content."""
@@ -24,15 +24,29 @@ WEAKLY_ORDERED = platform.machine().lower() not in ("x86_64", "amd64", "i386", "
 _fence_lock = threading.Lock()
 
 
+class Closeable(ABC):
+    """Base of what a `with` block closes at its end."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Release the mapping."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
 class Identity(NamedTuple):
-    """Which file a name leads to: a mapped file's inode is not given away while it is mapped."""
+    """Which file a path leads to. The inode of a mapped file is not reused while it is mapped."""
 
     device: int
     inode: int
 
 
 def fence() -> None:
-    """Order the memory accesses before and after: a lock's release followed by its acquisition is a full barrier."""
+    """Order the memory accesses before and after: releasing and then acquiring a lock is a full barrier."""
     with _fence_lock:
         pass
     with _fence_lock:
@@ -40,14 +54,14 @@ def fence() -> None:
 
 
 def make_runtime_dir(folder: Path) -> None:
-    """Create the folder of ring and page, 0700, with its parents. An existing one is left as it is. Raises OSError."""
+    """Create the folder of ring and page, mode 0700, with its parents. An existing folder is not changed. Raises OSError."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
 
 def create_mapped(path: Path, size: int, fill: Callable[[mmap.mmap], None], *, lock: bool = False) -> tuple[mmap.mmap, Identity]:
-    """Create (or replace) a 0600 file of `size` zero bytes at `path`, fill it, then let it be seen under its name.
+    """Create or replace a file of `size` zero bytes, mode 0600, and fill it before it is visible under its name.
 
-    lock: hold an exclusive lock on it while it is mapped. Raises OSError, and leaves nothing behind when it does.
+    lock: hold an exclusive lock on it while it is mapped. Raises OSError and then leaves no file behind.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}.tmp")
     fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
@@ -67,14 +81,14 @@ def create_mapped(path: Path, size: int, fill: Callable[[mmap.mmap], None], *, l
         temporary.unlink(missing_ok=True)
         raise
     finally:
-        os.close(fd)  # the mapping keeps its own duplicate, and with it the lock
+        os.close(fd)  # the mapping has a duplicate of the descriptor, which keeps the lock
 
 
 def open_mapped(path: Path, *, writable: bool = False, lock: bool = False) -> tuple[mmap.mmap, Identity]:
-    """Map an existing file whole.
+    """Map a whole existing file.
 
     Raises FileNotFoundError, BlockingIOError (another process holds the lock), another OSError, or ValueError (not a
-    regular file, empty). O_NONBLOCK: a pipe laid at the path is refused, it must not hang the server.
+    regular file, or empty). O_NONBLOCK: opening a pipe at the path must not block the engine; it is refused.
     """
     fd = os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
@@ -90,7 +104,7 @@ def open_mapped(path: Path, *, writable: bool = False, lock: bool = False) -> tu
 
 
 def identity_at(path: Path | str) -> Identity | None:
-    """Return the identity of the file at a path, None when there is none. Raises no OSError."""
+    """Return the identity of the file at a path, None when there is no file. Raises no OSError."""
     try:
         status = os.stat(path)
     except OSError:
@@ -99,7 +113,7 @@ def identity_at(path: Path | str) -> Identity | None:
 
 
 def set_aside(path: Path) -> Path:
-    """Rename a damaged file to `NAME.damaged-N` beside it (first free N) and return that name. Raises OSError."""
+    """Rename a damaged file to `NAME.damaged-N` (first free N) in its folder and return the new path. Raises OSError."""
     number = 1
     while (target := path.with_name(f"{path.name}.damaged-{number}")).exists():
         number += 1

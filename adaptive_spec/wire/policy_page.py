@@ -1,4 +1,4 @@
-"""The policy page: the sidecar publishes policies and signs of life, the engine reads them without ever waiting.
+"""The policy page: the sidecar publishes policies and a heartbeat; the engine reads both without waiting.
 
 File layout, little-endian (layout version 1):
 
@@ -8,14 +8,14 @@ File layout, little-endian (layout version 1):
 | 8   | u32 | layout version |
 | 12  | u32 | CRC32 of bytes 0..11 and 16..23 |
 | 16  | u64 | capacity: longest payload in bytes |
-| 64  | u64 | sequence: policies published, 0 = none yet; the newest payload lies in buffer `sequence % 2` |
+| 64  | u64 | sequence: policies published, 0 = none yet; the newest payload is in buffer `sequence % 2` |
 | 72  | u64 | version of the newest policy |
-| 80  | u64 | heartbeat_ns: CLOCK_MONOTONIC, last sign of life of the sidecar |
+| 80  | u64 | heartbeat_ns: CLOCK_MONOTONIC of the sidecar's last heartbeat |
 | 128 | 2 x 64 bytes | per buffer: u64 sequence, u64 version, u32 payload length, u32 CRC32 of these three and the payload |
 | 4096 | 2 x capacity | the two payload buffers |
 
-While one buffer is written the other is whole, so that a reader always finds a whole policy, also after the writer was
-killed. A heartbeat is one store of eight bytes and touches no checksum. The payload is described at `encode_policy`.
+While the sidecar writes one buffer, the other holds a complete policy, so that a reader always finds one, also after the writer
+was killed. A heartbeat is one store of eight bytes and is not part of a checksum. The payload is described at `encode_policy`.
 """
 
 from __future__ import annotations
@@ -25,12 +25,10 @@ import mmap
 import struct
 import zlib
 from pathlib import Path
-from types import TracebackType
-from typing import Self
 
 import numpy as np
-from numpy.typing import NDArray
 
+from adaptive_spec.domain.arrays import AnyArray, AnyFloats
 from adaptive_spec.domain.policy import Granularity, Mode, Policy, Trial
 from adaptive_spec.domain.survival import GRID_POINTS, SurvivalMap
 from adaptive_spec.wire import mapped_file
@@ -43,7 +41,7 @@ HEADER_BYTES = 4096
 MAX_CONTEXTS = 256
 MAX_TRIALS = 4096
 MAX_TOKENS = 2 * MAX_BATCH_LIMIT * (MAX_K_LIMIT + 1)
-"""Twice what the largest batch can verify: verify_s may go on to the graph bucket that batch is padded to."""
+"""Twice what the largest batch can verify: verify_s may extend to the graph bucket that this batch is padded to."""
 MAX_SECONDS = 3600.0
 MAX_CAPACITY = 1 << 26
 
@@ -63,40 +61,40 @@ _GRANULARITIES = (Granularity.BATCH, Granularity.REQUEST)
 
 
 class PolicyPageError(ValueError):
-    """A file that is no policy page this version can use: path, field, what was found and what was wanted."""
+    """A file that this version cannot use as a policy page: path, field, found value and expected value."""
 
     def __init__(self, path: Path, field: str, found: object, wanted: object) -> None:
-        super().__init__(f"{path}: {field} is {found}, wanted {wanted}")
+        super().__init__(f"{path}: {field}: must be {wanted}, got {found}")
         self.path, self.field, self.found, self.wanted = path, field, found, wanted
 
 
 def payload_bytes(max_batch: int, max_k: int, contexts: int = 16, trials: int = MAX_TRIALS) -> int:
-    """Return the size of the largest policy for an engine, batches padded to twice their size included: its page's capacity."""
+    """Return the page capacity an engine needs: bytes of its largest policy, with batches padded to up to twice their size."""
     tokens = 2 * max_batch * (max_k + 1) + 1
     floats = contexts - 1 + (max_k + 1) * (max_batch + 1) + tokens + max_k * GRID_POINTS
     return _POLICY.size + _TRIAL.size * trials + 4 * floats + contexts * (max_batch + 1)
 
 
 def check_policy(policy: Policy) -> None:
-    """Raise ValueError, naming field, value and what is allowed, unless an engine can execute the policy."""
+    """Raise ValueError (field, what is allowed, value) unless an engine can execute the policy."""
     _range("version", policy.version, 1, 2**63)
     _range("max_k", policy.max_k, 0, MAX_K_LIMIT)
     _shape("k_table", policy.k_table, 2, (1, MAX_BATCH_LIMIT + 1), (1, MAX_CONTEXTS))
     rows, contexts = policy.k_table.shape
     if policy.k_table.dtype.kind not in "iu":
-        raise ValueError(f"k_table is of type {policy.k_table.dtype}, wanted uint8")
+        raise ValueError(f"k_table: must be of type uint8, got {policy.k_table.dtype}")
     _range("k_table's largest K", int(policy.k_table.max()), 0, policy.max_k)
     _range("k_table's smallest K", int(policy.k_table.min()), 0, policy.max_k)
     _shape("context_edges", policy.context_edges, 1, (contexts - 1, contexts - 1))
     _values("context_edges", policy.context_edges, math.inf)
     if (policy.context_edges[1:] <= policy.context_edges[:-1]).any():
-        raise ValueError("context_edges are not ascending")
+        raise ValueError("context_edges: must be ascending")
     _shape("fixed_s", policy.fixed_s, 2, (policy.max_k + 1, policy.max_k + 1), (rows, rows))
     _values("fixed_s", policy.fixed_s, MAX_SECONDS)
     _shape("verify_s", policy.verify_s, 1, (1, MAX_TOKENS + 1))
     _values("verify_s", policy.verify_s, MAX_SECONDS)
     if not 0.0 <= policy.context_s_per_token < MAX_SECONDS:
-        raise ValueError(f"context_s_per_token {policy.context_s_per_token} is not in 0..{MAX_SECONDS:g}")
+        raise ValueError(f"context_s_per_token: must be in 0..{MAX_SECONDS:g}, got {policy.context_s_per_token}")
     _shape("survival.table", policy.survival.table, 2, (policy.max_k, MAX_K_LIMIT), (GRID_POINTS, GRID_POINTS))
     _values("survival.table", policy.survival.table, 1.0)
     _range("number of trials", len(policy.trials), 0, MAX_TRIALS)
@@ -132,12 +130,12 @@ def _pack(policy: Policy) -> bytes:
 
 
 def decode_policy(data: bytes) -> Policy:
-    """Return the policy of a payload; its arrays are read-only views of `data`. Raises ValueError for anything absurd."""
+    """Return the policy in a payload; its arrays are read-only views of `data`. Raises ValueError for invalid bytes."""
     if len(data) < _POLICY.size:
-        raise ValueError(f"policy of {len(data)} bytes is shorter than its head of {_POLICY.size}")
+        raise ValueError(f"policy: must be at least {_POLICY.size} bytes, got {len(data)}")
     (version, mode, granularity, acting, verify_all, conditional, max_k, context_s, rows, contexts, verify_entries,
      survival_rows, trials) = _POLICY.unpack_from(data)  # fmt: skip
-    # Before anything is allocated: every count within its limit, and all together exactly as long as the payload.
+    # Before anything is allocated: each count is within its limit, and together they give exactly the payload's length.
     _range("mode", mode, 0, len(_MODES) - 1)
     _range("granularity", granularity, 0, len(_GRANULARITIES) - 1)
     for name, flag in (("acting", acting), ("verify_all", verify_all), ("conditional", conditional)):
@@ -149,7 +147,7 @@ def decode_policy(data: bytes) -> Policy:
     trials_end = _POLICY.size + _TRIAL.size * trials
     wanted = trials_end + 4 * sum(counts) + rows * contexts
     if len(data) != wanted:
-        raise ValueError(f"policy of {len(data)} bytes, its counts say {wanted}")
+        raise ValueError(f"policy: must be {wanted} bytes by its own counts, got {len(data)}")
     at = trials_end
     arrays = []
     for count in counts:
@@ -166,15 +164,15 @@ def decode_policy(data: bytes) -> Policy:
     return policy
 
 
-class PolicyPage:
-    """The sidecar's end; one at a time, by a lock on the file.
+class PolicyPage(mapped_file.Closeable):
+    """The sidecar's end. A lock on the file admits one sidecar at a time.
 
-    last_version: version of the newest policy on the page, 0 when there is none. policy: that policy, also one that a
-    predecessor published. Publishing only ever raises the version.
+    policy: the newest policy on the page, also one that an earlier sidecar published. Each published version is higher than the
+    one before.
     """
 
     def __init__(self, mapping: mmap.mmap, capacity: int, sequence: int, policy: Policy | None) -> None:
-        """Take over a mapped page; use `create_or_open`."""
+        """Use a mapped page. Callers use `create_or_open`."""
         self.capacity = capacity
         self.policy = policy
         self._sequence = sequence
@@ -188,17 +186,17 @@ class PolicyPage:
 
     @classmethod
     def create_or_open(cls, path: Path | str, capacity: int) -> PolicyPage:
-        """Go on with the page at `path`, or make one; its folder is made too, 0700.
+        """Open the page at `path`, or create it and its folder (0700).
 
         capacity: longest payload in bytes, see `payload_bytes`. A page that is too small is replaced by a larger one with
-        the same policy; a damaged or foreign one is set aside as `NAME.damaged-N`. Raises ValueError for a capacity beyond
-        1..2^26, BlockingIOError when another sidecar holds the page, another OSError when it cannot be made.
+        the same policy; a damaged or foreign one is renamed to `NAME.damaged-N`. Raises ValueError for a capacity outside
+        1..2^26, BlockingIOError when another sidecar holds the page, another OSError when it cannot be created.
         """
         _range("capacity", capacity, 1, MAX_CAPACITY)
         path = Path(path)
         mapped_file.make_runtime_dir(path.parent)
         try:
-            page = cls._go_on(path)
+            page = cls._open(path)
         except FileNotFoundError:
             return cls._create(path, capacity)
         except BlockingIOError as error:
@@ -213,7 +211,7 @@ class PolicyPage:
         return larger
 
     @classmethod
-    def _go_on(cls, path: Path) -> PolicyPage:
+    def _open(cls, path: Path) -> PolicyPage:
         mapping, _ = mapped_file.open_mapped(path, writable=True, lock=True)
         try:
             capacity = _read_header(path, mapping)
@@ -239,12 +237,12 @@ class PolicyPage:
         return cls(mapping, capacity, old._sequence if old else 0, old.policy if old else None)
 
     def publish(self, policy: Policy) -> None:
-        """Let the engine see a policy. Raises ValueError: not executable, too long for the page, or not a newer version."""
+        """Publish a policy. Raises ValueError when it is not executable, too long for the page, or not a newer version."""
         payload = encode_policy(policy)
         if len(payload) > self.capacity:
-            raise ValueError(f"policy {policy.version} of {len(payload)} bytes does not fit the page's {self.capacity} bytes")
+            raise ValueError(f"policy {policy.version}: must be at most {self.capacity} bytes, got {len(payload)}")
         if policy.version <= self.last_version:
-            raise ValueError(f"policy version {policy.version} is not above {self.last_version}, which is published already")
+            raise ValueError(f"policy version: must be above the published {self.last_version}, got {policy.version}")
         sequence = self._sequence + 1
         _write_buffer(self._map, self.capacity, sequence, policy.version, payload)
         if WEAKLY_ORDERED:
@@ -254,26 +252,20 @@ class PolicyPage:
         self.policy = policy
 
     def heartbeat(self, now_ns: int) -> None:
-        """Give a sign of life. now_ns: CLOCK_MONOTONIC, which all processes of a host share."""
+        """Write the heartbeat. now_ns: CLOCK_MONOTONIC, the same for all processes of a host."""
         self._words[_HEARTBEAT_WORD] = now_ns
 
     def close(self) -> None:
-        """Unmap and let go of the lock. The page stays."""
+        """Unmap and release the lock. The file stays."""
         self._words.release()
         self._map.close()
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
-
-
-class PolicyPageReader:
-    """The engine's end: `policy` is the last good policy, `failures` counts what could not be accepted."""
+class PolicyPageReader(mapped_file.Closeable):
+    """The engine's end. policy: the last valid policy. failures: policies and polls that failed."""
 
     def __init__(self, mapping: mmap.mmap, capacity: int, identity: mapped_file.Identity, max_age_s: float) -> None:
-        """Take over a mapped page; use `open`."""
+        """Use a mapped page. Callers use `open`."""
         self.identity = identity
         self.failures = 0
         self.policy: Policy | None = None
@@ -285,10 +277,11 @@ class PolicyPageReader:
 
     @classmethod
     def open(cls, path: Path | str, max_age_s: float = 30.0, last_good: Policy | None = None) -> PolicyPageReader:
-        """Attach to a page. max_age_s: age of the heartbeat in seconds up to which its policy holds. last_good: policy that
-        holds until this page brings one (a new sidecar has given signs of life but not yet decided).
+        """Open a page.
 
-        Raises PolicyPageError for a foreign or damaged file, FileNotFoundError when there is none, another OSError.
+        max_age_s: age of the heartbeat, seconds, up to which its policy is fresh. last_good: policy in use until this page has
+        one (a new sidecar writes its heartbeat before its first policy). Raises PolicyPageError for a foreign or damaged file,
+        FileNotFoundError when there is no file, OSError when it cannot be read.
         """
         path = Path(path)
         try:
@@ -304,13 +297,15 @@ class PolicyPageReader:
         return reader
 
     def poll(self, now_ns: int) -> Policy | None:
-        """Return the policy to act on, the same object until a newer one is published; None when there is none or the
-        heartbeat is further than max_age_s from now_ns (CLOCK_MONOTONIC). Never raises."""
+        """Return the policy to execute, the same object until a newer one is published. Never raises.
+
+        None when there is no policy, or the heartbeat is more than max_age_s from now_ns (CLOCK_MONOTONIC).
+        """
         try:
             sequence, _, heartbeat_ns = _LIVE.unpack_from(self._map, _LIVE_OFFSET)
             if sequence != self._seen:
                 self._read(sequence)
-            # Also a heartbeat from the future is no sign of life: it was left by another boot of this host.
+            # A heartbeat in the future was written before this host was rebooted: not fresh either.
             return self.policy if -self._max_age_ns <= now_ns - heartbeat_ns <= self._max_age_ns else None
         except Exception:
             self.failures += 1
@@ -320,24 +315,18 @@ class PolicyPageReader:
         """Unmap."""
         self._map.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
-
     def _read(self, sequence: int) -> None:
-        """Take over the policy of this sequence if it is whole and newer; otherwise keep the last good one and count.
+        """Adopt the policy of this sequence if it is valid and newer; else keep the last one and count a failure.
 
-        A page that is damaged is looked at once: it is tried again when its sequence changes.
+        A damaged policy is read once: the next attempt is made when the sequence changes.
         """
         self._seen = sequence
         try:
             policy = _read_policy(self._map, self._capacity, sequence)
             if policy.version <= self._version:
-                raise ValueError(f"policy version {policy.version} is not above {self._version}")
+                raise ValueError(f"policy version: must be above {self._version}, got {policy.version}")
         except ValueError:
-            # Overtaken by two publications while copying: the sequence has moved on and the next poll takes that one.
+            # If two policies were published during the copy, the sequence has changed and the next poll reads the newest.
             if _LIVE.unpack_from(self._map, _LIVE_OFFSET)[0] == sequence:
                 self.failures += 1
             return
@@ -345,7 +334,7 @@ class PolicyPageReader:
 
 
 def _write_buffer(mapping: mmap.mmap, capacity: int, sequence: int, version: int, payload: bytes) -> None:
-    """Fill the buffer of a sequence, the one no reader is sent to yet."""
+    """Fill the buffer of a sequence. Readers do not use it before the sequence is published."""
     at = HEADER_BYTES + sequence % 2 * capacity
     mapping[at : at + len(payload)] = payload
     checksum = zlib.crc32(payload, zlib.crc32(_KEY.pack(sequence, version, len(payload))))
@@ -353,19 +342,19 @@ def _write_buffer(mapping: mmap.mmap, capacity: int, sequence: int, version: int
 
 
 def _read_policy(mapping: mmap.mmap, capacity: int, sequence: int) -> Policy:
-    """Return the policy of a sequence; raise ValueError unless it is whole, and exactly what was published."""
+    """Return the policy of a sequence. Raises ValueError unless it is complete and exactly as published."""
     if WEAKLY_ORDERED:
         fence()
     found, version, length, checksum = _BUFFER.unpack_from(mapping, _BUFFER_OFFSET + sequence % 2 * _BUFFER_STRIDE)
     if found != sequence or length > capacity:
-        raise ValueError(f"buffer holds sequence {found} of {length} bytes, wanted {sequence} of at most {capacity}")
+        raise ValueError(f"buffer: must hold sequence {sequence} of at most {capacity} bytes, got {found} of {length} bytes")
     at = HEADER_BYTES + sequence % 2 * capacity
     payload = mapping[at : at + length]
     if checksum != zlib.crc32(payload, zlib.crc32(_KEY.pack(found, version, length))):
-        raise ValueError("payload checksum is wrong")
+        raise ValueError("payload checksum: does not match")
     policy = decode_policy(payload)
     if policy.version != version:
-        raise ValueError(f"policy version {policy.version} in a buffer of version {version}")
+        raise ValueError(f"policy version: must be the buffer's {version}, got {policy.version}")
     return policy
 
 
@@ -374,7 +363,7 @@ def _header_checksum(magic: bytes, version: int, capacity: int) -> int:
 
 
 def _read_header(path: Path, mapping: mmap.mmap) -> int:
-    """Return the capacity of a mapped page; raise PolicyPageError when it is no page of ours."""
+    """Return the capacity of a mapped page. Raises PolicyPageError."""
     if len(mapping) < HEADER_BYTES:
         raise PolicyPageError(path, "size", f"{len(mapping)} bytes", f"at least {HEADER_BYTES}")
     magic, version, checksum, capacity = _HEADER.unpack_from(mapping)
@@ -393,15 +382,15 @@ def _read_header(path: Path, mapping: mmap.mmap) -> int:
 
 def _range(name: str, value: int, low: int, high: int) -> None:
     if not low <= value <= high:
-        raise ValueError(f"{name} {value} is not in {low}..{high}")
+        raise ValueError(f"{name}: must be in {low}..{high}, got {value}")
 
 
-def _shape(name: str, array: NDArray[np.generic], dimensions: int, *sizes: tuple[int, int]) -> None:
+def _shape(name: str, array: AnyArray, dimensions: int, *sizes: tuple[int, int]) -> None:
     if array.ndim != dimensions or not all(low <= size <= high for size, (low, high) in zip(array.shape, sizes, strict=True)):
         wanted = ", ".join(f"{low}" if low == high else f"{low}..{high}" for low, high in sizes)
-        raise ValueError(f"{name} has shape {list(array.shape)}, wanted [{wanted}]")
+        raise ValueError(f"{name}: must have shape [{wanted}], got {list(array.shape)}")
 
 
-def _values(name: str, array: NDArray[np.floating], high: float) -> None:
+def _values(name: str, array: AnyFloats, high: float) -> None:
     if array.size and not (array.min() >= 0.0 and array.max() <= high and array.max() < math.inf):
-        raise ValueError(f"{name} holds a value that is not in 0..{high:g}")
+        raise ValueError(f"{name}: all values must be in 0..{high:g}")

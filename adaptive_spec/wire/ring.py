@@ -1,28 +1,28 @@
-"""The record ring: one engine writes StepRecords, oldest overwritten, any number of readers copy them out.
+"""The record ring: one engine writes StepRecords and overwrites the oldest; any number of readers copy them.
 
-File layout, little-endian, layout version as in records.py:
+File layout, little-endian, layout version of `slot.py`:
 
 | offset | type | field |
 |---|---|---|
 | 0   | 8 bytes | magic `ADSPRING` |
 | 8   | u32 | layout version |
 | 12  | u32 | CRC32 of bytes 0..11, 16..63 and the engine information |
-| 16  | u64 | generation: random, another one for every ring an engine creates |
+| 16  | u64 | generation: a new random number for each ring |
 | 24  | u32 | slots |
 | 28  | u32 | slot_bytes |
 | 32  | u32 | max_batch |
 | 36  | u32 | max_k |
 | 40  | u32 | length of the engine information |
-| 64  | u64 | cursor: records written since the ring was created, alone on its cache line |
+| 64  | u64 | cursor: records written since the ring was created; on a cache line of its own |
 | 128 | JSON | EngineInfo |
-| 4096 | slots | record `index` lies in slot `index % slots`, layout in records.py |
+| 4096 | slots | record `index` is in slot `index % slots`, layout in `slot.py` |
 
-A slot is a sequence lock: the writer makes its sequence odd, fills it, then sets 2 * (index + 1); a reader accepts a copy
-only if it found exactly that number both before and after copying. Nobody waits for anybody: a reader that is too slow
-loses records and counts them, a writer killed in mid-slot leaves an odd sequence that no reader accepts.
+Each slot is a sequence lock: the writer makes its sequence odd, fills it, then sets it to 2 * (index + 1). A reader accepts a
+copy only if it read exactly that number before and after copying. Neither side waits: a slow reader loses records and counts
+them; a writer killed while it fills a slot leaves an odd sequence, which no reader accepts.
 
-A plain file mapping and not multiprocessing.shared_memory: that one's resource tracker deletes the segment when a reader
-exits (Python issue 82300, until 3.13).
+The ring is a mapped file and not multiprocessing.shared_memory, whose resource tracker deletes the segment when a reader exits
+(Python issue 82300, fixed in 3.13).
 """
 
 from __future__ import annotations
@@ -33,12 +33,11 @@ import struct
 import zlib
 from collections import Counter
 from pathlib import Path
-from types import TracebackType
-from typing import Literal, Self
+from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
+from adaptive_spec.domain.arrays import Float32s, Lengths, RequestIds
 from adaptive_spec.domain.engine_info import EngineInfo
 from adaptive_spec.domain.step_record import StepRecord
 from adaptive_spec.wire import mapped_file
@@ -60,18 +59,18 @@ _CURSOR_LIMIT = 1 << 62
 
 
 class RingLayoutError(ValueError):
-    """A file that is no ring this version can read: which field, what was found and what was wanted."""
+    """A file that this version cannot read as a ring: path, field, found value and expected value."""
 
     def __init__(self, path: Path, field: str, found: object, wanted: object) -> None:
-        super().__init__(f"{path}: {field} is {found}, wanted {wanted}")
+        super().__init__(f"{path}: {field}: must be {wanted}, got {found}")
         self.path, self.field, self.found, self.wanted = path, field, found, wanted
 
 
 class RingWriter:
-    """The engine's end. `written` counts whole records, `failed` the writes that could not be done; a write never raises."""
+    """The engine's end. written: records written. failed: writes that failed; a write never raises."""
 
     def __init__(self, mapping: mmap.mmap, layout: SlotLayout, slots: int) -> None:
-        """Take over a mapped ring; use `create`."""
+        """Use a mapped ring. Callers use `create`."""
         self.layout = layout
         self.slots = slots
         self.written = 0
@@ -81,20 +80,20 @@ class RingWriter:
 
     @classmethod
     def create(cls, path: Path | str, info: EngineInfo, slots: int = 1024, max_k: int | None = None) -> RingWriter:
-        """Create the ring file, replacing an older one; its folder must exist.
+        """Create the ring file in an existing folder; an older ring there is replaced.
 
-        slots: 2..2^20 records. max_k: columns of a slot, the engine's largest K by default; a larger K is cut, as is a
-        batch beyond the engine's max_batch. Raises ValueError for numbers out of range, OSError when the file cannot be made.
+        slots: 2..2^20 records. max_k: columns of a slot, by default the engine's largest K. Records with a larger K, or a batch
+        beyond the engine's max_batch, are cut. Raises ValueError for numbers out of range, OSError.
         """
         path = Path(path)
         if max_k is None:
             max_k = min(max(info.max_k, 1), MAX_K_LIMIT)
         layout = SlotLayout.of(min(info.max_batch, MAX_BATCH_LIMIT), max_k)
         if not MIN_SLOTS <= slots <= MAX_SLOTS:
-            raise ValueError(f"slots {slots} is not in {MIN_SLOTS}..{MAX_SLOTS}")
+            raise ValueError(f"slots: must be in {MIN_SLOTS}..{MAX_SLOTS}, got {slots}")
         about = info.to_json()
         if len(about) > HEADER_BYTES - INFO_OFFSET:
-            raise ValueError(f"engine information of {len(about)} bytes is longer than {HEADER_BYTES - INFO_OFFSET}")
+            raise ValueError(f"engine information: must be at most {HEADER_BYTES - INFO_OFFSET} bytes, got {len(about)}")
         generation = int.from_bytes(os.urandom(8), "little")
 
         def fill(mapping: mmap.mmap) -> None:
@@ -107,7 +106,7 @@ class RingWriter:
         return cls(mapping, layout, slots)
 
     def write(self, record: StepRecord) -> None:
-        """Write one record. Never raises: what cannot be written is counted in `failed`."""
+        """Write one record. Never raises: a failed write is counted in `failed`."""
         self.write_fields(
             record.step, record.time_ns, record.kv_tokens, record.policy_version, record.num_tokens, record.padded_tokens,
             record.batch_size, record.k, record.flags, record.draft_s, record.verify_s, record.draft_extend_s, record.step_s,
@@ -117,12 +116,12 @@ class RingWriter:
     def write_fields(
         self, step: int, time_ns: int, kv_tokens: int, policy_version: int, num_tokens: int, padded_tokens: int,
         batch_size: int, k: int, flags: int, draft_s: float, verify_s: float, draft_extend_s: float, step_s: float,
-        confidences: NDArray[np.float32], verify_len: NDArray[np.uint8], accept_len: NDArray[np.uint8],
-        request_ids: NDArray[np.uint32],
+        confidences: Float32s, verify_len: Lengths, accept_len: Lengths,
+        request_ids: RequestIds,
     ) -> None:  # fmt: skip
-        """Write the fields of a StepRecord without building one: same names, same units. Never raises.
+        """Write a record from the fields of a StepRecord: same names, same units. Never raises.
 
-        The arrays must be C-contiguous and of the types named, with one row per request: a wrong length fails the write.
+        The arrays must be C-contiguous, of the types named, with one row per request; with a wrong length the write fails.
         """
         try:
             mapping, words, layout, index = self._map, self._words, self.layout, self.written
@@ -141,8 +140,8 @@ class RingWriter:
                 mapping, base, sequence, step, time_ns, kv_tokens, policy_version, num_tokens, padded_tokens, batch_size,
                 rows, k, flags, draft_s, verify_s, draft_extend_s, step_s,
             )  # fmt: skip
-            # The ignores: any object with the buffer protocol will do, which numpy's stubs declare from Python 3.12 on;
-            # arr.data would satisfy them and cost a tenth of the write.
+            # The ignores: numpy's stubs declare the buffer protocol from Python 3.12 on. array.data would satisfy mypy, and
+            # would make the write a tenth slower.
             at = base + layout.confidences
             mapping[at : at + 4 * rows * k] = confidences  # type: ignore[call-overload]
             at = base + layout.request_ids
@@ -158,25 +157,25 @@ class RingWriter:
                 fence()
             words[_CURSOR_WORD] = self.written = index + 1
         except Exception:
-            self.failed += 1  # the slot stays odd; the next write takes it again
+            self.failed += 1  # the slot's sequence stays odd; the next write uses the same slot
 
     def close(self) -> None:
-        """Unmap. The file stays for whoever still reads it; writes after this only count as failed."""
+        """Unmap. The file stays for its readers. Later writes count as failed."""
         self._words.release()
         self._map.close()
 
 
-class RingReader:
-    """A reader's end. Of the records from `start` on, every one is exactly one of: delivered, lost, torn, invalid.
+class RingReader(mapped_file.Closeable):
+    """A reader's end. Each record from `start` on is counted once, as delivered, lost, torn or invalid:
 
         position - start = delivered + lost + torn + invalid
 
-    lost: overwritten before it was read. torn: being overwritten while it was read. invalid: whole, but saying the
-    impossible (`reasons` counts why). generation: of the ring file; position: index of the next record to read.
+    lost: overwritten before it was read. torn: overwritten while it was read. invalid: complete, with impossible values
+    (`reasons` counts which). generation: of the ring file. position: index of the next record to read.
     """
 
     def __init__(self, path: Path, mapping: mmap.mmap, identity: mapped_file.Identity) -> None:
-        """Take over a mapped file; use `open`. Raises RingLayoutError."""
+        """Use a mapped file. Callers use `open`. Raises RingLayoutError."""
         self.path = path
         self.info, self.generation, self.layout, self.slots = _read_header(path, mapping)
         self.delivered = self.lost = self.torn = self.invalid = 0
@@ -187,10 +186,10 @@ class RingReader:
 
     @classmethod
     def open(cls, path: Path | str, start: Literal["oldest", "newest"] | int = "oldest") -> RingReader:
-        """Attach to a ring. start: "oldest" record still there, "newest" (only what comes), or the position to go on from.
+        """Open a ring. start: at the "oldest" record in it, behind the "newest" (future records only), or at a position.
 
         Raises RingLayoutError for a foreign, truncated or damaged file or another layout version, FileNotFoundError when
-        there is none, OSError when it cannot be read.
+        there is no file, OSError when it cannot be read.
         """
         path = Path(path)
         try:
@@ -214,7 +213,7 @@ class RingReader:
         return cursor
 
     def poll(self, limit: int = 4096) -> list[StepRecord]:
-        """Return the records written since the last poll, oldest first, `limit` slots at most; copies, free of the ring."""
+        """Return copies of the records written since the last poll, oldest first, at most `limit`."""
         cursor = self.cursor
         if not self.position < cursor < _CURSOR_LIMIT:
             return []
@@ -229,7 +228,7 @@ class RingReader:
         return records
 
     def replaced(self) -> bool:
-        """Say whether the path now leads to another ring: the engine was restarted. False when there is no file."""
+        """Return whether the path holds another ring now: the engine was restarted. False when there is no file."""
         identity = mapped_file.identity_at(self.path)
         return identity is not None and (identity != self._identity or _HEADER.unpack_from(self._map)[3] != self.generation)
 
@@ -237,19 +236,13 @@ class RingReader:
         """Unmap."""
         self._map.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
-
     def _read(self, index: int) -> StepRecord | None:
-        """Copy one slot out and decode the copy; None, and counted, when it is not to be accepted."""
+        """Copy one slot and decode the copy. Return None, and count why, when it cannot be accepted."""
         base = HEADER_BYTES + index % self.slots * self.layout.slot_bytes
         before, slot, after = self._copy(base)
         whole = 2 * index + 2
         if before != whole or after != whole:
-            # Odd, or changed while it was copied: the writer was in it. Otherwise a whole later record lies there.
+            # Odd, or changed during the copy: the writer was writing it. Otherwise it holds a later, complete record.
             if before & 1 or before == whole:
                 self.torn += 1
             else:
@@ -264,7 +257,7 @@ class RingReader:
         return record
 
     def _copy(self, base: int) -> tuple[int, bytes, int]:
-        """Copy the slot at `base`: its sequence before, all of it at once, its sequence after."""
+        """Copy the slot at `base`: its sequence before, its bytes, its sequence after."""
         (before,) = _WORD.unpack_from(self._map, base)
         if WEAKLY_ORDERED:
             fence()
@@ -281,7 +274,7 @@ def _checksum(mapping: mmap.mmap, info_bytes: int) -> int:
 
 
 def _read_header(path: Path, mapping: mmap.mmap) -> tuple[EngineInfo, int, SlotLayout, int]:
-    """Return (info, generation, layout, slots) of a mapped file; raise RingLayoutError when it is no ring of ours."""
+    """Return (info, generation, layout, slots) of a mapped file. Raises RingLayoutError."""
     if len(mapping) < HEADER_BYTES:
         raise RingLayoutError(path, "size", f"{len(mapping)} bytes", f"at least {HEADER_BYTES}")
     magic, version, checksum, generation, slots, slot_bytes, max_batch, max_k, info_bytes = _HEADER.unpack_from(mapping)

@@ -1,4 +1,4 @@
-"""The fixed-size form of a StepRecord on the wire.
+"""The slot: a StepRecord in a fixed number of bytes.
 
 Layout of one slot, little-endian, `slot_bytes` long, 8-byte aligned (layout version 1):
 
@@ -12,7 +12,7 @@ Layout of one slot, little-endian, `slot_bytes` long, 8-byte aligned (layout ver
 | 40 | u32 | num_tokens: tokens in the verify forward, sum of verify_len + 1 |
 | 44 | u32 | padded_tokens: the same after padding to a graph bucket |
 | 48 | u32 | batch_size: requests in the step |
-| 52 | u16 | rows: requests described below (batch_size, or max_batch when there are more) |
+| 52 | u16 | rows: requests described below: batch_size, at most max_batch |
 | 54 | u8  | k: draft tokens proposed per request |
 | 55 | u8  | flags, see `StepFlag` |
 | 56 | f32 | draft_s |
@@ -43,7 +43,7 @@ MAX_K_LIMIT = 32
 
 
 class SlotLayout(NamedTuple):
-    """Where the arrays of a slot begin, for one (max_batch, max_k)."""
+    """Offsets of the arrays in a slot, for one (max_batch, max_k)."""
 
     max_batch: int
     max_k: int
@@ -57,9 +57,9 @@ class SlotLayout(NamedTuple):
     def of(cls, max_batch: int, max_k: int) -> SlotLayout:
         """Raise ValueError unless 1 <= max_batch <= 4096 and 1 <= max_k <= 32."""
         if not 1 <= max_batch <= MAX_BATCH_LIMIT:
-            raise ValueError(f"max_batch {max_batch} is not in 1..{MAX_BATCH_LIMIT}")
+            raise ValueError(f"max_batch: must be in 1..{MAX_BATCH_LIMIT}, got {max_batch}")
         if not 1 <= max_k <= MAX_K_LIMIT:
-            raise ValueError(f"max_k {max_k} is not in 1..{MAX_K_LIMIT}")
+            raise ValueError(f"max_k: must be in 1..{MAX_K_LIMIT}, got {max_k}")
         confidences = HEAD.size
         request_ids = confidences + 4 * max_batch * max_k
         verify_len = request_ids + 4 * max_batch

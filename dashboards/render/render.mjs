@@ -1,6 +1,6 @@
 // node render.mjs --prometheus URL --out DIR [--minutes 5] [--interval 2] [--theme dark] [--instance RE] DASHBOARD.json...
-// Draws dashboards in headless Chromium (CHROMIUM names another one) and prints a JSON row for each panel: what its queries
-// returned, how many points it shows, its canvases and its text. `npx vite build` first.
+// Draws dashboards in headless Chromium (or the browser in CHROMIUM) and prints a JSON row for each panel: the results of its
+// queries, the number of points, its canvases and its text. Run `npx vite build` first.
 import fs from 'node:fs';
 import http from 'node:http';
 import path from 'node:path';

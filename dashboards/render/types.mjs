@@ -1,6 +1,6 @@
-// node types.mjs DASHBOARD.json... : do the dashboards have the types of @grafana/schema? Exit status 1 and tsc's words if not.
-// The whole is checked as a Dashboard; each panel's options and custom field config as those of its panel type. Keys that this
-// version's schema does not list are let pass (an annotation's expr, for one): the schema is not complete.
+// node types.mjs DASHBOARD.json... : checks dashboards against the types of @grafana/schema. Exit status 1 with tsc's errors.
+// The document is checked as a Dashboard; each panel's options and custom field config as those of its panel type. Keys that the
+// schema does not list are allowed (an annotation's expr, for example), because the schema is not complete.
 import { spawnSync } from 'node:child_process';
 import fs from 'node:fs';
 import path from 'node:path';

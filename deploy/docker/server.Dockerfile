@@ -1,6 +1,6 @@
 # syntax=docker/dockerfile:1
 # An SGLang server with the plugin: docker build --file deploy/docker/server.Dockerfile --tag sglang-adaptive-spec .
-# The plugin does nothing until ADAPTIVE_SPEC_MODE is shadow or active, or ADAPTIVE_SPEC_CONFIG names a configuration.
+# The plugin is inactive until ADAPTIVE_SPEC_MODE is shadow or active, or ADAPTIVE_SPEC_CONFIG names a configuration.
 ARG SGLANG_IMAGE=lmsysorg/sglang:v0.5.23
 FROM python:3.12-slim AS build
 WORKDIR /src
@@ -11,8 +11,8 @@ RUN pip wheel --no-cache-dir --no-deps --disable-pip-version-check --wheel-dir /
 
 FROM ${SGLANG_IMAGE}
 COPY --from=build /wheels /tmp/wheels
-# Without dependencies: SGLang's environment stays as it was tested. The plugin needs numpy, pydantic and PyYAML, which SGLang has;
-# the last command fails here, and not in production, where an image has not.
+# Without dependencies, to leave SGLang's environment unchanged. The plugin needs numpy, pydantic and PyYAML, which SGLang has;
+# the last command fails the build if one is missing.
 RUN pip install --no-cache-dir --no-deps --disable-pip-version-check /tmp/wheels/*.whl \
     && rm -rf /tmp/wheels \
     && python3 -c "import adaptive_spec.config.load, adaptive_spec.engines.sglang.plugin"

@@ -5,17 +5,17 @@ WORKDIR /src
 COPY pyproject.toml README.md LICENSE ./
 COPY adaptive_spec ./adaptive_spec
 COPY dashboards/*.json ./dashboards/
-# What profile_store needs. For object storage add its fsspec package, as --build-arg STORAGE_PACKAGE=s3fs
+# Needed by profile_store. For object storage add its fsspec package, for example --build-arg STORAGE_PACKAGE=s3fs
 ARG STORAGE_PACKAGE=fsspec
 RUN python -m venv /opt/adaptive-spec \
     && /opt/adaptive-spec/bin/pip install --no-cache-dir --disable-pip-version-check ".[store]" "${STORAGE_PACKAGE}"
 
 FROM python:3.12-slim
 COPY --from=build /opt/adaptive-spec /opt/adaptive-spec
-# The same user as the server's: what they share in memory is theirs alone (0700).
+# The same user as the server's: the shared memory has mode 0700.
 RUN useradd --uid 1000 --user-group --no-create-home --shell /usr/sbin/nologin adaptive-spec
 USER 1000:1000
-# Pictures of a profile are drawn with matplotlib, which wants a place for its font cache.
+# The plots of a profile are drawn with matplotlib, which needs a folder for its font cache.
 ENV PATH=/opt/adaptive-spec/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 MPLCONFIGDIR=/tmp/matplotlib
 EXPOSE 9477
 HEALTHCHECK --interval=10s --timeout=5s --start-period=120s \

@@ -1,4 +1,4 @@
-"""Wraps deploy/prometheus/rules/*.yaml into the Prometheus operator's PrometheusRule. `make manifests` writes it."""
+"""Prints deploy/prometheus/rules/*.yaml as a PrometheusRule of the Prometheus operator; used by `make manifests`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ RULES = Path(__file__).parent.parent / "prometheus" / "rules"
 
 
 class _Dumper(yaml.SafeDumper):
-    """Texts of several lines, as expressions are, stay readable."""
+    """Writes texts of several lines, such as expressions, as blocks."""
 
 
 _Dumper.add_representer(
@@ -20,7 +20,7 @@ _Dumper.add_representer(
 
 
 def prometheus_rule() -> str:
-    """Return the manifest as YAML: all groups of all files, in the order of their names."""
+    """Return the manifest as YAML, with the groups of all files, sorted by file name."""
     groups = [group for path in sorted(RULES.glob("*.yaml")) for group in yaml.safe_load(path.read_text())["groups"]]
     manifest = {
         "apiVersion": "monitoring.coreos.com/v1",
@@ -29,7 +29,7 @@ def prometheus_rule() -> str:
         "spec": {"groups": groups},
     }
     text = yaml.dump(manifest, Dumper=_Dumper, sort_keys=False, width=130, allow_unicode=True)
-    return "# Made by `make manifests` from deploy/prometheus/rules; do not edit by hand.\n" + text
+    return "# Made by `make manifests` from deploy/prometheus/rules; do not edit.\n" + text
 
 
 if __name__ == "__main__":

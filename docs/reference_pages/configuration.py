@@ -1,4 +1,4 @@
-"""Writes docs/configuration.md from the settings: `make docs`."""
+"""Generates docs/configuration.md from the settings: `python -m docs.reference_pages.configuration` prints it."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from adaptive_spec.config.settings import SidecarSettings
 
 
 def configuration_page() -> str:
-    """Return docs/configuration.md, made from the settings themselves."""
+    """Return docs/configuration.md."""
     lines = [
         "# Configuration",
         "",
-        "Made by `make docs` from `adaptive_spec/config/settings.py`; do not edit by hand.",
+        "Made by `make docs` from `adaptive_spec/config/settings.py`; do not edit.",
         "",
-        "`adaptive-spec sidecar --config FILE` reads YAML. Every key may be left out. An unknown key, a key given twice, a wrong",
-        "type or a value out of range is an error: one line naming the key, its value and what is allowed, and exit status 2.",
+        "`adaptive-spec sidecar --config FILE` reads YAML. All keys are optional. An unknown or duplicate key, a wrong type or a",
+        "value out of range is an error: one line with the key, its value and what is allowed, and exit status 2.",
         "",
     ]
     for prefix, section in sections(SidecarSettings):
         fields = {name: info for name, info in section.model_fields.items() if as_section(info) is None}
         lines += [f"## {f'`{prefix[:-1]}`' if prefix else 'Sidecar'}", "", " ".join((section.__doc__ or "").split()), ""]
-        lines += ["| key | type | default | what it does |", "|---|---|---|---|"]
+        lines += ["| key | type | default | meaning |", "|---|---|---|---|"]
         for name, info in fields.items():
             default = "none" if info.default is None else f"`{info.default}`"
             lines.append(f"| `{prefix}{name}` | {_type_words(info)} | {default} | {info.description} |")

@@ -1,7 +1,4 @@
-"""The page that documents the metrics, made from the exporter itself.
-
-`python -m docs.reference_pages.metrics` prints docs/metrics.md.
-"""
+"""Generates docs/metrics.md from the exporter: `python -m docs.reference_pages.metrics` prints it."""
 
 from __future__ import annotations
 
@@ -22,7 +19,7 @@ PROCESS = ("process_resident_memory_bytes", "process_cpu_seconds", "process_star
 
 
 def metric_families() -> list[Metric]:
-    """All families of the exporter, without samples and without the constant labels."""
+    """Return all metric families of the exporter, without samples and constant labels."""
     info = EngineInfo("engine", "m", "g", 1, 1, (0, 1), 1, Granularity.BATCH, False, 0)
     current_view = CurrentView(time.monotonic())
     current_view.view = View(time.monotonic(), Controller(ControllerSettings(), info).snapshot(0.0))
@@ -34,7 +31,7 @@ def exposed_name(family: Metric) -> str:
 
 
 def own_labels(family: Metric) -> list[str]:
-    """Labels a family has besides the constant ones."""
+    """Return the labels of a family besides the constant ones."""
     names: tuple[str, ...] = family._labelnames  # type: ignore[attr-defined]  # of every kind of family, though not of its base
     return list(names)
 
@@ -49,37 +46,37 @@ def metrics_page() -> str:
     lines = [
         "# Metrics",
         "",
-        "Made by `make docs` from `adaptive_spec/sidecar/metrics.py`; do not edit by hand.",
+        "Made by `make docs` from `adaptive_spec/sidecar/metrics.py`; do not edit.",
         "",
-        "`/metrics` of the sidecar, in Prometheus' text format or OpenMetrics, as asked. Once an engine is attached all",
-        "carry the constant labels `model`, `gpu` and `tp` besides those below (a refit has a `model` of its own, which of our",
-        "models it was, and no other). What is not known yet is left out, never 0. Counters survive a restart of the sidecar.",
-        "Positions are draft positions and begin at 1; the bonus token is no draft token.",
+        "`/metrics` of the sidecar, in Prometheus' text format or OpenMetrics, as requested. Once an engine is attached all",
+        "metrics also have the constant labels `model`, `gpu` and `tp`, except that `model` of `refit_duration_seconds` is the",
+        "model that was refitted. A value that is not known yet is left out, not exported as 0. Counters survive a restart of",
+        "the sidecar. Positions are draft positions, starting at 1; the bonus token is not a draft token.",
         "",
-        "| metric | type | labels | what it says |",
+        "| metric | type | labels | meaning |",
         "|---|---|---|---|",
     ]
     for family in metric_families():
         labels = ", ".join(f"`{name}`" for name in own_labels(family))
         lines.append(f"| `{exposed_name(family)}` | {family.type} | {labels} | {family.documentation} |")
-    lines += ["", "Of the sidecar's own process:", "", "| metric | type | what it says |", "|---|---|---|"]
+    lines += ["", "Metrics of the sidecar process:", "", "| metric | type | meaning |", "|---|---|---|"]
     lines += [f"| `{exposed_name(family)}` | {family.type} | {family.documentation} |" for family in _process_metrics()]
     lines += [
         "",
-        "A histogram has `_bucket`, `_sum` and `_count`. Some expressions to begin with:",
+        "A histogram has `_bucket`, `_sum` and `_count`. Useful expressions:",
         "",
         "| question | PromQL |",
         "|---|---|",
-        f"| Goodput | `rate({PREFIX}output_tokens_total[1m])` is tokens per second of the clock; "
-        f"`{PREFIX}goodput_tokens_per_second` of decode time |",
+        f"| Goodput | `rate({PREFIX}output_tokens_total[1m])` is output tokens per second of wall time; "
+        f"`{PREFIX}goodput_tokens_per_second` is per second of decode time |",
         f"| Acceptance by position | `rate({PREFIX}accepted_tokens_total[5m]) / rate({PREFIX}verified_tokens_total[5m])` |",
         f"| Mean accept_len | `sum(rate({PREFIX}accepted_tokens_total[5m])) "
-        f'/ sum(rate({PREFIX}verified_tokens_total{{position="1"}}[5m]))` |',
-        f"| Are step times predicted? | `rate({PREFIX}measured_step_seconds_total[5m]) "
-        f"/ rate({PREFIX}predicted_step_seconds_total[5m])`, 1 = exactly |",
-        f"| Is acceptance predicted? | `sum(rate({PREFIX}accepted_tokens_total[5m])) "
-        f"/ sum(rate({PREFIX}expected_accepted_tokens_total[5m]))`, 1 = exactly |",
-        f"| What does it do now? | `{PREFIX}mode == 1` |",
+        f'/ sum(rate({PREFIX}draft_tokens_total{{position="1"}}[5m]))` |',
+        f"| Measured / predicted step time | `rate({PREFIX}measured_step_seconds_total[5m]) "
+        f"/ rate({PREFIX}predicted_step_seconds_total[5m])`, 1 = as predicted |",
+        f"| Accepted / expected draft tokens | `sum(rate({PREFIX}accepted_tokens_total[5m])) "
+        f"/ sum(rate({PREFIX}expected_accepted_tokens_total[5m]))`, 1 = as predicted |",
+        f"| Current mode | `{PREFIX}mode == 1` |",
         "",
     ]
     return "\n".join(lines)

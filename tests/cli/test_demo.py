@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from adaptive_spec.cli.demo import result_document
-from adaptive_spec.cli.demo_view import DemoState, DemoView, compare_table, picture, plain_line
+from adaptive_spec.cli.demo_view import DemoState, DemoView, compare_table, live_view, plain_line
 from adaptive_spec.cli.main import main
 from tests.support.processes import PATIENCE_S, assert_one_line, run_cli, wait_for
 
@@ -63,21 +63,21 @@ def test_document_when_nothing_was_heard() -> None:
     assert document["lossless"] is False
 
 
-def test_picture_says_it_all() -> None:
-    text = _text(picture(STATE, "http://127.0.0.1:9477"))
+def test_the_live_view_shows_both_processes() -> None:
+    text = _text(live_view(STATE, "http://127.0.0.1:9477"))
     words = (
         "active",
-        "prose, 4 at once",
+        "prose, 4 concurrent requests",
         "K 3 at batch 4",
         "1:5 2:5 3:2",
         "3, 6",
         "K 3 to 5 at batch 2",
         "pids: engine 11, sidecar 12",
     )
-    for word in (*words, "0.50", "12 of 90 s", "+25.0% over the launch K", "http://127.0.0.1:9477"):
+    for word in (*words, "0.50", "12 of 90 s", "+25.0% over the launch K (estimate)", "http://127.0.0.1:9477"):
         assert word in text, word
-    assert "no sidecar" in _text(picture(DemoState(None, ENGINE), ""))
-    assert "loading" in _text(picture(DemoState(None), ""))
+    assert "no sidecar" in _text(live_view(DemoState(None, ENGINE), ""))
+    assert "loading" in _text(live_view(DemoState(None), ""))
 
 
 def test_plain_lines() -> None:

@@ -24,7 +24,7 @@ def test_an_empty_machine(tmp_path: Path) -> None:
     assert findings["python"].state == findings["libraries"].state == findings["runtime folder"].state == "ok"
     assert "no engine" in findings["ring"].text
     assert "no sidecar" in findings["policy page"].text
-    assert not (tmp_path / "run").exists(), "a look changes nothing"
+    assert not (tmp_path / "run").exists(), "doctor creates no files"
 
 
 def test_ring_and_page(tmp_path: Path) -> None:
@@ -36,7 +36,7 @@ def test_ring_and_page(tmp_path: Path) -> None:
     assert "numbers on cpu" in findings["ring"].text
     assert "alive, 3 records, last record" in findings["ring"].text
     assert findings["policy page"].state == "note"
-    assert "no sign of life" in findings["policy page"].text
+    assert "no heartbeat" in findings["policy page"].text
     engine.close()
 
 

@@ -5,15 +5,17 @@ from pathlib import Path
 import pytest
 
 from adaptive_spec import __version__
-from adaptive_spec.cli.main import cli
+from adaptive_spec.cli.main import cli, dashboards
 from tests.support.processes import assert_one_line, run_cli
 
 
 def test_help_of_everything() -> None:
     result = run_cli("--help")
     assert result.returncode == 0
-    for name, command in cli.commands.items():
-        assert name in result.stdout
+    nested = [*cli.commands.items(), *dashboards.commands.items()]
+    assert len(nested) == 14
+    for name, command in nested:
+        assert name in result.stdout or name in dashboards.commands
         assert command.get_short_help_str()
         text = command.get_help(command.make_context(name, [], resilient_parsing=True))
         assert "--help" in text
@@ -36,9 +38,9 @@ def test_version() -> None:
         (["sidecar", "--config", "none.yaml"], ("none.yaml", "cannot be read")),
         (["ctl"], ("Missing argument", "resweep")),
         (["ctl", "stop"], ("stop", "status", "resweep")),
-        (["ctl", "pin"], ("K", "pin")),
+        (["ctl", "pin"], ("K: required for pin",)),
         (["ctl", "pin", "99"], ("99", "0<=x<=32")),
-        (["ctl", "pause", "3"], ("K: 3 is not allowed",)),
+        (["ctl", "pause", "3"], ("K: only allowed for pin, got 3 with pause",)),
         (["ctl", "status", "--runtime-dir", "none"], ("--runtime-dir", "no sidecar runs there")),
         (["ctl", "status", "--url", "127.0.0.1:1"], ("--url", "must begin with http")),
         (["ctl", "pause", "--url", "http://127.0.0.1:1"], ("http://127.0.0.1:1", "no sidecar answers")),
@@ -51,7 +53,7 @@ def test_version() -> None:
         (["candidates"], ("Missing argument", "PROFILE")),
         (["demo", "--engine", "abacus"], ("--engine", "abacus")),
         (["demo", "--duration", "soon"], ("--duration", "soon")),
-        (["demo", "--json", "none/out.json"], ("--json", "folder does not exist")),
+        (["demo", "--json", "none/out.json"], ("--json", "none/out.json", "no such folder")),
     ],
 )
 def test_bad_input_is_one_line(tmp_path: Path, arguments: list[str], words: tuple[str, ...]) -> None:

@@ -1,4 +1,4 @@
-"""What `serve` and `doctor` refuse and say where SGLang is installed, without waiting for a model."""
+"""`serve` and `doctor` where SGLang is installed, without loading a model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from adaptive_spec.engines.sglang.cpu_kit import KIT_VARIABLE, CpuKit
-from adaptive_spec.engines.sglang.hooks import DSPARK_TARGETS, TARGETS
+from adaptive_spec.engines.sglang.hook_targets import DSPARK_TARGETS, TARGETS
 from tests.engines.sglang.server import SglangServer
 from tests.support.processes import assert_one_line, run_cli
 
@@ -32,7 +32,7 @@ def test_bad_input_is_refused_before_a_model_is_loaded(kit: CpuKit, tmp_path: Pa
     assert_one_line(_run(kit, "serve", "--config", tmp_path / "config.yaml", *flags), "controller.mode", "maybe")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        assert_one_line(_run(kit, "serve", "--port", port, *flags), "--port", port, "must be free")
+        assert_one_line(_run(kit, "serve", "--port", port, *flags), "--port", port, "already in use")
 
 
 def test_the_servers_exit_status_is_ours(kit: CpuKit, tmp_path: Path) -> None:
@@ -43,7 +43,7 @@ def test_the_servers_exit_status_is_ours(kit: CpuKit, tmp_path: Path) -> None:
     assert not (tmp_path / "run" / "sidecar.json").exists(), "the sidecar has ended too"
 
 
-def test_a_sidecar_that_cannot_start_is_said_once(kit: CpuKit, tmp_path: Path) -> None:
+def test_a_sidecar_that_cannot_start_is_reported_once(kit: CpuKit, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     result = _run(kit, "serve", "--port", "0", "--runtime-dir", tmp_path / "file" / "run", "--", "--model-path", "none")
     assert result.returncode == 2
@@ -58,8 +58,8 @@ def test_doctor_looks_at_every_hook(kit: CpuKit, tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     found = {finding["subject"]: finding for finding in json.loads(result.stdout)}
     assert found["sglang"]["text"] == "0.5.23, tested"
-    assert found["sglang hooks"] == {"state": "ok", "subject": "sglang hooks", "text": f"all {len(TARGETS)} targets are there"}
-    assert found["sglang dspark hooks"]["text"] == f"all {len(DSPARK_TARGETS)} targets are there"
+    assert found["sglang hooks"] == {"state": "ok", "subject": "sglang hooks", "text": f"all {len(TARGETS)} targets found"}
+    assert found["sglang dspark hooks"]["text"] == f"all {len(DSPARK_TARGETS)} targets found"
     assert found["sglang entry point"]["state"] == "ok"
     assert found["sglang plugin"]["text"] == "mode shadow"
     result = _run(

@@ -1,11 +1,11 @@
 from __future__ import annotations
 
-from adaptive_spec.cli.tables import k_words, number
+from adaptive_spec.cli.tables import k_ranges, number
 
 
-def test_k_words_joins_runs() -> None:
-    assert k_words({"1": 4, "2": 4, "3": 2, "10": 2}) == "1-2: 4, 3: 2, 10: 2"
-    assert k_words({}) == "none yet"
+def test_k_ranges_joins_equal_neighbours() -> None:
+    assert k_ranges({"1": 4, "2": 4, "3": 2, "10": 2}) == "1-2: 4, 3: 2, 10: 2"
+    assert k_ranges({}) == "none yet"
 
 
 def test_number() -> None:

@@ -1,6 +1,6 @@
-"""The dashboards in Grafana's own components: types of its schema, and drawn in Chromium while a real demo is scraped.
+"""The dashboards in Grafana's own components: checked against its schema, and drawn in Chromium while a demo is scraped.
 
-Node's packages are installed once into dashboards/render (560 MB). Missing tools are named and the tests skipped; CI has them.
+Node's packages are installed once into dashboards/render (560 MB). Without the tools the tests are skipped; CI has them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ RENDER = FOLDER / "render"
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium")
 FILES = [str(FOLDER / f"{name}.json") for name in DASHBOARDS]
 MAY_BE_EMPTY = {"Tile boundaries over time", "Jump ratios"}
-"""Where the demo's CPU has no tile boundary, which a busy one may not show."""
+"""Empty when no tile boundary is found, as may happen on a busy CPU."""
 SECONDS = 60
 
 pytestmark = pytest.mark.skipif(
@@ -41,7 +41,7 @@ def _npm(*command: str) -> str:
 
 @pytest.fixture(scope="module")
 def packages() -> None:
-    """Node's packages, as the lock file says."""
+    """Install the packages of the lock file."""
     lock, done = RENDER / "package-lock.json", RENDER / "node_modules" / ".package-lock.json"
     if not done.exists() or done.stat().st_mtime < lock.stat().st_mtime:
         _npm("npm", "ci", "--no-audit", "--no-fund", "--loglevel=error")
@@ -63,13 +63,13 @@ def test_wrong_types_are_found(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def scraped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
-    """Prometheus that has scraped a demo for a minute, and goes on."""
+    """Prometheus that has scraped a running demo for a minute."""
     folder = tmp_path_factory.mktemp("scraped")
     port = free_port()
     demo = [sys.executable, "-m", "adaptive_spec.cli", "demo", "--duration", "900", "--port", str(port)]
     with running(demo, folder / "demo.log"), prometheus(folder, [f"127.0.0.1:{port}"]) as api:
         wait_for(lambda: api.query('adaptive_spec_mode{mode="active"} == 1'), "the demo to end its sweep")
-        time.sleep(SECONDS)  # a picture of a minute needs one
+        time.sleep(SECONDS)  # the panels show one minute
         yield api
 
 
@@ -101,6 +101,7 @@ def test_no_panel_is_empty_while_the_demo_runs(scraped: Api, tmp_path: Path) -> 
             if panel["title"] in MAY_BE_EMPTY and not boundaries:
                 continue
             assert panel["points"] > 0, where
+            assert panel["counts"], where
             assert all(panel["counts"].values()), where
             assert "No data" not in panel["text"], where
             if panel["type"] in ("timeseries", "trend"):

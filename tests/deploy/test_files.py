@@ -1,4 +1,4 @@
-"""What can be checked of deploy/ without a cluster, a container engine or a running systemd."""
+"""Checks of deploy/ that need no cluster, no container engine and no running systemd."""
 
 from __future__ import annotations
 
@@ -44,15 +44,16 @@ def _needs(name: str, where: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(_tool(name) is None, reason=f"{name} ({where}) is not installed")
 
 
-# -- all of it -----------------------------------------------------------------------------------------------------------
+# -- all files -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", sorted(DEPLOY.rglob("*.y*ml")), ids=lambda p: str(p.relative_to(DEPLOY)))
-def test_yaml_has_no_key_twice(path: Path) -> None:
-    if path.name == "services.yaml":
-        assert len(list(yaml.safe_load_all(path.read_text()))) == 2
-    else:
-        read_yaml(path)
+def test_yaml_has_no_duplicate_key(path: Path, tmp_path: Path) -> None:
+    documents = path.read_text().split("\n---\n")
+    assert len(documents) == (2 if path.name == "services.yaml" else 1)
+    for document in documents:
+        (tmp_path / path.name).write_text(document)
+        read_yaml(tmp_path / path.name)
 
 
 @pytest.mark.parametrize("path", ["compose/adaptive-spec.yaml", "kubernetes/base/config.yaml", "kubernetes/fleet/config.yaml",
@@ -67,9 +68,10 @@ def test_configurations_are_the_sidecars(path: str) -> None:
 
 
 def test_no_secret_is_committed() -> None:
-    for path in DEPLOY.rglob("*"):
-        if path.is_file() and path.suffix not in (".py", ".pyc"):
-            assert not re.search(r"(?i)(?<![a-z])(password|token|secret)\s*[:=]\s*['\"]?\w", path.read_text()), path
+    paths = [path for path in DEPLOY.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")]
+    assert DEPLOY / "compose" / ".env.example" in paths
+    for path in paths:
+        assert not re.search(r"(?i)(?<![a-z])(password|token|secret)\s*[:=]\s*['\"]?\w", path.read_text()), path
 
 
 # -- Docker and compose --------------------------------------------------------------------------------------------------
@@ -83,13 +85,14 @@ def test_dockerfiles_pass_hadolint(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["server", "sidecar"])
-def test_dockerfiles_copy_what_the_context_lets_through(name: str) -> None:
+def test_dockerfiles_copy_only_files_of_the_build_context(name: str) -> None:
     let = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
-    for line in (DEPLOY / "docker" / f"{name}.Dockerfile").read_text().splitlines():
-        if line.startswith("COPY") and "--from" not in line:
-            for source in line.split()[1:-1]:
-                assert source.removeprefix("./") in let, source
-                assert list(ROOT.glob(source)), source
+    lines = (DEPLOY / "docker" / f"{name}.Dockerfile").read_text().splitlines()
+    copied = [source for line in lines if line.startswith("COPY") and "--from" not in line for source in line.split()[1:-1]]
+    assert "adaptive_spec" in copied
+    for source in copied:
+        assert source.removeprefix("./") in let, source
+        assert list(ROOT.glob(source)), source
 
 
 def test_the_sidecars_image_is_not_root() -> None:
@@ -102,7 +105,7 @@ COMPOSE_ENV = {"MODEL_PATH": "m", "DRAFT_MODEL_PATH": "d", "GRAFANA_ADMIN_PASSWO
 
 
 @_needs("docker-compose", "the extra dev brings it on Linux x86-64")
-def test_compose_file_is_one() -> None:
+def test_compose_file_is_valid() -> None:
     command = (_tool("docker-compose") or "", "--file", DEPLOY / "compose" / "compose.yaml")
     result = _run(*command, "config", **COMPOSE_ENV)
     assert result.returncode == 0, result.stderr
@@ -121,12 +124,12 @@ def test_compose_file_is_one() -> None:
         mounts = {volume["target"]: volume["source"] for volume in services[name]["volumes"]}
         assert mounts["/run/adaptive-spec"] == "runtime"
         assert Path(mounts["/etc/adaptive-spec/config.yaml"]).name == "adaptive-spec.yaml"
-    missing = _run(*command, "config", **{**COMPOSE_ENV, "MODEL_PATH": ""})  # its status is 0 all the same
+    missing = _run(*command, "config", **{**COMPOSE_ENV, "MODEL_PATH": ""})  # its exit status is 0 even so
     assert missing.stdout == ""
     assert "MODEL_PATH is missing a value: set it in .env" in missing.stderr
 
 
-def test_env_example_names_what_compose_wants() -> None:
+def test_env_example_has_the_variables_of_compose() -> None:
     wanted = set(re.findall(r"\$\{(\w+)", (DEPLOY / "compose" / "compose.yaml").read_text()))
     assert set(re.findall(r"^(\w+)=", (DEPLOY / "compose" / ".env.example").read_text(), re.MULTILINE)) == wanted
 
@@ -178,7 +181,7 @@ def _one(kind: str, name: str, *folders: str) -> dict[str, Any]:
 def test_manifests_fit_their_schema() -> None:
     kinds = []
     for path, document in _manifests("base", "fleet", "monitoring"):
-        if document["apiVersion"] != OPERATOR:  # whose schema is not to be had from a package
+        if document["apiVersion"] != OPERATOR:  # no package has its schema
             try:
                 _validate(document)
             except kubernetes_validate.ValidationError as error:
@@ -204,7 +207,7 @@ def test_pod_shares_memory_and_is_confined() -> None:
     for container in (server, sidecar):
         mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
         assert mounts.keys() <= volumes.keys()
-        assert settings.runtime_dir.parent == Path(mounts["runtime"]), "below the mount, which others can write to"
+        assert settings.runtime_dir.parent == Path(mounts["runtime"]), "below the mount, which other users can write to"
         assert container["securityContext"]["allowPrivilegeEscalation"] is False
         assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
         assert container["resources"]["requests"].keys() == {"cpu", "memory"}
@@ -214,10 +217,10 @@ def test_pod_shares_memory_and_is_confined() -> None:
     assert pod["shareProcessNamespace"] is True
     assert {"startupProbe", "readinessProbe", "livenessProbe"} <= server.keys()
     assert "livenessProbe" in sidecar
-    assert "readinessProbe" not in sidecar, "a dead sidecar must not take the server out of service"
+    assert "readinessProbe" not in sidecar, "a sidecar that ended must not make the pod unready"
 
 
-def test_everything_finds_everything() -> None:
+def test_selectors_and_ports_match() -> None:
     name = {"app.kubernetes.io/name": "adaptive-spec"}  # which kustomize adds
     pod = _one("Deployment", "sglang", "base")["spec"]["template"]
     ports = {port["name"]: port["containerPort"] for c in pod["spec"]["containers"] for port in c["ports"]}
@@ -234,7 +237,7 @@ def test_everything_finds_everything() -> None:
     labels = sidecar["metadata"]["labels"] | name
     assert monitor["selector"]["matchLabels"].items() <= labels.items()
     assert {e["port"] for e in monitor["endpoints"]} <= {port["name"] for port in sidecar["spec"]["ports"]}
-    assert "adaptive-spec" in labels[monitor["jobLabel"]], "the alerts' own job name"
+    assert "adaptive-spec" in labels[monitor["jobLabel"]], "the job name that the alerts match"
 
 
 def test_prometheus_rule_is_current() -> None:
@@ -258,17 +261,14 @@ def _listed_dashboards() -> list[str]:
 
 
 def test_dashboards_config_map_has_them_all() -> None:
-    if not DASHBOARDS:
-        pytest.skip("there are no dashboards in this checkout")
+    assert DASHBOARDS
     assert _listed_dashboards() == [path.name for path in DASHBOARDS]
-    assert sum(path.stat().st_size for path in DASHBOARDS) < 1 << 20, "what fits into a ConfigMap"
+    assert sum(path.stat().st_size for path in DASHBOARDS) < 1 << 20, "limit of a ConfigMap"
 
 
 @_needs("kubectl", "or CI of your own")
 @pytest.mark.parametrize("folder", ["base", "fleet", "monitoring"])
 def test_kustomize_builds(folder: str) -> None:
-    if folder == "monitoring" and not DASHBOARDS:
-        pytest.skip("there are no dashboards in this checkout")
     result = _run(_tool("kubectl") or "", "kustomize", KUBERNETES / folder)
     assert (result.returncode, result.stderr) == (0, "")
     documents = {
@@ -290,7 +290,7 @@ def test_kustomize_builds(folder: str) -> None:
     sidecar = next(container for container in spec["containers"] if container["name"] == "sidecar")
     mounts = {mount["mountPath"] for mount in sidecar["volumeMounts"]}
     assert ("/profile-store" in mounts) == (folder == "fleet")
-    assert len(mounts) == 4 + (folder == "fleet"), "the patch adds, it replaces nothing"
+    assert len(mounts) == 4 + (folder == "fleet"), "the patch adds a mount and removes none"
     assert deployment["spec"]["replicas"] == (2 if folder == "fleet" else 1)
 
 
@@ -301,7 +301,7 @@ UNITS = ("adaptive-spec-sidecar.service", "sglang-adaptive-spec.service")
 
 @pytest.fixture
 def units(tmp_path: Path) -> Path:
-    """The units with programs that exist here, which is what `systemd-analyze verify` looks at."""
+    """The units with programs that exist on this machine, because `systemd-analyze verify` checks for them."""
     for name in UNITS:
         text = (DEPLOY / "systemd" / name).read_text()
         (tmp_path / name).write_text(re.sub(r"^(ExecStart=)\S+", r"\1/bin/true", text, flags=re.MULTILINE))
@@ -322,7 +322,7 @@ def test_sidecar_is_confined(units: Path) -> None:
     assert result.returncode == 0, result.stdout[-400:] + result.stderr
 
 
-def test_units_know_the_folders_of_the_configuration() -> None:
+def test_units_use_the_folders_of_the_configuration() -> None:
     settings = load_settings(DEPLOY / "systemd" / "config.yaml")
     for name in UNITS:
         text = (DEPLOY / "systemd" / name).read_text()

@@ -31,9 +31,16 @@ def test_every_metric_says_what_it_is() -> None:
         assert not {"gpu", "tp"} & set(own_labels(family))
 
 
-def test_expressions_use_metrics_there_are() -> None:
+def _expressions() -> list[str]:
+    """The PromQL of the page's table of useful expressions."""
+    found: list[str] = re.findall(r"`([^`]*adaptive_spec_[^`]*)`", metrics_page().split("Useful expressions")[1])
+    assert len(found) == 7
+    return found
+
+
+def test_expressions_use_metrics_of_the_exporter() -> None:
     names = {exposed_name(family) for family in metric_families()}
-    for expression in re.findall(r"`([^`]*adaptive_spec_[^`]*)`", metrics_page().split("to begin with")[1]):
+    for expression in _expressions():
         used = set(re.findall(r"adaptive_spec_\w+", expression))
         assert used
         assert used <= names, expression
@@ -41,8 +48,7 @@ def test_expressions_use_metrics_there_are() -> None:
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool (Debian package prometheus) is not installed; CI has it")
 def test_expressions_are_promql(tmp_path: Path) -> None:
-    expressions = re.findall(r"`([^`]*adaptive_spec_[^`]*)`", metrics_page().split("to begin with")[1])
-    rules = "\n".join(f"  - {{record: 'page:expression:{i}', expr: '{text}'}}" for i, text in enumerate(expressions))
+    rules = "\n".join(f"  - {{record: 'page:expression:{i}', expr: '{text}'}}" for i, text in enumerate(_expressions()))
     (tmp_path / "rules.yml").write_text(f"groups:\n- name: page\n  rules:\n{rules}\n")
     result = subprocess.run(
         ["promtool", "check", "rules", str(tmp_path / "rules.yml")], capture_output=True, text=True, check=False

@@ -12,7 +12,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from adaptive_spec.config.settings import GrafanaSettings
-from adaptive_spec.control.snapshot import Event
+from adaptive_spec.control.counters import Event
 from adaptive_spec.errors import BadInput
 from adaptive_spec.sidecar.grafana import Annotator, Grafana, GrafanaError, check_dashboards, push_dashboards, shipped_dashboards
 from tests.sidecar.test_metrics import SNAPSHOT
@@ -60,7 +60,7 @@ def test_push_is_idempotent_and_check_agrees(server: GrafanaServer, token_file: 
     written = len(server.writes())
     again = dashboards("push", server, token_file, "--folder", "Inference")
     assert again.returncode == 0
-    assert "unchanged" in again.stdout
+    assert again.stdout.splitlines() == [line.replace("created", "unchanged") for line in first.stdout.splitlines()]
     assert len(server.writes()) == written, "nothing is written a second time"
     assert dashboards("check", server, token_file).returncode == 0
 
@@ -80,7 +80,7 @@ def test_what_is_written_is_what_is_shipped(server: GrafanaServer) -> None:
     assert {f.state for f in check_dashboards(client(server))} == {"current"}
 
 
-def test_a_wrong_token_is_said_but_not_shown(server: GrafanaServer, tmp_path: Path) -> None:
+def test_a_wrong_token_is_reported_but_not_shown(server: GrafanaServer, tmp_path: Path) -> None:
     wrong = tmp_path / "wrong"
     wrong.write_text("glsa_wrong-secret")
     result = dashboards("push", server, wrong)
@@ -89,7 +89,7 @@ def test_a_wrong_token_is_said_but_not_shown(server: GrafanaServer, tmp_path: Pa
 
 
 @pytest.mark.parametrize(("status", "words"), [(403, "role Editor"), (404, "path prefix"), (412, "try again"), (418, "told so")])
-def test_refusals_are_not_tried_again(server: GrafanaServer, status: int, words: str) -> None:
+def test_refusals_are_not_retried(server: GrafanaServer, status: int, words: str) -> None:
     server.status = status
     with pytest.raises(GrafanaError, match=words):
         client(server).annotate(0, [], "")
@@ -97,18 +97,18 @@ def test_refusals_are_not_tried_again(server: GrafanaServer, status: int, words:
 
 
 def test_a_missing_prefix_is_no_missing_dashboard(server: GrafanaServer, token_file: Path) -> None:
-    """Reading tolerates 404, writing does not: an address that is none of Grafana's is found out."""
+    """Reading tolerates 404, writing does not, so a wrong address is detected."""
     result = run_cli("dashboards", "push", "--grafana-url", server.url.removesuffix("/grafana"), "--token-file", token_file)
-    assert_one_line(result, "cannot make the folder", "404", "path prefix")
+    assert_one_line(result, "cannot create the folder", "404", "path prefix")
 
 
-def test_failures_are_tried_again_and_then_said(server: GrafanaServer) -> None:
+def test_failures_are_retried_and_then_reported(server: GrafanaServer) -> None:
     server.failures = 2
     client(server).annotate(1, ["a"], "text")
     assert len(server.annotations) == 1
     assert len(server.requests) == 3
     server.failures = 99
-    with pytest.raises(GrafanaError, match="cannot annotate: the server failed with status 500, 3 attempts"):
+    with pytest.raises(GrafanaError, match=r"cannot annotate: the server failed with status 500 \(3 attempts\)"):
         client(server).annotate(1, ["a"], "text")
 
 
@@ -122,19 +122,19 @@ def test_retries_wait_longer_each_time(server: GrafanaServer) -> None:
 
 def test_a_hung_server(server: GrafanaServer, token_file: Path) -> None:
     server.hangs = True
-    assert_one_line(dashboards("check", server, token_file, "--timeout", "0.2"), "did not answer in time, 3 attempts")
+    assert_one_line(dashboards("check", server, token_file, "--timeout", "0.2"), "did not answer in time (3 attempts)")
 
 
 def test_nobody_there(token_file: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
     result = run_cli("dashboards", "check", "--grafana-url", url, "--token-file", token_file)
-    assert_one_line(result, url, "no server answers there, 3 attempts")
+    assert_one_line(result, url, "connection failed (3 attempts)")
 
 
 def test_something_that_is_not_grafana(server: GrafanaServer, token_file: Path) -> None:
     server.html = True
-    assert_one_line(dashboards("check", server, token_file), "the answer is not one of Grafana")
+    assert_one_line(dashboards("check", server, token_file), "the answer is not from Grafana")
 
 
 def test_bad_input(tmp_path: Path, token_file: Path) -> None:
@@ -168,7 +168,7 @@ def test_every_swap_and_drift_event_becomes_one_annotation(server: GrafanaServer
     assert annotator.counts.dropped.total() == 0
 
 
-def test_a_slow_grafana_holds_nothing_up_and_drops_are_counted(server: GrafanaServer) -> None:
+def test_a_slow_grafana_does_not_block_and_drops_are_counted(server: GrafanaServer) -> None:
     server.hangs = True
     annotator = Annotator(client(server), 3)
     events: list[Event] = []
@@ -176,15 +176,15 @@ def test_a_slow_grafana_holds_nothing_up_and_drops_are_counted(server: GrafanaSe
     for i in range(50):
         events.append(Event(float(i), "swap", f"swap {i}"))
         annotator.offer(replace(SNAPSHOT, events=tuple(events)), engine_info(), float(i))
-    assert time.monotonic() - begun_s < 5.0, "the server never answered, and nobody waited for it"
+    assert time.monotonic() - begun_s < 5.0, "offer does not wait for the server"
     assert annotator.counts.sent == 0
-    assert annotator.counts.dropped["queue_full"] in (46, 47), "one is under way, three wait"
+    assert annotator.counts.dropped["queue_full"] in (46, 47), "one is being sent, three are queued"
     annotator.close()
     assert annotator.counts.dropped["closed"] == 3
     assert time.monotonic() - begun_s < 5.0
 
 
-def test_an_ill_grafana_is_counted_and_said_once(server: GrafanaServer, caplog: pytest.LogCaptureFixture) -> None:
+def test_refusals_are_counted_and_logged_once(server: GrafanaServer, caplog: pytest.LogCaptureFixture) -> None:
     server.status = 401
     annotator = Annotator(client(server), 64)
     events = tuple(Event(float(i), "swap", f"swap {i}") for i in range(5))
@@ -193,7 +193,7 @@ def test_an_ill_grafana_is_counted_and_said_once(server: GrafanaServer, caplog: 
     assert len(caplog.records) == 1
     server.status = 0
     annotator.offer(replace(SNAPSHOT, events=(*events, Event(6.0, "drift", "x"))), engine_info(), 9.0)
-    wait_for(lambda: annotator.counts.sent == 1, "it to be well again")
+    wait_for(lambda: annotator.counts.sent == 1, "the annotation after the refusals")
     annotator.close()
 
 

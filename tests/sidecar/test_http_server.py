@@ -57,7 +57,7 @@ def _post(server: WebServer, body: bytes, token: str = TOKEN) -> tuple[int, dict
 
 def test_health_follows_the_loop(server: WebServer, current_view: CurrentView) -> None:
     assert _get(server, "/healthz")[0] == 200
-    current_view.beat_s -= 60.0
+    current_view.heartbeat_s -= 60.0
     status, _, text = _get(server, "/healthz")
     assert status == 503
     assert json.loads(text)["alive"] is False
@@ -74,7 +74,7 @@ def test_status_before_an_engine(server: WebServer) -> None:
     assert document["k_by_batch_size"] == {}
 
 
-def test_status_and_metrics_show_the_board(server: WebServer, current_view: CurrentView) -> None:
+def test_status_and_metrics_show_the_current_view(server: WebServer, current_view: CurrentView) -> None:
     current_view.view = View(time.monotonic(), SNAPSHOT, engine_info(pid=123), True)
     document = json.loads(_get(server, "/status.json")[2])
     assert document["k_by_batch_size"] == {"1": 4, "2": 3}
@@ -91,7 +91,7 @@ def test_status_and_metrics_show_the_board(server: WebServer, current_view: Curr
     assert text.endswith("# EOF\n")
 
 
-def test_page_asks_nobody_else(server: WebServer) -> None:
+def test_page_loads_nothing_from_elsewhere(server: WebServer) -> None:
     status, headers, text = _get(server, "/")
     assert status == 200
     assert headers["Content-Security-Policy"].startswith("default-src 'self'")
@@ -108,7 +108,7 @@ def test_page_asks_nobody_else(server: WebServer) -> None:
         assert headers["Content-Type"].startswith(kind)
 
 
-def test_vendored_files_are_the_ones_that_were_fetched() -> None:
+def test_vendored_files_have_their_checksums() -> None:
     folder = Path(str(resources.files("adaptive_spec"))) / "sidecar" / "page" / "vendor"
     sums = dict(line.split()[::-1] for line in (folder / "SHA256SUMS").read_text().splitlines())
     assert sums.keys() == {"uPlot.iife.min.js", "uPlot.min.css", "uPlot.LICENSE"}
@@ -122,7 +122,16 @@ def test_vendored_files_are_the_ones_that_were_fetched() -> None:
 
 @pytest.mark.parametrize(
     "path",
-    ["/vendor/README.md", "/vendor/", "/vendor/../status.js", "/no", "/index.html", "/..%2fcli.py", "/control", "/../cli.py"],
+    [
+        "/vendor/README.md",
+        "/vendor/",
+        "/vendor/../status.js",
+        "/no",
+        "/index.html",
+        "/..%2fsession.py",
+        "/control",
+        "/../session.py",
+    ],
 )
 def test_nothing_else_is_served(server: WebServer, path: str) -> None:
     status, _, text = _get(server, path)
@@ -131,7 +140,7 @@ def test_nothing_else_is_served(server: WebServer, path: str) -> None:
 
 
 def _answer(server: WebServer, answer: str) -> list[Command]:
-    """Play the loop for one command."""
+    """Answer one command in place of the sidecar's loop."""
     taken: list[Command] = []
 
     def loop() -> None:
@@ -169,12 +178,12 @@ def test_wrong_token(server: WebServer, token: str) -> None:
         (b"pause", "must be JSON"),
         (b"[]", "must be JSON"),
         (b'{"k": 1}', "must be JSON"),
-        (b'{"command": "stop"}', "'stop' is not allowed: must be one of pause, resume"),
-        (b'{"command": ["pause"]}', "is not allowed"),
-        (b'{"command": "pin"}', "k: None is not allowed"),
-        (b'{"command": "pin", "k": true}', "k: True is not allowed"),
-        (b'{"command": "pin", "k": "3"}', "k: '3' is not allowed"),
-        (b'{"command": "pause", "k": 3}', "k: 3 is not allowed"),
+        (b'{"command": "stop"}', "command: 'stop': must be one of pause, resume"),
+        (b'{"command": ["pause"]}', "command: ['pause']: must be one of"),
+        (b'{"command": "pin"}', "k: must be a whole number for pin and absent for other commands, got None"),
+        (b'{"command": "pin", "k": true}', "got True"),
+        (b'{"command": "pin", "k": "3"}', "got '3'"),
+        (b'{"command": "pause", "k": 3}', "absent for other commands, got 3"),
     ],
 )
 def test_bad_commands(server: WebServer, body: bytes, words: str) -> None:
@@ -189,17 +198,17 @@ def test_long_body_is_refused(server: WebServer) -> None:
 
 
 def test_port_in_use(server: WebServer, current_view: CurrentView) -> None:
-    with pytest.raises(BadInput, match=f"port: {server.port} on host '127.0.0.1' is not allowed: Address already in use"):
+    with pytest.raises(BadInput, match=f"port: {server.port} on host '127.0.0.1': Address already in use"):
         WebServer(current_view, "127.0.0.1", server.port, TOKEN)
 
 
-def test_host_that_is_none(current_view: CurrentView) -> None:
-    with pytest.raises(BadInput, match=r"port: 0 on host 'no\.such\.host\.invalid' is not allowed"):
+def test_host_that_does_not_resolve(current_view: CurrentView) -> None:
+    with pytest.raises(BadInput, match=r"port: 0 on host 'no\.such\.host\.invalid': "):
         WebServer(current_view, "no.such.host.invalid", 0, TOKEN)
 
 
-def test_client_words(server: WebServer) -> None:
-    with pytest.raises(BadInput, match="refused: the token is not the one"):
+def test_messages_of_the_client(server: WebServer) -> None:
+    with pytest.raises(BadInput, match="refused: wrong token"):
         ControlClient(server.url, "wrong").send("pause")
     assert ControlClient(server.url).status()["mode"] == "fallback"
     server.close()

@@ -11,7 +11,8 @@ from prometheus_client.openmetrics.exposition import generate_latest as generate
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
-from adaptive_spec.control.snapshot import Event, HistogramData, Snapshot
+from adaptive_spec.control.counters import Event, HistogramData
+from adaptive_spec.control.snapshot import Snapshot
 from adaptive_spec.domain.policy import Mode
 from adaptive_spec.domain.staircase import Boundary, Segment
 from adaptive_spec.sidecar.metrics import metrics_registry
@@ -88,7 +89,7 @@ def _value(families: dict[str, Metric], sample: str, **labels: str) -> float:
 def test_every_name_of_the_contract(openmetrics: bool) -> None:
     families = _families(View(5.0, SNAPSHOT, engine_info(), True), openmetrics)
     for name, (kind, labels) in CONTRACT.items():
-        # The one metric with a label `model` of its own cannot carry the engine's as well.
+        # refit_duration_seconds has its own label `model`, so not the engine's.
         constant = {key: value for key, value in {"model": "numbers", "gpu": "cpu", "tp": "1"}.items() if key not in labels}
         family = families["adaptive_spec_" + name.removesuffix("_total")]
         assert family.type == kind, name

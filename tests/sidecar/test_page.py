@@ -1,4 +1,4 @@
-"""The status page in a real Chromium, of a real sidecar beside an engine made of numbers."""
+"""The status page in Chromium, of a sidecar process with a synthetic engine."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from playwright.sync_api import Browser, expect
 from prometheus_client.parser import text_string_to_metric_families
 
-from adaptive_spec.control.snapshot import Event
+from adaptive_spec.control.counters import Event
 from adaptive_spec.domain.engine_info import EngineInfo
 from adaptive_spec.sidecar.http_server import WebServer
 from adaptive_spec.sidecar.view import CurrentView, View
@@ -62,7 +62,7 @@ def page(browser: Browser, sidecar: SidecarProcess) -> Iterator[Watched]:
 
 
 def _samples(sidecar: SidecarProcess) -> Samples:
-    """Values by metric name and the one label that is its own."""
+    """Return values by metric name and the one label that is not constant."""
     constant = {"model", "gpu", "tp"}
     found = {}
     for family in text_string_to_metric_families(sidecar.get("/metrics")):
@@ -85,7 +85,7 @@ def test_values_are_those_of_the_metrics(sidecar: SidecarProcess, engine: Runnin
         steps = sidecar.wait_status(all_read, "the last record")["decode_steps"]
         time.sleep(1.0)  # the gains and the curve follow with the next refit
         expect(page.page.locator("#steps")).to_have_text(f"{steps:,}")
-        page.page.wait_for_timeout(1500)  # and the page with its next look
+        page.page.wait_for_timeout(1500)  # and the page with its next update
         m = _samples(sidecar)
         text = page.text
         modes = [mode for mode, on in _by_label(m, "mode").items() if on]
@@ -95,7 +95,7 @@ def test_values_are_those_of_the_metrics(sidecar: SidecarProcess, engine: Runnin
         assert shown == _by_label(m, "policy_draft_tokens")
         batch = m["batch_size_requests", ""]
         assert text("#k-now") == f"K {shown[f'{batch:.0f}']:.0f}"
-        assert text("#k-now-words") == f"at batch {batch:.0f}"
+        assert text("#k-now-words") == f"at batch size {batch:.0f}"
         assert page.page.locator("#k > .now").count() == 1
         assert text("#goodput") == f"{m['goodput_tokens_per_second', '']:,.0f}"
         assert text("#gain") == f"{100 * m['policy_measured_gain_ratio', '']:+.1f} %"
@@ -108,10 +108,10 @@ def test_values_are_those_of_the_metrics(sidecar: SidecarProcess, engine: Runnin
         tokens, ratios = _by_label(m, "tile_boundary_tokens"), _by_label(m, "tile_jump_ratio")
         words = [f"{tokens[i]:.0f} (\u00d7{ratios[i]:.2f})" for i in sorted(tokens, key=int)]
         assert len(words) >= 3
-        assert text("#boundaries") == f"tile boundaries, and what the next tile costs: {', '.join(words)}"
+        assert text("#boundaries") == f"tile boundaries in tokens (latency jump): {', '.join(words)}"
 
 
-def test_it_asks_nobody_else(sidecar: SidecarProcess, page: Watched) -> None:
+def test_page_loads_nothing_from_elsewhere(sidecar: SidecarProcess, page: Watched) -> None:
     page.page.wait_for_selector("#goodput-plot canvas")
     assert {urlsplit(url).netloc for url in page.asked} == {urlsplit(sidecar.url).netloc}
     assert any(url.endswith("/vendor/uPlot.iife.min.js") for url in page.asked)
@@ -131,7 +131,7 @@ def test_plots_are_drawn(page: Watched, plot: str) -> None:
         return wanted.every((colour) => seen.get(colour) > 40);
     }"""
     ink, blue, red = "27,31,36", "31,111,180", "198,40,40"
-    # Fit and boundaries; calibrated and observed; goodput, once there are some moments.
+    # Fit and boundaries; calibrated and observed; goodput, once there are some points.
     wanted = {"staircase": [ink, red], "reliability": [ink, blue], "goodput-plot": [blue]}
     page.page.wait_for_function(drawn, arg=[plot, wanted[plot]])
 
@@ -159,30 +159,32 @@ def test_buttons(sidecar: SidecarProcess, engine: RunningEngine, runtime_dir: Pa
 
 
 def test_bad_token_is_refused(sidecar: SidecarProcess, browser: Browser) -> None:
-    version = _samples(sidecar)["mode", "active"]
+    assert _samples(sidecar)["mode", "active"] == 1
     with watched(browser, sidecar.url) as page:
         expect(page.page.locator("#mode")).to_have_text("active")
         page.page.click("text='Pause'")
-        expect(page.page.locator("#said")).to_contain_text("token is needed")
+        expect(page.page.locator("#said")).to_contain_text("Enter the control token")
         page.page.fill("#token", "é è")
         page.page.click("text='Pause'")
-        expect(page.page.locator("#said")).to_contain_text("plain characters")
+        expect(page.page.locator("#said")).to_contain_text("must be ASCII characters")
         assert page.errors == []
         assert not any(url.endswith("/control") for url in page.asked)
         page.page.fill("#token", "wrong")
         page.page.click("text='Pause'")
-        expect(page.page.locator("#said")).to_have_text("pause: refused: the token is not the one in the sidecar's token file")
+        expect(page.page.locator("#said")).to_have_text(
+            "pause: refused: wrong token: it must be the one in the sidecar's token file"
+        )
         assert page.page.evaluate("sessionStorage.length") == 0
         assert len(page.errors) == 1, page.errors
-        assert "403" in page.errors[0], "Chromium's own word about the answer"
-    assert _samples(sidecar)["mode", "active"] == version == 1
+        assert "403" in page.errors[0], "Chromium's message about the answer"
+    assert _samples(sidecar)["mode", "active"] == 1
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_phone(sidecar: SidecarProcess, browser: Browser, scheme: Literal["light", "dark"]) -> None:
     with watched(browser, sidecar.url, scheme, 360, 740, device_scale_factor=2, is_mobile=True, has_touch=True) as page:
         page.page.wait_for_selector("#goodput-plot canvas")
-        assert page.page.evaluate("document.documentElement.scrollWidth") == 360, "nothing to scroll sideways"
+        assert page.page.evaluate("document.documentElement.scrollWidth") == 360, "no horizontal scrolling"
         background = page.page.evaluate("getComputedStyle(document.body).backgroundColor")
         assert background == {"light": "rgb(247, 248, 250)", "dark": "rgb(16, 20, 24)"}[scheme]
         for plot in ("staircase", "reliability", "goodput-plot"):
@@ -221,7 +223,8 @@ def test_before_an_engine_and_when_the_sidecar_dies(browser: Browser) -> None:
         server.close()
         expect(page.page.locator("#mode")).to_have_text("no answer")
         assert page.page.locator("body.stale").count() == 1
-        assert all("ERR_" in error for error in page.errors), "only Chromium's own word about the connection"
+        assert page.errors
+        assert all("ERR_" in error for error in page.errors), "only Chromium's messages about the connection"
 
 
 def test_history_grows(sidecar: SidecarProcess) -> None:
@@ -229,7 +232,7 @@ def test_history_grows(sidecar: SidecarProcess) -> None:
         history: dict[str, list[float | None]] = json.loads(sidecar.get("/history.json"))
         return history if len(history["age_s"]) > 1 and history["goodput_tokens_per_s"][-1] else None
 
-    history = wait_for(long_enough, "two moments")
+    history = wait_for(long_enough, "two points")
     ages = history["age_s"]
     assert ages == sorted(ages, reverse=True)
     assert len({len(column) for name, column in history.items() if name != "interval_s"}) == 1

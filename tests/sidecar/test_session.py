@@ -42,11 +42,11 @@ def _open(settings: SidecarSettings) -> Session:
 
 
 def _swept(session: Session, engine: NumbersEngine) -> Session:
-    """Step and learn in turn until the sweep is over."""
+    """Alternate engine steps and iterations of the session until the sweep is over."""
     for _ in range(200):
         for _ in range(20):
             engine.step()
-        session.turn()
+        session.run_once()
         session.view(None)
         if session.swept:
             return session
@@ -79,10 +79,10 @@ def test_sweep_then_policy(settings: SidecarSettings, engine: NumbersEngine) -> 
 
 def test_lost_records_are_counted(settings: SidecarSettings, engine: NumbersEngine) -> None:
     session = _open(settings)
-    session.turn()
+    session.run_once()
     for _ in range(1024 + 100):
         engine.step()
-    while session.turn():
+    while session.run_once():
         pass
     snapshot = session.view(None).snapshot
     assert snapshot is not None
@@ -96,12 +96,12 @@ def test_checkpoint_is_continued_where_it_was(settings: SidecarSettings, engine:
     assert session.checkpoint()
     before = session.view(None).snapshot
     version = session.page.last_version
-    session.close()  # as after kill -9: nothing else was written
+    session.close()  # as after kill -9: nothing else is written
     for _ in range(30):
         engine.step()
     session = _open(settings)
     assert session.origin == "checkpoint"
-    while session.turn():
+    while session.run_once():
         pass
     after = session.view(None).snapshot
     assert before is not None
@@ -176,35 +176,37 @@ def test_damaged_profile_is_set_aside_and_the_sweep_runs(
 
 
 def test_profile_of_another_shape_is_set_aside(settings: SidecarSettings, engine: NumbersEngine) -> None:
-    """Same model, GPU and TP, but other draft lengths: nothing of it may be taken over."""
+    """Same model, GPU and TP, but other draft lengths: the profile must not be used."""
     session = _swept(_open(settings), engine)
     session.save_profile()
+    folder = session.profile_folder
     session.close()
     other = NumbersEngine(settings.runtime_dir, replace(engine.info, candidates=(0, 1, 2)))
     session = _open(settings)
     assert session.origin == "sweep"
+    assert not folder.exists()
+    assert folder.with_name(f"{folder.name}.damaged-1").exists()
     session.close()
     other.close()
 
 
 def _broken(*_: Any, **__: Any) -> Any:
-    raise ZeroDivisionError("a fault of ours")
+    raise ZeroDivisionError("an error in the sidecar")
 
 
 @pytest.mark.parametrize("call", ["observe", "refit", "tick"])
-def test_a_fault_of_ours_puts_the_engine_on_its_launch_k(
+def test_a_controller_error_puts_the_engine_on_its_launch_k(
     settings: SidecarSettings, engine: NumbersEngine, call: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     session = _swept(_open(settings), engine)
     assert _acting(settings)
     with monkeypatch.context() as patch:
         patch.setattr(session.controller, call, _broken)
-        if call == "refit":
-            patch.setattr(session.controller, "refit_due", lambda now_s: True)
+        patch.setattr(session.controller, "refit_due", lambda now_s: call == "refit")  # whatever the time
         for _ in range(3):
             if call == "observe":
                 engine.step()
-            session.turn()
+            session.run_once()
         assert session.failures[call] == 3
         assert [r.getMessage().split(" ")[0] for r in caplog.records if r.levelname == "ERROR"] == [call], "once per kind"
         assert not _acting(settings)
@@ -213,7 +215,7 @@ def test_a_fault_of_ours_puts_the_engine_on_its_launch_k(
         assert view.snapshot is not None
         assert view.snapshot.mode is Mode.FALLBACK
         assert view.failures == {call: 3}
-    session.controller.refit(time.monotonic() + 100.0)  # the fault is gone: the next refit trusts itself again
+    session.controller.refit(time.monotonic() + 100.0)  # without the error the next refit returns to the mode before
     assert session.controller.mode is Mode.ACTIVE
     session.close()
 
@@ -224,7 +226,7 @@ def test_launch_k_even_when_the_controller_cannot_fall_back(
     session = _swept(_open(settings), engine)
     monkeypatch.setattr(session.controller, "tick", _broken)
     monkeypatch.setattr(session.controller, "fail", _broken)
-    while session.turn():
+    while session.run_once():
         pass
     assert session.failures["fail"] >= 1
     assert not _acting(settings)
@@ -241,10 +243,10 @@ def test_commands(settings: SidecarSettings, engine: NumbersEngine) -> None:
     session.close()
 
 
-def test_models_can_be_computed_anew_from_trace_and_log(
+def test_models_can_be_reproduced_from_trace_and_log(
     settings: SidecarSettings, engine: NumbersEngine, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """To the last digit: refits by the clock and batches of records of any size leave nothing to chance."""
+    """Bit for bit, whatever the times of the refits and the sizes of the record batches."""
     caplog.set_level(logging.DEBUG)
     with RingReader.open(settings.runtime_dir / RING_NAME) as ring:
         session = _open(settings)
@@ -252,7 +254,7 @@ def test_models_can_be_computed_anew_from_trace_and_log(
         for turn in range(150):
             for _ in range(turn % 17):
                 engine.step(1 + turn // 40)
-            session.turn()
+            session.run_once()
             records += ring.poll()
             if turn == 100:
                 session.command("pin", 3)
@@ -278,7 +280,7 @@ def test_restarted_engine_is_followed(settings: SidecarSettings, engine: Numbers
     for _ in range(50):
         again.step()
     assert session.follow_engine()
-    assert session.turn() == 50
+    assert session.run_once() == 50
     view = session.view(None)
     assert view.snapshot is not None
     assert view.snapshot.mode is Mode.ACTIVE

@@ -12,10 +12,10 @@ def _ends_at_once() -> subprocess.Popen[bytes]:
     return process
 
 
-def test_starts_again_after_growing_pauses() -> None:
+def test_restarts_with_growing_delays() -> None:
     supervisor = Supervisor(_ends_at_once, 100.0)
     at_s: list[float] = []
-    for look in range(650):  # 65 seconds in steps of 0.1 s, on a clock of its own
+    for look in range(650):  # 65 simulated seconds in steps of 0.1 s
         before = supervisor.restarts
         supervisor.look(100.0 + 0.1 * look)
         if supervisor.restarts > before:
@@ -24,7 +24,7 @@ def test_starts_again_after_growing_pauses() -> None:
     assert pauses == [0.5, 1.1, 2.1, 4.1, 8.1, 16.1, 30.1]
 
 
-def test_one_that_lived_long_begins_anew() -> None:
+def test_delay_returns_to_its_start_after_a_long_run() -> None:
     supervisor = Supervisor(lambda: subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE), 0.0)
     for death in range(3):
         at_s = 100.0 * death
@@ -38,14 +38,14 @@ def test_one_that_lived_long_begins_anew() -> None:
     supervisor.process.communicate(b"\n")
 
 
-def test_a_start_that_fails_is_tried_again() -> None:
+def test_a_failed_start_is_retried() -> None:
     starts = 0
 
     def start() -> subprocess.Popen[bytes]:
         nonlocal starts
         starts += 1
         if starts in (2, 3):
-            raise FileNotFoundError("gone for a while")
+            raise FileNotFoundError("not there")
         return _ends_at_once()
 
     supervisor = Supervisor(start, 0.0)

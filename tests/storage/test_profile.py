@@ -11,7 +11,7 @@ from adaptive_spec.control.controller import Controller
 from adaptive_spec.domain.policy import Granularity, Mode
 from adaptive_spec.errors import BadInput
 from adaptive_spec.sidecar.profile_plots import start_plots
-from adaptive_spec.storage.profile import ProfileError, check_writable, load_profile, save_profile
+from adaptive_spec.storage.profile import Profile, ProfileError, check_writable, load_profile, save_profile
 from tests.support.simulated_server import SimulatedServer, engine_info, staircase
 
 
@@ -29,7 +29,12 @@ def server() -> SimulatedServer:
 @pytest.fixture
 def folder(tmp_path: Path, server: SimulatedServer) -> Path:
     folder = tmp_path / server.info.profile_name
-    save_profile(folder, server.info, server.controller)
+    save_profile(
+        folder,
+        server.info,
+        Profile(server.controller.latency_state(), server.controller.calibration_state()),
+        server.controller.policy_summary(),
+    )
     return folder
 
 

@@ -1,3 +1,5 @@
+"""The profile store: what is written, which profile a reader gets, and what is refused."""
+
 from __future__ import annotations
 
 import os
@@ -7,9 +9,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,30 +18,16 @@ import pytest
 from adaptive_spec.domain.engine_info import EngineInfo
 from adaptive_spec.errors import BadInput
 from adaptive_spec.storage import profile_store
-from adaptive_spec.storage import profile_store_worker as store_worker
 from adaptive_spec.storage.archive import archive_bytes
 from adaptive_spec.storage.profile import Profile
-from adaptive_spec.storage.profile_store import KEPT, KIND, ProfileStore, StoredProfile
-from adaptive_spec.storage.profile_store_worker import FETCH_PATIENCE_S, StoreWorker
+from adaptive_spec.storage.profile_store import KEPT, KIND, ProfileStore
 from tests.sidecar.test_process import RunningEngine
-from tests.support.processes import SidecarProcess, assert_one_line, run_cli, wait_for
-from tests.support.store_writer import numbered
+from tests.support.processes import SidecarProcess, assert_one_line, run_cli
+from tests.support.store_writer import accept_any, number_of, numbered
 from tests.support.wire import engine
 
 INFO = engine()
 NOW_S = 1_700_000_000.0
-
-
-def _number(stored: StoredProfile | None) -> int | None:
-    if stored is None:
-        return None
-    found = {int(v) for arrays in stored.profile for array in arrays.values() for v in array.ravel()}
-    assert len(found) == 1, "a mixture of two"
-    return found.pop()
-
-
-def _anything(profile: Profile) -> None:
-    pass
 
 
 @pytest.fixture(params=["file", "memory"])
@@ -61,11 +47,11 @@ def files(tmp_path: Path) -> ProfileStore:
 
 
 def test_the_newest_wins(store: ProfileStore) -> None:
-    assert store.load(INFO, NOW_S, _anything) is None
+    assert store.load(INFO, NOW_S, accept_any) is None
     for number in (1, 3, 2):
         store.save(INFO, numbered(number), NOW_S + number)
-    found = store.load(INFO, NOW_S + 4, _anything)
-    assert _number(found) == 3
+    found = store.load(INFO, NOW_S + 4, accept_any)
+    assert number_of(found) == 3
     assert found is not None
     assert found.written_s == NOW_S + 3
     assert {name: array.shape for name, array in found.profile.latency.items()} == {"a": (500,), "head.b": (3, 3)}
@@ -85,7 +71,7 @@ def test_the_newest_valid_wins(files: ProfileStore, folder: Path, caplog: pytest
         start=1,
     ):
         (folder / f"{int(1e3 * NOW_S) + second}-replica-0.npz").write_bytes(data)
-    assert _number(files.load(INFO, NOW_S + 60, _anything)) == 1
+    assert number_of(files.load(INFO, NOW_S + 60, accept_any)) == 1
     assert caplog.text.count("cannot be used") == 6
     assert "it is of another engine: test other cpu tp1" in caplog.text
 
@@ -98,27 +84,27 @@ def test_what_the_engine_cannot_use_is_passed_over(store: ProfileStore) -> None:
         if profile.latency["a"][0] == 2:
             raise ValueError("fits no table")
 
-    assert _number(store.load(INFO, NOW_S + 1, usable)) == 1
+    assert number_of(store.load(INFO, NOW_S + 1, usable)) == 1
 
 
 def test_a_clock_far_ahead_is_not_believed(store: ProfileStore) -> None:
     store.save(INFO, numbered(1), NOW_S)
     store.save(INFO, numbered(2), NOW_S + 3600)
-    assert _number(store.load(INFO, NOW_S, _anything)) == 1
-    assert _number(store.load(INFO, NOW_S + 3600, _anything)) == 2
+    assert number_of(store.load(INFO, NOW_S, accept_any)) == 1
+    assert number_of(store.load(INFO, NOW_S + 3600, accept_any)) == 2
 
 
 def test_too_long_is_not_read(files: ProfileStore, monkeypatch: pytest.MonkeyPatch) -> None:
     files.save(INFO, numbered(1), NOW_S)
     monkeypatch.setattr(profile_store, "LARGEST_BYTES", 100)
-    assert files.load(INFO, NOW_S, _anything) is None
+    assert files.load(INFO, NOW_S, accept_any) is None
 
 
 def test_engines_do_not_meet(store: ProfileStore) -> None:
     store.save(INFO, numbered(1), NOW_S)
     for other in (replace(INFO, tp=2), replace(INFO, model="n"), replace(INFO, gpu="H100")):
-        assert store.load(other, NOW_S, _anything) is None
-    assert _number(store.load(replace(INFO, pid=1), NOW_S, _anything)) == 1, "another process of the same is the same"
+        assert store.load(other, NOW_S, accept_any) is None
+    assert number_of(store.load(replace(INFO, pid=1), NOW_S, accept_any)) == 1, "another process of the same is the same"
 
 
 def test_old_ones_are_removed_and_strangers_left(files: ProfileStore, folder: Path) -> None:
@@ -128,7 +114,7 @@ def test_old_ones_are_removed_and_strangers_left(files: ProfileStore, folder: Pa
         path = files.save(INFO, numbered(number), NOW_S + number)
     assert len(list(folder.glob("*.npz"))) == KEPT
     assert (folder / "README.txt").exists()
-    assert _number(files.load(INFO, NOW_S + 99, _anything)) == KEPT + 4
+    assert number_of(files.load(INFO, NOW_S + 99, accept_any)) == KEPT + 4
     assert stat.S_IMODE(os.stat(path).st_mode) == 0o644, "replicas may run as other users"
 
 
@@ -144,7 +130,7 @@ def test_a_profile_removed_while_it_is_read(files: ProfileStore, folder: Path, m
         return read(path, info)
 
     monkeypatch.setattr(files, "_read", replaced)
-    assert _number(files.load(INFO, NOW_S + 1, _anything)) == 2
+    assert number_of(files.load(INFO, NOW_S + 1, accept_any)) == 2
 
 
 def test_concurrent_writers(tmp_path: Path) -> None:
@@ -160,8 +146,8 @@ def test_concurrent_writers(tmp_path: Path) -> None:
         try:
             store = ProfileStore(url)
             while any(writer.poll() is None for writer in writers):
-                found = store.load(INFO, time.time(), _anything)
-                assert _number(found) is not None
+                found = store.load(INFO, time.time(), accept_any)
+                assert number_of(found) is not None
                 assert found is not None
                 mine.append(found.written_s)
         except BaseException as fault:
@@ -175,7 +161,7 @@ def test_concurrent_writers(tmp_path: Path) -> None:
     assert [writer.wait() for writer in writers] == [0] * 4
     assert faults == []
     assert all(len(mine) > 10 and len(set(mine)) > 3 for mine in reads), "the readers saw it change"
-    number = _number(ProfileStore(url).load(INFO, time.time(), _anything))
+    number = number_of(ProfileStore(url).load(INFO, time.time(), accept_any))
     assert number in {1000 * seed + 24 for seed in range(1, 5)}, "the last of one of them"
     left = list((tmp_path / "store" / INFO.profile_name).iterdir())
     assert len(left) == KEPT, "and nothing half-written"
@@ -200,93 +186,6 @@ def test_without_fsspec(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "fsspec.core", None)
     with pytest.raises(BadInput, match=r"profile_store: 'file:///x' is not allowed: fsspec is not installed: pip install"):
         ProfileStore("file:///x")
-
-
-class HeldStore(ProfileStore):
-    """Answers when it is let go; raises what it is told to."""
-
-    def __init__(self, url: str) -> None:
-        super().__init__(url)
-        self.go = threading.Event()
-        self.error: Exception | None = None
-
-    def load(self, info: EngineInfo, now_s: float, usable: Callable[[Profile], object]) -> StoredProfile | None:
-        self.go.wait(10)
-        if self.error:
-            raise self.error
-        return super().load(info, now_s, usable)
-
-    def save(self, info: EngineInfo, profile: Profile, now_s: float) -> str:
-        self.go.wait(10)
-        if self.error:
-            raise self.error
-        return super().save(info, profile, now_s)
-
-
-@pytest.fixture
-def held(tmp_path: Path) -> Iterator[HeldStore]:
-    store = HeldStore(f"{tmp_path}/store")
-    yield store
-    store.go.set()
-
-
-def _answer(worker: StoreWorker) -> StoredProfile | None:
-    answer: tuple[StoredProfile | None] = wait_for(lambda: worker.ask(INFO, _anything, 1.0), "the store")
-    return answer[0]
-
-
-def _counted(worker: StoreWorker) -> dict[str, int]:
-    return {" ".join(what): n for what, n in worker.summary().items() if n}
-
-
-def test_the_worker_fetches_and_saves(held: HeldStore) -> None:
-    worker = StoreWorker(held)
-    assert worker.ask(INFO, _anything, 0.0) is None, "the loop goes on meanwhile"
-    held.go.set()
-    assert _answer(worker) is None
-    worker.save(INFO, numbered(7))
-    worker.close()
-    assert _counted(worker) == {"fetch none": 1, "save done": 1}
-    again = StoreWorker(held)
-    assert _number(_answer(again)) == 7
-    assert _counted(again) == {"fetch found": 1}
-    again.forget()
-    held.save(INFO, numbered(8), time.time())
-    assert _number(_answer(again)) == 8
-    again.close()
-
-
-def test_nobody_waits_for_a_hung_store(held: HeldStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    worker = StoreWorker(held)
-    assert worker.ask(INFO, _anything, 0.0) is None
-    assert worker.ask(INFO, _anything, FETCH_PATIENCE_S - 0.1) is None
-    assert worker.ask(INFO, _anything, FETCH_PATIENCE_S) == (None,)
-    for number in range(3):
-        worker.save(INFO, numbered(number))
-    worker.close(0.01)
-    assert _counted(worker) == {"fetch late": 1, "save replaced": 2}
-    held.go.set()
-    wait_for(lambda: _counted(worker).get("save done"), "the newest to be saved")
-    assert _number(ProfileStore.load(held, INFO, time.time(), _anything)) == 2
-    assert _counted(worker) == {"fetch late": 1, "save replaced": 2, "save done": 1}, "a late answer is not counted twice"
-
-
-def _has_failed(worker: StoreWorker, times: int) -> bool:
-    return _counted(worker).get("save failed") == times
-
-
-def test_failures_are_counted_and_said_once(held: HeldStore, caplog: pytest.LogCaptureFixture) -> None:
-    held.error = RuntimeError("no\ncredentials")
-    held.go.set()
-    worker = StoreWorker(held)
-    assert _answer(worker) is None
-    for failures in (1, 2):
-        worker.save(INFO, numbered(1))
-        wait_for(partial(_has_failed, worker, failures), "the failure")
-    worker.close()
-    assert _counted(worker) == {"fetch failed": 1, "save failed": 2}
-    assert caplog.text.count("cannot be written: no credentials") == 1
-    assert tuple(worker.summary()) == store_worker.OUTCOMES
 
 
 def test_a_second_replica_starts_warm(tmp_path: Path) -> None:

@@ -115,15 +115,15 @@ ABSURD = {
     "version": replace(GOOD, version=2**63 + 1),
     "max_k": replace(GOOD, max_k=33),
     "k_table's largest K": replace(GOOD, k_table=np.full((65, 1), 8, np.uint8)),
-    "context_edges has shape": replace(GOOD, context_edges=np.zeros(2, np.float32)),
-    "context_edges are not ascending": replace(GOOD, k_table=np.zeros((65, 3), np.uint8), context_edges=np.ones(2, np.float32)),
-    "fixed_s has shape": replace(GOOD, fixed_s=np.zeros((8, 64), np.float32)),
-    "fixed_s holds": replace(GOOD, fixed_s=with_value(GOOD.fixed_s, -1e-9)),
-    "verify_s holds": replace(GOOD, verify_s=with_value(GOOD.verify_s, np.nan)),
-    "verify_s has shape": replace(GOOD, verify_s=np.zeros(0, np.float32)),
+    "context_edges: must have shape": replace(GOOD, context_edges=np.zeros(2, np.float32)),
+    "context_edges: must be ascending": replace(GOOD, k_table=np.zeros((65, 3), np.uint8), context_edges=np.ones(2, np.float32)),
+    "fixed_s: must have shape": replace(GOOD, fixed_s=np.zeros((8, 64), np.float32)),
+    "fixed_s: all values": replace(GOOD, fixed_s=with_value(GOOD.fixed_s, -1e-9)),
+    "verify_s: all values": replace(GOOD, verify_s=with_value(GOOD.verify_s, np.nan)),
+    "verify_s: must have shape": replace(GOOD, verify_s=np.zeros(0, np.float32)),
     "context_s_per_token": replace(GOOD, context_s_per_token=float("nan")),
-    "survival.table has shape": replace(GOOD, survival=SurvivalMap(np.zeros((6, GRID_POINTS), np.float32), True)),
-    "survival.table holds": replace(GOOD, survival=SurvivalMap(np.full((7, GRID_POINTS), 1.001, np.float32), True)),
+    "survival.table: must have shape": replace(GOOD, survival=SurvivalMap(np.zeros((6, GRID_POINTS), np.float32), True)),
+    "survival.table: all values": replace(GOOD, survival=SurvivalMap(np.full((7, GRID_POINTS), 1.001, np.float32), True)),
     "trial k": replace(GOOD, trials=(Trial(0, 8, 0, 1),)),
     "trial steps": replace(GOOD, trials=(Trial(0, 1, 0, 0),)),
     "trial num_tokens": replace(GOOD, trials=(Trial(0, 1, 10**7, 1),)),
@@ -158,9 +158,9 @@ def test_the_absurd_is_neither_published_nor_read(tmp_path: Path, name: str, mon
 
 
 def test_integers_that_are_no_uint8_are_checked_before_they_are_cut() -> None:
-    with pytest.raises(ValueError, match="k_table's largest K 256"):
+    with pytest.raises(ValueError, match=r"k_table's largest K: must be in 0\.\.7, got 256"):
         encode_policy(replace(GOOD, k_table=np.full((65, 1), 256)))
-    with pytest.raises(ValueError, match="k_table is of type float64"):
+    with pytest.raises(ValueError, match="k_table: must be of type uint8, got float64"):
         encode_policy(replace(GOOD, k_table=np.full((65, 1), 2.5)))
 
 
@@ -206,9 +206,9 @@ def test_publishing_refuses_old_versions_and_long_policies(tmp_path: Path) -> No
     with PolicyPage.create_or_open(path, len(encode_policy(GOOD))) as page, PolicyPageReader.open(path) as reader:
         page.publish(GOOD)
         for version in (5, 4):
-            with pytest.raises(ValueError, match=f"version {version} is not above 5"):
+            with pytest.raises(ValueError, match=f"policy version: must be above the published 5, got {version}"):
                 page.publish(policy_of(version))
-        with pytest.raises(ValueError, match=r"policy 6 of \d+ bytes does not fit the page's \d+ bytes"):
+        with pytest.raises(ValueError, match=r"policy 6: must be at most \d+ bytes, got \d+"):
             page.publish(policy_of(6, trials=(Trial(1, 1, 1, 1),) * 5))
         assert page.last_version == 5
         policy = reader.poll(0)
@@ -306,7 +306,7 @@ def test_a_foreign_page_is_refused_by_the_engine_and_set_aside_by_the_sidecar(
     with pytest.raises(PolicyPageError) as caught:
         PolicyPageReader.open(path)
     assert caught.value.field == field
-    assert str(caught.value).startswith(f"{path}: {field} is ")
+    assert str(caught.value).startswith(f"{path}: {field}: must be ")
     with PolicyPage.create_or_open(path, CAPACITY) as page:
         assert page.last_version == 0
     assert (tmp_path / "p.damaged-1").read_bytes() == foreign

@@ -386,7 +386,7 @@ def test_a_file_that_is_no_ring_of_ours_is_refused_in_one_line(
     with pytest.raises(RingLayoutError) as caught:
         RingReader.open(path)
     assert caught.value.field == field
-    assert str(caught.value).startswith(f"{path}: {field} is ")
+    assert str(caught.value).startswith(f"{path}: {field}: must be ")
     assert "wanted" in str(caught.value)
     assert "\n" not in str(caught.value)
 

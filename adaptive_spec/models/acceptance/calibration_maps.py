@@ -1,13 +1,14 @@
 """Calibration maps: cumulative draft score -> P(accept), four ways, each fitted to the same forgetting histogram.
 
     linear    P_j = clip(a + b s_j)                         one line for all positions (the offline guide's map)
-    binned    P_j = accepted / verified in the bin of s_j     per position, leaning on the pooled bins where thin
+    binned    P_j = accepted / verified in the bin of s_j     per position, with the pooled bins as prior
     logistic  P_j = sigmoid(a_j + b_j logit s_j)              per position, River's online models
     chain     P_j = prod_i<=j sigmoid(a_i + b_i logit p_i)    per position on the confidence p_i of each token, learnt only
                                                               where all before it were accepted
 
-s_j is the cumulative score p_1 ... p_j. Regimes: with few samples linear and logistic are steadier; chain is exact when each
-token's own confidence tells all; binned follows any shape once there is data. Which serves is decided by prequential log loss.
+s_j is the cumulative score p_1 ... p_j. Regimes: with few samples linear and logistic have less variance; chain is exact when
+acceptance depends on each token's own confidence alone; binned fits any shape once there is data. The prequential log loss
+chooses which one serves.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from adaptive_spec.domain.survival import GRID_POINTS, LOGIT_LIMIT, SurvivalMap
 GRID: Floats = np.linspace(-LOGIT_LIMIT, LOGIT_LIMIT, GRID_POINTS)
 GRID_SCORE: Floats = 1.0 / (1.0 + np.exp(-GRID))
 FLOOR = 1e-4
-"""No map says never or always: a log loss must stay finite when the world changes."""
+"""Probabilities are clipped to FLOOR..1 - FLOOR, so that a log loss stays finite after a change."""
 
 
 class ScoreHistogram:
@@ -38,7 +39,7 @@ class ScoreHistogram:
     def forget(self, factor: float, floor: float = 0.0) -> None:
         """Multiply all weights by `factor`, 0..1, but let no position fall below `floor` labels by it.
 
-        A position that is not drafted any more keeps a faint memory of its last rate instead of none.
+        A position that is no longer drafted keeps a little of its last rate.
         """
         total = self.verified.sum(axis=1, keepdims=True)
         kept = np.where(total > floor, np.maximum(factor, floor / np.maximum(total, 1e-12)), 1.0) if floor else factor
@@ -60,7 +61,7 @@ class ScoreHistogram:
         state = np.asarray(state, dtype=np.float64)
         if state.shape != (2, *self.verified.shape) or not np.isfinite(state).all() or (state < 0).any():
             raise ValueError(
-                f"score histogram has shape {state.shape}, wanted {(2, *self.verified.shape)}, all values finite and >= 0"
+                f"score histogram has shape {state.shape}, must be {(2, *self.verified.shape)}, all values finite and >= 0"
             )
         self.verified, self.accepted = state[0].copy(), state[1].copy()
 
@@ -73,7 +74,7 @@ def fit_logistic(verified: Floats, accepted: Floats, prior: Floats, prior_weight
     """Weighted logistic regression on the grid: arrays [rows, GRID_POINTS] -> coefficients [rows, 2] (intercept, slope).
 
     Newton's method from the prior [rows, 2] with a Gaussian prior around it worth about `prior_weight` labels. Slopes are
-    kept >= 0.05: a score that says "worse" when it says "better" is noise.
+    kept >= 0.05: acceptance that falls with the score is noise.
     """
     theta = prior.copy()
     precision = np.array([[0.25, 0.0], [0.0, 0.5]]) * prior_weight
@@ -94,7 +95,7 @@ def fit_logistic(verified: Floats, accepted: Floats, prior: Floats, prior_weight
 
 
 def chain_map(at_risk: ScoreHistogram) -> SurvivalMap:
-    """Conditional logistic per position, each leaning on the pooled one, and that on "confidence = probability"."""
+    """Conditional logistic per position. Its prior is the pooled one, whose prior is the identity."""
     identity = np.array([[0.0, 1.0]])
     pooled = fit_logistic(at_risk.verified.sum(0, keepdims=True), at_risk.accepted.sum(0, keepdims=True), identity, 8.0)
     theta = fit_logistic(at_risk.verified, at_risk.accepted, np.repeat(pooled, len(at_risk.verified), axis=0), 30.0)
@@ -103,7 +104,7 @@ def chain_map(at_risk: ScoreHistogram) -> SurvivalMap:
 
 def linear_map(histogram: ScoreHistogram) -> SurvivalMap:
     """Least squares of the label on the score, one line for all positions, clipped to probabilities."""
-    n = histogram.verified.sum(0) + 1e-3  # a trace of the identity line keeps it defined without data
+    n = histogram.verified.sum(0) + 1e-3  # a little of the identity line keeps it defined without data
     y = histogram.accepted.sum(0) + 1e-3 * GRID_SCORE
     total = n.sum()
     mean_s, mean_y = float(n @ GRID_SCORE / total), float(y.sum() / total)
@@ -113,7 +114,7 @@ def linear_map(histogram: ScoreHistogram) -> SurvivalMap:
 
 
 def binned_map(histogram: ScoreHistogram) -> SurvivalMap:
-    """Observed acceptance per position and bin, smoothed with its neighbours, then forced to rise with the score."""
+    """Observed acceptance per position and bin, smoothed with its neighbours, then made non-decreasing in the score."""
     kernel = np.array([0.25, 0.5, 1.0, 0.5, 0.25])
     smooth = np.stack([np.convolve(row, kernel, "same") for row in histogram.verified])
     hits = np.stack([np.convolve(row, kernel, "same") for row in histogram.accepted])
@@ -148,7 +149,9 @@ class RiverLogistic:
     def restore(self, coefficients: NDArray[np.float64]) -> None:
         """Raise ValueError unless the array is finite and [max_k, 2]."""
         if coefficients.shape != (len(self.models), 2) or not np.isfinite(coefficients).all():
-            raise ValueError(f"logistic coefficients have shape {coefficients.shape}, wanted {(len(self.models), 2)}, all finite")
+            raise ValueError(
+                f"logistic coefficients have shape {coefficients.shape}, must be {(len(self.models), 2)}, all finite"
+            )
         for model, (intercept, slope) in zip(self.models, coefficients.tolist(), strict=True):
             self._set(model, intercept, slope)
 

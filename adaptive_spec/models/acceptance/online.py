@@ -1,9 +1,9 @@
-"""Acceptance model: which draft tokens will be accepted, learnt from every verified one and from no other.
+"""Acceptance model: which draft tokens will be accepted, learnt from verified tokens only.
 
 The label of draft position j is `j <= accept_len`, for the positions that were verified (others carry no label: counting
 them as rejected would be censoring bias). Every sample is first predicted, then learnt (prequential, Dawid 1984), so the
-scores say how the calibration does on traffic it has not seen. Of the candidate maps (`calibration.py`) the one with the
-best forgetting log loss serves; a challenger must be better by `SWITCH_MARGIN` so that ties do not flap.
+scores are of unseen data. Of the candidate maps (`calibration_maps.py`) the one with the lowest forgetting log loss serves;
+another must be better by `SWITCH_MARGIN` to replace it, so that ties do not alternate.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from adaptive_spec.models.acceptance.reliability import BINS, Reliability
 SWITCH_MARGIN = 0.002
 RIVER_SAMPLES = 128
 """Labels per learnt chunk that River sees."""
-FAINT_LABELS = 20.0
-"""Labels a position remembers however long it has not been drafted."""
+MIN_LABELS = 20.0
+"""Labels a position keeps, however long it has not been drafted."""
 KINDS = ("chain", "logistic", "binned", "linear")
 
 
@@ -79,7 +79,7 @@ class AcceptanceModel:
         self.river = RiverLogistic(max_k)
         self.maps = dict(all_maps(self.cumulative, self.at_risk, self.river))
         self.losses = {kind: np.zeros(2) for kind in KINDS}
-        """Forgetting (weight, sum of log losses) per map: the prequential contest."""
+        """Forgetting (weight, sum of log losses) per map."""
         self.kind = KINDS[0]
         self.reliability = Reliability()
         self.samples = 0
@@ -127,13 +127,13 @@ class AcceptanceModel:
         accept_len = np.concatenate([r.accept_len for r in records]).astype(np.int64)
         self.recent.remember(confidences, drafted, self.steps)
         labels = _Labels.of(confidences, verify_len, accept_len)
-        scores = self._contest(labels, starts)
+        scores = self._score_maps(labels, starts)
         self._forget(self.decay ** len(records))
         self._add(labels)
         return scores
 
     def refit(self) -> None:
-        """Fit every map anew and let the best prequential log loss serve."""
+        """Refit every map and serve the one with the lowest prequential log loss."""
         self.maps = dict(all_maps(self.cumulative, self.at_risk, self.river))
         mean = {kind: total / weight for kind, (weight, total) in self.losses.items() if weight > 0}
         if mean:
@@ -141,8 +141,8 @@ class AcceptanceModel:
             if mean[best] < mean.get(self.kind, np.inf) - SWITCH_MARGIN:
                 self.kind = best
 
-    def loosen(self, factor: float) -> None:
-        """After drift: let the past weigh only `factor`, 0..1, so that the present is learnt quickly."""
+    def discount_past(self, factor: float) -> None:
+        """After drift: multiply the weight of all past labels by `factor`, 0..1, so that new ones count more."""
         self._forget(factor)
         for loss in self.losses.values():
             loss *= factor
@@ -151,9 +151,9 @@ class AcceptanceModel:
     def conditional_rates(self) -> tuple[Floats, Floats]:
         """P(position j accepted | all before were), [max_k], and its standard error.
 
-        Each leans on the one before it by the weight of ten labels, the first on one half. The error grows with the square
-        root of the steps a position has gone without a label: by 0.5 in 400 steps for the first, whose rate may be
-        anything once the draft has changed; by at most 0.2 for the others, which resemble the one before them.
+        The prior of each is the rate before it, with the weight of ten labels; of the first, one half. The error grows with the
+        square root of the steps since a position last had a label: by 0.5 in 400 steps for the first, whose rate can take any
+        value after the draft has changed; by at most 0.2 for the others, which are close to the one before them.
         """
         n, y = self.at_risk.verified.sum(1), self.at_risk.accepted.sum(1)
         rates = np.empty(self.max_k)
@@ -165,7 +165,7 @@ class AcceptanceModel:
         return rates, np.hypot(known, most * np.sqrt(np.minimum(self.unlabelled_steps / 400.0, 1.0)))
 
     def recent_survival(self) -> Floats:
-        """Calibrated survival of recent requests' drafts [rows <= 512, max_k]; positions never drafted continue the chain."""
+        """Calibrated survival of recent requests' drafts [rows <= 512, max_k]; positions never drafted take conditional rates."""
         rows = self.recent.rows(self.steps)
         missing = np.isnan(rows)
         survival = self.survival.survival(np.where(missing, 0.5, rows).astype(np.float64))
@@ -175,8 +175,8 @@ class AcceptanceModel:
                 survival[:, j] = np.where(missing[:, j], survival[:, j - 1] * rates[j], survival[:, j])
         return survival
 
-    def _contest(self, labels: _Labels, starts: Sequence[int]) -> list[StepScore]:
-        """Score every map on labels none of them has seen; starts: first row of each step."""
+    def _score_maps(self, labels: _Labels, starts: Sequence[int]) -> list[StepScore]:
+        """Score every map on labels it has not learnt. starts: first row of each step."""
         forget = self.decay ** len(starts)
         flat_label = labels.accepted[labels.verified]
         for kind, survival in self.maps.items():
@@ -218,8 +218,8 @@ class AcceptanceModel:
         self.river.learn(positions.ravel()[chosen], x, labels.accepted.ravel()[chosen])
 
     def _forget(self, factor: float) -> None:
-        self.cumulative.forget(factor, FAINT_LABELS)
-        self.at_risk.forget(factor, FAINT_LABELS)
+        self.cumulative.forget(factor, MIN_LABELS)
+        self.at_risk.forget(factor, MIN_LABELS)
 
     def state(self) -> dict[str, NDArray[np.float64]]:
         """Arrays of `calibration.npz`."""
@@ -237,7 +237,7 @@ class AcceptanceModel:
         }
 
     def restore(self, state: Mapping[str, NDArray[np.float64]]) -> None:
-        """Take over `state()`; raise ValueError (and change nothing that serves) when it does not fit this model."""
+        """Take over `state()`. Raises ValueError, and changes nothing, when it does not fit this model."""
         fresh = AcceptanceModel(self.max_k, 2.0)
         fresh.cumulative.restore(state["cumulative"])
         fresh.at_risk.restore(state["at_risk"])
@@ -246,7 +246,7 @@ class AcceptanceModel:
         shapes = {"losses": (len(KINDS), 2), "reliability": (2, 3, BINS), "totals": (3,)}
         for name, shape in {**shapes, "serving": (1,), "samples": (1,)}.items():
             if np.asarray(state[name]).shape != shape:
-                raise ValueError(f"{name} has shape {np.asarray(state[name]).shape}, wanted {shape}")
+                raise ValueError(f"{name} has shape {np.asarray(state[name]).shape}, must be {shape}")
         serving = int(state["serving"][0])
         if not 0 <= serving < len(KINDS):
             raise ValueError(f"serving is {serving}, wanted 0..{len(KINDS) - 1}")

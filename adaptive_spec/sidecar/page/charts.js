@@ -1,4 +1,4 @@
-// The three plots, drawn by uPlot (vendor/). Colours are the page's own and follow it between light and dark.
+// The three plots, drawn with uPlot (vendor/). Colours come from the page's style, light or dark.
 /* global uPlot */
 
 const HEIGHT = 240;
@@ -14,7 +14,8 @@ function colours() {
     [name, style.getPropertyValue(`--${name}`).trim()]));
 }
 
-// A plot that makes itself at its first data, fits its container, and is made anew when the colours change.
+// Returns a function that shows data: the plot is created at the first call, resized with its container, and recreated when the
+// colour scheme changes.
 function plot(id, options) {
   const target = document.getElementById(id);
   let chart = null;
@@ -101,8 +102,8 @@ function staircasePlot() {
   let boundaries = [];
   let segments = [];
   const seen = new Map();  // tokens -> {ms, weight, at}
-  // A point was measured since the last look if it gained weight, which has a limit, or moved otherwise than the others did:
-  // they all move together with the server's tempo, and a little with what is known of context.
+  // A point counts as just measured if its weight grew (which has a limit) or if it moved relative to the others: the speed
+  // factor and the context term move all points together.
   const note = (points, now) => {
     const factors = points.map(([tokens, ms]) => ms / seen.get(tokens)?.ms).filter(Number.isFinite).sort((a, b) => a - b);
     const common = factors[factors.length >> 1] ?? 1;
@@ -196,7 +197,7 @@ function goodputPlot() {
     series: [
       { label: "at", value: (_, s) => (s == null ? "–" : clock(s)) },
       { label: "goodput", stroke: c.blue, width: 2, points: { show: false }, value: figure(0) },
-      { label: "the launch K would give", stroke: c.dim, dash: [6, 4], points: { show: false }, value: figure(0) },
+      { label: "launch K, estimated", stroke: c.dim, dash: [6, 4], points: { show: false }, value: figure(0) },
       {
         label: "K", scale: "k", stroke: c.amber, width: 1, points: { show: false }, value: figure(0),
         paths: uPlot.paths.stepped({ align: 1 }),

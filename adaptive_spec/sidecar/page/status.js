@@ -1,4 +1,4 @@
-// Shows status.json once a second and history.json every other second. Everything from outside enters as text, never as markup.
+// Shows status.json every second and history.json every other second. All data is inserted as text, never as markup.
 import { goodputPlot, reliabilityPlot, staircasePlot } from "./charts.js";
 
 const LOOK_MS = 1000;
@@ -24,7 +24,7 @@ function element(name, text, attributes = {}) {
   return made;
 }
 
-// Batch sizes next to each other with the same K share a cell.
+// Adjacent batch sizes with the same K share a cell.
 function ranges(kByBatch) {
   const found = [];
   for (const [batch, k] of Object.entries(kByBatch).map(([b, k]) => [Number(b), k]).sort((a, b) => a[0] - b[0])) {
@@ -41,7 +41,7 @@ function showK(status) {
   const launch = engine && ["shadow", "fallback"].includes(status.mode);
   const k = launch ? engine.launch_k : table[batch];
   put("k-now", k == null ? "–" : `K ${k}`);
-  put("k-now-words", launch ? `the launch K; the table would give ${table[batch] ?? "–"}` : batch ? `at batch ${batch}` : "K now");
+  put("k-now-words", launch ? `launch K; the policy would use ${table[batch] ?? "–"}` : batch ? `at batch size ${batch}` : "current K");
   byId("k").replaceChildren(...ranges(table).map(({ from, to, k: value }) => {
     const cell = element("div", "", { "data-from": from, "data-to": to, "data-k": value });
     if (batch >= from && batch <= to) cell.className = "now";
@@ -64,21 +64,21 @@ function show(status) {
   const engine = status.engine;
   put("engine", engine ? `${engine.name} · ${engine.model} · ${engine.gpu} · tp${engine.tp}` : "waiting for an engine");
   const gone = engine && !status.engine_attached;
-  put("mode", gone ? "engine gone" : status.mode);
+  put("mode", gone ? "engine stopped" : status.mode);
   byId("mode").className = `badge ${gone ? "gone" : status.mode}`;
   put("reason", status.reason);
-  document.title = `${gone ? "engine gone" : status.mode} · adaptive-spec`;
+  document.title = `${gone ? "engine stopped" : status.mode} · adaptive-spec`;
   showK(status);
   put("goodput", number(status.goodput_tokens_per_s));
   put("gain", signed(status.measured_gain));
-  put("predicted", status.predicted_gain == null ? "" : `, ${signed(status.predicted_gain)} predicted`);
+  put("predicted", status.predicted_gain == null ? "" : `; ${signed(status.predicted_gain)} predicted`);
   const verified = sum(status.verified_tokens);
   put("accepted", number(verified ? sum(status.accepted_tokens) / verified : null, 2));
   put("ece", number(status.calibration && status.calibration.ece, 3));
   const drift = status.drift_events;
   put("drift", drift ? `${number(drift.latency ?? 0)}, ${number(drift.calibration ?? 0)}` : "–");
   put("version", number(status.policy_version));
-  put("age", status.policy_age_s == null ? "" : `, made ${ago(status.policy_age_s)}`);
+  put("age", status.policy_age_s == null ? "" : `, from ${ago(status.policy_age_s)}`);
   put("steps", number(status.decode_steps));
   byId("sweep").hidden = status.mode !== "sweep";
   if (status.sweep) {
@@ -87,9 +87,9 @@ function show(status) {
   }
   showStaircase(status);
   const jumps = status.boundaries.map((tokens, i) => `${tokens} (×${number(status.jump_ratios[i], 2)})`);
-  put("boundaries", jumps.length ? `tile boundaries, and what the next tile costs: ${jumps.join(", ")}` : "no tile boundaries yet");
+  put("boundaries", jumps.length ? `tile boundaries in tokens (latency jump): ${jumps.join(", ")}` : "no tile boundaries yet");
   showReliability(status.calibration && status.calibration.curve);
-  put("kind", status.calibration ? `calibration: ${status.calibration.kind}; larger dots have more samples` : "");
+  put("kind", status.calibration ? `calibration: ${status.calibration.kind}; larger dots: more samples` : "");
   byId("events").replaceChildren(...[...(status.events || [])].reverse().map((event) => {
     const item = element("li", "", { "data-kind": event.kind });
     item.append(element("time", ago(event.age_s)), element("span", event.text));
@@ -108,14 +108,14 @@ async function look() {
     if (looks++ % 2 === 0) showGoodput(await ask("history.json"), status.events || []);
     document.body.classList.remove("stale");
   } catch (error) {
-    if (!(error instanceof TypeError || error instanceof SyntaxError)) throw error;  // anything but a lost connection is a fault
+    if (!(error instanceof TypeError || error instanceof SyntaxError)) throw error;  // other errors are bugs
     put("mode", "no answer");
     byId("mode").className = "badge gone";
     document.body.classList.add("stale");
   }
 }
 
-// A page nobody looks at asks for nothing.
+// A hidden page sends no requests.
 async function refresh() {
   try {
     if (!document.hidden) await look();
@@ -124,20 +124,20 @@ async function refresh() {
   }
 }
 
-function say(words, bad = false) {
-  put("said", words);
+function say(text, bad = false) {
+  put("said", text);
   byId("said").className = bad ? "bad" : "";
 }
 
 async function send(command, k) {
   const token = byId("token").value.trim();
   if (!token) {
-    say("The control token is needed: it is in the sidecar's token file.", true);
+    say("Enter the control token; it is in the sidecar's token file.", true);
     byId("token").focus();
     return;
   }
   if (!/^[\x21-\x7e]+$/.test(token)) {
-    say("A control token is one word of plain characters.", true);
+    say("Control token: must be ASCII characters without spaces.", true);
     return;
   }
   say(`${command} …`);

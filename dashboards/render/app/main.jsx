@@ -1,4 +1,4 @@
-// Draws one dashboard. Query: dashboard (its file), prometheus (address), minutes (length of the picture), theme, interval (s).
+// Draws one dashboard. Query parameters: dashboard (file), prometheus (address), minutes (time range), theme, interval (s).
 import { useEffect, useState } from 'react';
 import { createRoot } from 'react-dom/client';
 import { createTheme, ThemeContext } from '@grafana/data';

@@ -1,11 +1,11 @@
-// Grafana's own components for the panel types our dashboards use, fed as its panel plugins feed them.
+// Grafana's own components for the panel types of these dashboards, with the same input as from its panel plugins.
 import { dateTime, fieldMatchers, FieldMatcherID, FieldType, getDisplayProcessor, getFieldDisplayName, getMinMaxAndDelta, LoadingState, reduceField } from '@grafana/data';
 import { BigValue, BigValueTextMode, PanelChrome, preparePlotFrame, Table, TimeSeries } from '@grafana/ui';
 
 const trendFrame = (frames, dimensions) =>
   preparePlotFrame(frames, { ...dimensions, x: fieldMatchers.get(FieldMatcherID.numeric).get({}) });
 
-// Defaults and overrides by name: the two ways our dashboards configure fields.
+// Applies field defaults and overrides by name, the two ways these dashboards configure fields.
 export function configured(panel, frames, theme) {
   const defaults = panel.fieldConfig?.defaults ?? {};
   const overrides = panel.fieldConfig?.overrides ?? [];

@@ -1,0 +1,147 @@
+"""The decision: which K every batch size gets, when that changes, and when a change is taken back.
+
+    propose   best K by forecast goodput, within the rails, where the gain exceeds `min_gain` and the uncertainty
+    adopt     make the proposed table the table; a change that matters is a swap, and is watched
+    follow    compare the steps after a swap with what the previous table would have given; roll back if it would have been better
+
+A swap waits until `min_dwell_s` after the one before, unless a drift was noticed since.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adaptive_spec.config.settings import PolicySettings
+from adaptive_spec.control.guard_rails import SwapWatch, Table, allowed, better_table, table_for
+from adaptive_spec.domain.arrays import Floats
+from adaptive_spec.domain.engine_info import EngineInfo
+from adaptive_spec.domain.step_record import StepRecord
+from adaptive_spec.models.goodput import Forecast
+from adaptive_spec.models.model_set import Traffic
+
+ROLLBACK_HOLD_S = 30.0
+"""A K that was rolled back is not chosen again for so long."""
+USED_SHARE = 0.02
+"""A batch size with a smaller share of recent steps does not make a change of the table a swap."""
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A table to adopt. previous: the present one. goodput: within the rails, [batches, contexts, K + 1].
+
+    swap: the reason (sweep, drift or gain) when K changes for the traffic of late; None: it does not.
+    """
+
+    table: Table
+    previous: Table
+    goodput: Floats
+    swap: str | None
+
+
+class Decision:
+    """Owns the K table [max_batch + 1, contexts] and the watch over its last swap."""
+
+    def __init__(self, settings: PolicySettings, info: EngineInfo) -> None:
+        self._settings, self._info = settings, info
+        self.table: Table = np.full((info.max_batch + 1, 1), info.launch_k, dtype=np.uint8)
+        self._swap_time_s = -math.inf
+        self._drift_time_s = -math.inf
+        self._watch: SwapWatch | None = None
+        self._banned: NDArray[np.bool_] | None = None
+        self._banned_until_s = 0.0
+
+    def propose(self, forecast: Forecast, traffic: Traffic, now_s: float, first: bool) -> Proposal:
+        """Best table by the forecast. first: take the best K everywhere, whatever ran before."""
+        rails = self._settings
+        goodput = allowed(forecast, rails.k_min, rails.k_max)
+        current = table_for(self.table, goodput.shape[1])
+        if first:
+            wanted = goodput.argmax(axis=-1).astype(np.uint8)
+        else:
+            banned = self._bans(goodput.shape, now_s)
+            wanted = better_table(goodput, forecast.uncertainty, current, rails.min_gain, banned)
+        used = traffic.batches > USED_SHARE * max(traffic.batches.sum(), 1e-9)
+        if not (wanted != current)[used, min(traffic.context, wanted.shape[1] - 1)].any():
+            return Proposal(wanted, current, goodput, None)
+        if first:
+            return Proposal(wanted, current, goodput, "sweep")
+        if self._drift_time_s > self._swap_time_s:
+            return Proposal(wanted, current, goodput, "drift")
+        if now_s - self._swap_time_s < rails.min_dwell_s:
+            return Proposal(current, current, goodput, None)
+        return Proposal(wanted, current, goodput, "gain")
+
+    def adopt(self, proposal: Proposal, traffic: Traffic, version: int, forecast_ratio: float, now_s: float) -> str:
+        """Make the proposed table the table. Returns the swap in words, "" when it is none.
+
+        version: of the policy that will carry it. forecast_ratio: see `SwapWatch`.
+        """
+        self.table = proposal.table
+        if proposal.swap is None:
+            return ""
+        self._swap_time_s = now_s
+        self._watch = None
+        if proposal.swap != "sweep":
+            self._watch = SwapWatch(proposal.previous, self.table, self._settings.rollback_loss, forecast_ratio, version)
+        b, c = self.entry(traffic)
+        old, new = int(proposal.previous[b, c]), int(self.table[b, c])
+        if old == new:
+            return f"K changed at other batch sizes: {proposal.swap}"
+        before, after = proposal.goodput[b, c, old], proposal.goodput[b, c, new]
+        gain = after / before - 1.0 if before > 0.0 else 0.0
+        return f"K {old}→{new} at batch {b}: {proposal.swap}" + (f", {gain:+.1%} expected" if gain else "")
+
+    def follow(self, record: StepRecord, context: int, forecast: Forecast, now_s: float) -> str:
+        """Take an ordinary step of an active policy. Returns the rollback in words when the last swap failed, else ""."""
+        watch = self._watch
+        if watch is None or record.policy_version < watch.version:
+            return ""
+        row = min(record.batch_size, self._info.max_batch)
+        if not watch.add(row, min(context, watch.changed.shape[1] - 1), record.output_tokens, record.step_s):
+            return ""
+        if not watch.failed(forecast.goodput):
+            if watch.steps >= watch.MAX_STEPS:
+                self._watch = None
+            return ""
+        self._watch = None
+        self._banned = np.zeros((*watch.changed.shape, self._info.max_k + 1), dtype=bool)
+        b, c = np.nonzero(watch.previous != watch.changed)
+        self._banned[b, c, watch.changed[b, c]] = True
+        self._banned_until_s = now_s + ROLLBACK_HOLD_S
+        self.table = watch.previous
+        self._swap_time_s = now_s
+        share, _ = watch.share(forecast.goodput)
+        return f"rolled back at batch {row}: measured {share:.0%} of what the previous K would have given"
+
+    def note_drift(self, now_s: float) -> None:
+        """A drift was noticed: the next swap need not wait, and the last one is no longer watched."""
+        self._drift_time_s = now_s
+        self.stop_watching()
+
+    def stop_watching(self) -> None:
+        self._watch = None
+
+    def pin(self, k: int) -> None:
+        """One K for every batch size."""
+        self.table = np.full_like(self.table, k)
+
+    def entry(self, traffic: Traffic) -> tuple[int, int]:
+        """Batch size and context bucket of the table for the last step."""
+        return min(max(traffic.batch_size, 1), self._info.max_batch), min(traffic.context, self.table.shape[1] - 1)
+
+    def k_by_batch_size(self, context: int, largest: int) -> dict[int, int]:
+        """K of batch sizes 1..largest in a context bucket."""
+        c = min(context, self.table.shape[1] - 1)
+        return {b: int(self.table[b, c]) for b in range(1, min(largest, self._info.max_batch) + 1)}
+
+    def _bans(self, shape: tuple[int, ...], now_s: float) -> NDArray[np.bool_] | None:
+        """Entries rolled back lately, [batches, contexts, K + 1]; None: none."""
+        if now_s >= self._banned_until_s:
+            self._banned = None
+        if self._banned is not None and self._banned.shape != shape:
+            self._banned = np.repeat(self._banned[:, :1], shape[1], axis=1)
+        return self._banned

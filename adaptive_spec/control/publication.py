@@ -1,0 +1,68 @@
+"""Publication: makes the next policy from the K table and the latest forecast, and numbers it."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from adaptive_spec.control.guard_rails import Table, table_for
+from adaptive_spec.domain.engine_info import EngineInfo
+from adaptive_spec.domain.policy import Granularity, Mode, Policy, Trial
+from adaptive_spec.domain.survival import SurvivalMap
+from adaptive_spec.models.goodput import Forecast
+
+NOT_ACTING = (Mode.SHADOW, Mode.FALLBACK)
+"""Modes in which the engine stays on its launch K."""
+MIN_COST_CHANGE, MIN_CALIBRATION_CHANGE = 0.005, 0.01
+"""Relative change of a verify time, and change of a survival, below which the per-step search would choose the same."""
+
+
+class Publisher:
+    """latest: the newest policy, None before the first. version: its number, never falling. time_s: when it was made."""
+
+    def __init__(self, info: EngineInfo) -> None:
+        self._info = info
+        self.latest: Policy | None = None
+        self.version = 0
+        self.time_s = 0.0
+
+    def publish(
+        self, mode: Mode, table: Table, forecast: Forecast | None, untrained: SurvivalMap, trials: tuple[Trial, ...], now_s: float
+    ) -> Policy:
+        """Make the next policy. untrained: calibration to use before the first forecast."""
+        info = self._info
+        if forecast is not None:
+            fixed_s, verify_s, survival = forecast.fixed_s, forecast.verify_s, forecast.survival
+            slope, edges = forecast.context_s_per_token, forecast.context_edges
+        else:
+            # Nothing measured yet: verify everything, and let trials choose tokens by the untrained calibration.
+            fixed_s = np.zeros((info.max_k + 1, info.max_batch + 1))
+            verify_s = np.ones(info.max_batch * (info.max_k + 1) + 1)
+            survival, slope, edges = untrained, 0.0, np.zeros(0, dtype=np.float32)
+        verify_all = mode is Mode.PINNED or forecast is None or info.granularity is Granularity.BATCH
+        self.version += 1
+        self.time_s = now_s
+        self.latest = Policy(
+            self.version, mode, mode not in NOT_ACTING, info.granularity, info.max_k, table_for(table, len(edges) + 1), edges,
+            fixed_s.astype(np.float32), verify_s.astype(np.float32), slope, survival, verify_all, trials,
+        )  # fmt: skip
+        return self.latest
+
+    def outdated(self, mode: Mode, table: Table, forecast: Forecast) -> bool:
+        """Whether the engine would choose differently by a policy of this table and forecast than by the latest."""
+        last = self.latest
+        if last is None or not np.array_equal(last.k_table, table):
+            return True
+        if mode is Mode.SHADOW:
+            return False
+        n = min(len(last.verify_s), len(forecast.verify_s))
+        cost_change = float(np.max(np.abs(last.verify_s[1:n] / forecast.verify_s[1:n] - 1.0)))
+        calibration_change = float(np.max(np.abs(last.survival.table - forecast.survival.table)))
+        return (
+            cost_change > MIN_COST_CHANGE
+            or calibration_change > MIN_CALIBRATION_CHANGE
+            or last.survival.conditional != forecast.survival.conditional
+        )
+
+    def resume(self, version: int) -> None:
+        """Continue after `version`: versions never go back, whoever published the last one."""
+        self.version = max(self.version, version)

@@ -1,0 +1,236 @@
+"""Hot swap of DSpark's SPS cost table and STS temperatures in the running planner, from the sidecar's policy.
+
+SGLang's planner maximises the same goodput as our plan search, over the number of verified draft tokens:
+
+    (b + sum of the best survivals) / step_time(b, b + verified),    step_time(b, m) = bias + alpha(b) + theta(m)
+
+with survival = running product of sigmoid(raw confidence / temperature of its position). It reads table and temperatures from
+files at start only. Here bias + alpha(b) becomes the fixed cost of drafting gamma tokens for b requests, theta the verify latency
+staircase, and each temperature the one under which the calibrated map is closest to a scaling of the logit. If a check of the
+new values fails, both stay as they were.
+
+The calibration is one of confidences under the temperatures of the launch, which `dspark_attachment` records whatever the current
+ones are. Otherwise each swap would change the confidences the next calibration is fitted to.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adaptive_spec.domain.arrays import Floats
+from adaptive_spec.domain.policy import Mode, Policy
+from adaptive_spec.domain.survival import GRID_POINTS, LOGIT_LIMIT, SurvivalMap
+
+TEMPERATURE_RANGE = (0.05, 20.0)
+STRAIGHT = 1e-6
+"""A token count whose latency deviates less than this, relatively, from the line through its neighbours gets no table entry."""
+
+log = logging.getLogger("sglang.adaptive_spec")
+
+
+class CostTable(NamedTuple):
+    """Fields of SGLang's SpsAdditiveCostTable, which interpolates both lists and holds their ends."""
+
+    bias_seconds: float
+    bs_probes: list[int]
+    alpha_seconds: list[float]
+    m_probes: list[int]
+    theta_seconds: list[float]
+
+
+def cost_table(policy: Policy, gamma: int, kv_per_request: float = 0.0) -> CostTable:
+    """The policy's predicted step time as SGLang's table. gamma: draft tokens per request. kv_per_request: context tokens of one,
+    whose cost SGLang's table can only know as one of requests.
+
+    Raises ValueError when the policy predicts no step time for gamma, or one that is not finite and > 0.
+    """
+    if not 1 <= gamma <= policy.max_k:
+        raise ValueError(f"gamma: must be in 1..{policy.max_k}, got {gamma}")
+    fixed_s = np.asarray(policy.fixed_s[gamma, 1:], np.float64)
+    fixed_s = fixed_s + policy.context_s_per_token * kv_per_request * np.arange(1, len(fixed_s) + 1)
+    verify_s = np.asarray(policy.verify_s[1:], np.float64)
+    if not len(fixed_s) or not len(verify_s):
+        raise ValueError("the policy predicts no time for any batch")
+    for name, values in (("fixed_s", fixed_s), ("verify_s", verify_s)):
+        if not np.isfinite(values).all() or values.min() < 0.0:
+            raise ValueError(f"{name}: must be finite and at least 0")
+    if fixed_s.min() + verify_s.min() <= 0.0:
+        raise ValueError("the predicted step time is 0")
+    # SGLang requires a bias above 0; moving time from one part to another does not change the sum.
+    bias = float(fixed_s.min())
+    shift = 0.0 if bias > 0.0 else 0.5 * float(verify_s.min())
+    rows, tokens = _corners(fixed_s), _corners(verify_s)
+    return CostTable(
+        bias + shift,
+        (rows + 1).tolist(),
+        (fixed_s[rows] - bias).tolist(),
+        (tokens + 1).tolist(),
+        (verify_s[tokens] - shift).tolist(),
+    )
+
+
+def _corners(values: Floats) -> NDArray[np.int64]:
+    """Indices at which a line through all values bends, both ends included: interpolation between them gives every value."""
+    if len(values) < 3:
+        return np.arange(len(values))
+    bend = np.abs(np.diff(values, 2)) > STRAIGHT * values[1:-1]
+    return np.flatnonzero(np.concatenate(([True], bend, [True])))
+
+
+def temperatures(survival: SurvivalMap, recorded: Floats) -> Floats:
+    """STS temperatures [gamma] that bring SGLang's confidences closest to the calibrated ones.
+
+    survival: conditional map, made of confidences under the `recorded` temperatures [gamma]. Least squares on the logits between
+    0.02 and 0.98, through the origin: y = x * recorded / new. Raises ValueError: not conditional, too short, or out of range.
+    """
+    if not survival.conditional:
+        raise ValueError("the calibration maps cumulative scores; temperatures need one that maps single confidences")
+    gamma = len(recorded)
+    if len(survival.table) < gamma:
+        raise ValueError(f"the calibration has {len(survival.table)} positions, {gamma} are drafted")
+    x = np.linspace(-LOGIT_LIMIT, LOGIT_LIMIT, GRID_POINTS)
+    table = survival.table[:gamma].astype(np.float64)
+    y = np.log(table / (1.0 - table))
+    inside = np.abs(x) <= 4.0
+    slope = (y[:, inside] @ x[inside]) / float(x[inside] @ x[inside])
+    if not np.isfinite(slope).all() or slope.min() <= 0.0:
+        raise ValueError("the calibration decreases with the confidence; no temperature can express that")
+    found: Floats = np.asarray(recorded / slope)
+    low, high = TEMPERATURE_RANGE
+    if found.min() < low or found.max() > high:
+        raise ValueError(f"temperatures: must be in {low:g}..{high:g}, got {found.min():g}..{found.max():g}")
+    return found
+
+
+def nothing_to_swap(planner: Any) -> str | None:
+    """Why SGLang's planner (a DSparkVerifyPlanner) does not plan verify lengths by an SPS table; None if it does."""
+    if not planner.schedules_verify_budget:
+        return f"SGLANG_RAGGED_VERIFY_MODE={planner.mode_value} verifies every drafted token (compact plans verify lengths)"
+    if not planner.is_compact_mode:
+        return f"SGLANG_RAGGED_VERIFY_MODE={planner.mode_value} runs every drafted token whatever is planned (compact does not)"
+    if planner.is_verify_all:
+        return "there is no SPS table (pass --speculative-dspark-sps-table-path, so that SGLang plans verify lengths)"
+    return None
+
+
+def launch_temperatures(planner: Any) -> Floats:
+    """STS temperatures in force: [gamma], or one for all []; 1 without a head. Waits for a GPU: at the start only."""
+    head = planner._confidence_head
+    held = head.sts_temperatures if head is not None else None
+    return np.ones(()) if held is None else np.asarray(held.detach().cpu().numpy(), np.float64)
+
+
+class _Prepared(NamedTuple):
+    """A policy in SGLang's form. temperatures: [gamma], None to keep the present ones."""
+
+    table: Any
+    temperatures: Floats | None
+
+
+class DSparkSwap:
+    """Keeps one running planner at the newest policy, and at its launch values while there is none.
+
+    `at_plan` before the planner plans a step, `at_forward` on the stream of its forward: temperatures are read there by graphs.
+    planner: SGLang's DSparkVerifyPlanner, of which `nothing_to_swap` says None. gamma: draft tokens per request. launched: its
+    `launch_temperatures`. unanimous: whether all ranks say yes; None for one rank. swaps, refused: how often each happened.
+    reason: of the last refusal, "" before one.
+    """
+
+    def __init__(self, planner: Any, gamma: int, launched: Floats, unanimous: Callable[[bool], bool] | None = None) -> None:
+        self._planner, self._gamma, self._launched, self._unanimous = planner, gamma, launched, unanimous
+        self._budget = planner._budget_planner
+        self._launch_table = self._budget.sps_table
+        # One temperature for all (no file at start) is a constant of captured graphs: only a list can be written into.
+        listed = launched.shape == (gamma,)
+        self._held = planner._confidence_head.sts_temperatures if listed else None
+        self._temperatures = launched
+        self._wanted: Floats | None = None
+        self._version = 0
+        self._forced = False
+        self.swaps = self.refused = 0
+        self.reason = ""
+
+    def at_plan(self, policy: Policy | None, kv_per_request: float) -> None:
+        """Follow the policy of this step, None for none. Never raises; touches the host only.
+
+        Policy not acting: back to the launch values. Paused, pinned or without a forecast: no change. With several ranks all
+        must call it in the same step with the same policy; a new policy is adopted by all of them or by none.
+        """
+        if policy is None or not policy.acting:
+            self.restore()
+            return
+        if policy.version == self._version or policy.verify_all or policy.mode is Mode.PAUSED:
+            return
+        self._version = policy.version
+        try:
+            prepared, reason = self._prepare(policy, kv_per_request), ""
+        except Exception as error:
+            prepared, reason = None, " ".join(str(error).split()) or type(error).__name__
+        if self._unanimous is not None and not self._agreed(prepared is not None):
+            prepared, reason = None, reason or "another rank refused it"
+        if prepared is None:
+            self._refuse(policy.version, reason)
+            return
+        self._budget.sps_table = prepared.table
+        if prepared.temperatures is not None:
+            self._wanted = prepared.temperatures
+        self.swaps += 1
+
+    def at_forward(self) -> None:
+        """Write changed temperatures on the current stream, without waiting for it."""
+        wanted, self._wanted = self._wanted, None
+        if wanted is None or self._held is None or np.array_equal(wanted, self._temperatures):
+            return
+        for position, value in enumerate(wanted.tolist()):
+            self._held[position].fill_(value)  # in place: graphs keep the address; a scalar needs no copy from the host
+        self._temperatures = wanted
+
+    def force(self, draft_tokens: int | None, rows: int) -> None:
+        """Verify exactly `draft_tokens` draft tokens of `rows` requests in the next step; None: let the table decide again."""
+        if draft_tokens is None:
+            if self._forced:
+                self._planner.set_forced_budget_frac(None)
+                self._forced = False
+            return
+        if not self._forced and self._budget.forced_budget_frac is not None:
+            return  # set by SGLang's own profiling
+        # SGLang takes the whole part of fraction * rows * gamma.
+        self._planner.set_forced_budget_frac((draft_tokens + 0.5) / (rows * self._gamma))
+        self._forced = True
+
+    def restore(self) -> None:
+        """Back to the launch values; temperatures with the next `at_forward`."""
+        if self._version:
+            self._budget.sps_table = self._launch_table
+            self._wanted = self._launched
+            self._version = 0
+
+    def _agreed(self, well: bool) -> bool:
+        try:
+            return self._unanimous is None or self._unanimous(well)
+        except Exception:
+            return False
+
+    def _refuse(self, version: int, reason: str) -> None:
+        self.refused += 1
+        if reason != self.reason:
+            log.warning("adaptive-spec: policy %d was not adopted, the SPS table is unchanged: %s", version, reason)
+        self.reason = reason
+
+    def _prepare(self, policy: Policy, kv_per_request: float) -> _Prepared:
+        """Convert a policy. Raises ValueError, or what SGLang's own checks raise, for values that are not allowed."""
+        from sglang.srt.speculative.dspark_components.dspark_sps import SpsAdditiveCostTable
+        from sglang.srt.speculative.dspark_components.dspark_sts import DSparkStsCalibration
+
+        table = SpsAdditiveCostTable(**cost_table(policy, self._gamma, kv_per_request)._asdict())
+        if self._held is None or not policy.survival.conditional:
+            return _Prepared(table, None)
+        fitted = temperatures(policy.survival, self._launched)
+        if not np.isfinite(fitted).all():
+            raise ValueError("a temperature is not finite")
+        return _Prepared(table, np.array(DSparkStsCalibration(temperatures=fitted.tolist()).temperatures))

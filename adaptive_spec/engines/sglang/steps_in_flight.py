@@ -1,0 +1,211 @@
+"""Decode steps in flight: matches the measurements of each step with its own result.
+
+SGLang's overlap scheduler launches step n + 1 before it reads the result of step n, and requests join and leave in between. A
+step is therefore attached to its result object, not found by position or batch. A record is written as soon as the result and,
+on a GPU, all event times are known.
+
+    step_s = start of the next step - start of this one          where the next step has begun already (overlap scheduler)
+           = end - start + mean pause after such a batch         otherwise; prefills and idle times are not pauses
+
+Reads no clock, imports neither torch nor SGLang: moments and confidences are objects whose values may not be known yet.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adaptive_spec.domain.step_record import StepFlag
+from adaptive_spec.engine_side.tap import BegunStep
+
+MOST_OPEN = 8
+"""Most steps that wait for results; an older one is dropped and counted as lost."""
+PAUSE_RATE = 0.05
+LONGEST_PAUSE_S = 1.0
+
+
+class Moment(Protocol):
+    """A point in time, on the host's or the GPU's clock."""
+
+    def seconds_to(self, later: Moment) -> float | None:
+        """Seconds from this moment to a later one; None while it is not known. Never waits."""
+        ...
+
+
+class Confidences(Protocol):
+    """Draft confidences of a step, whose copy to the host may not be complete."""
+
+    def ready(self) -> NDArray[np.float32] | None:
+        """float32 [b, k], values outside (0, 1] are unknown; None until the copy is complete. Never waits."""
+        ...
+
+
+@dataclass(frozen=True)
+class KnownConfidences:
+    """Confidences already on the host."""
+
+    values: NDArray[np.float32]
+
+    def ready(self) -> NDArray[np.float32] | None:
+        return self.values
+
+
+@dataclass
+class OpenStep:
+    """One decode step. Stages are pairs of moments. request_ids: uint32 [b]. padded_rows: requests after graph padding.
+
+    num_tokens, padded_tokens: of the verify forward, where they do not follow from k and the rows. verify_len: draft tokens
+    verified [b], None for k each.
+    """
+
+    begun: BegunStep
+    k: int
+    request_ids: NDArray[np.uint32]
+    padded_rows: int
+    started: Moment
+    stages: dict[str, tuple[Moment, Moment]] = field(default_factory=dict)
+    ended: Moment | None = None
+    next_started: Moment | None = None
+    confidences: Confidences | None = None
+    num_tokens: int | None = None
+    padded_tokens: int | None = None
+    verify_len: NDArray[np.uint8] | None = None
+    accept_len: NDArray[np.uint8] | None = None
+    counted: NDArray[np.bool_] | None = None
+    """[b], which rows SGLang counts: not those of requests that had already ended when the step was launched."""
+
+
+@dataclass(frozen=True)
+class FinishedStep:
+    """What a record needs; see `EngineTap.end_step`. Only counted rows."""
+
+    begun: BegunStep
+    num_tokens: int
+    padded_tokens: int
+    draft_s: float
+    verify_s: float
+    draft_extend_s: float
+    step_s: float
+    confidences: NDArray[np.float32]
+    verify_len: NDArray[np.uint8]
+    accept_len: NDArray[np.uint8]
+    request_ids: NDArray[np.uint32]
+    flags: int
+
+
+class StepsInFlight:
+    """Steps in flight, oldest first. write: takes each finished step. lost: steps dropped without a record."""
+
+    def __init__(self, write: Callable[[FinishedStep], None]) -> None:
+        self._write = write
+        self._open: deque[OpenStep] = deque()
+        self._last: OpenStep | None = None
+        self._pauses_s: dict[int, float] = {}
+        self.lost = 0
+
+    def begin(self, step: OpenStep) -> None:
+        """A decode step starts; the previous one ends now if the two share a request."""
+        previous, self._last = self._last, step
+        if previous is not None and previous.ended is not None and _share(previous.request_ids, step.request_ids):
+            previous.next_started = step.started
+            self._learn_pause(len(previous.request_ids), previous.ended.seconds_to(step.started))
+        self._open.append(step)
+        if len(self._open) > MOST_OPEN:
+            self._open.popleft()
+            self.lost += 1
+        self.settle()
+
+    def abandon(self, step: OpenStep) -> None:
+        """Drop a step that has no result."""
+        if step in self._open:
+            self._open.remove(step)
+
+    def interrupt(self) -> None:
+        """Something other than decoding runs now: a prefill, or idle time."""
+        self._last = None
+        self.settle()
+
+    def result(
+        self, step: OpenStep, accept_len: Sequence[int], counted: Sequence[bool], verify_len: NDArray[np.int64] | None = None
+    ) -> None:
+        """Take the result of a step. accept_len: accepted draft tokens by row. counted, verify_len: see `OpenStep`."""
+        rows = len(step.request_ids)
+        verified = np.full(rows, step.k) if verify_len is None else np.asarray(verify_len, np.int64).clip(0, step.k)
+        if len(accept_len) != rows or len(counted) != rows or len(verified) != rows:
+            self.abandon(step)
+            raise ValueError(f"result of {len(accept_len)} requests for a step of {rows}")
+        step.verify_len = verified.astype(np.uint8)
+        step.accept_len = np.asarray(accept_len, dtype=np.int64).clip(0, verified).astype(np.uint8)
+        step.counted = np.asarray(counted, dtype=bool)
+        self.settle()
+
+    def settle(self) -> None:
+        """Write the oldest steps of which everything is known, in order."""
+        while self._open:
+            step = self._open[0]
+            if step.accept_len is None:
+                return
+            finished = self._finish(step)
+            if finished is None:
+                return
+            self._open.popleft()
+            if len(finished.accept_len):
+                self._write(finished)
+
+    def _finish(self, step: OpenStep) -> FinishedStep | None:
+        """None while something is not known yet."""
+        assert step.accept_len is not None  # `settle` asks for no other
+        assert step.counted is not None
+        assert step.verify_len is not None
+        seconds = {}
+        for name in ("draft", "verify", "draft_extend"):
+            stage = step.stages.get(name)
+            seconds[name] = stage[0].seconds_to(stage[1]) if stage is not None else 0.0
+        forward_s = step.started.seconds_to(step.ended) if step.ended is not None else 0.0
+        whole_s = step.started.seconds_to(step.next_started) if step.next_started is not None else 0.0
+        values = step.confidences.ready() if step.confidences is not None else np.zeros((len(step.request_ids), 0), np.float32)
+        if forward_s is None or whole_s is None or values is None or None in seconds.values():
+            return None
+        stages = {name: s or 0.0 for name, s in seconds.items()}
+        if step.next_started is None:
+            whole_s = forward_s + self._pause_s(len(step.request_ids))
+        flags = 0
+        if values.shape != (len(step.request_ids), step.k):
+            values, flags = np.ones((len(step.request_ids), step.k), np.float32), int(StepFlag.CENSORED)
+        rows = step.counted
+        values = values[rows]
+        known = (values > 0.0) & (values <= 1.0)
+        if not known.all():
+            # The counts are valid; the confidences are not, so the record must not train the calibration.
+            values, flags = np.where(known, values, np.float32(1.0)), int(StepFlag.CENSORED)
+        if stages["verify"] <= 0.0:
+            flags |= int(StepFlag.DISTURBED)
+            stages["verify"] = max(forward_s, 1e-9)
+        tokens = int(step.verify_len.sum()) + len(step.verify_len) if step.num_tokens is None else step.num_tokens
+        padded = step.padded_rows * (step.k + 1) if step.padded_tokens is None else step.padded_tokens
+        return FinishedStep(
+            step.begun, tokens, max(padded, tokens), stages["draft"], stages["verify"],
+            stages["draft_extend"], max(whole_s, sum(stages.values())), np.ascontiguousarray(values, np.float32),
+            step.verify_len[rows], step.accept_len[rows], step.request_ids[rows], flags,
+        )  # fmt: skip
+
+    def _learn_pause(self, rows: int, pause_s: float | None) -> None:
+        if pause_s is not None:
+            pause_s = min(max(pause_s, 0.0), LONGEST_PAUSE_S)
+            usual_s = self._pauses_s.get(rows)
+            self._pauses_s[rows] = pause_s if usual_s is None else usual_s + PAUSE_RATE * (pause_s - usual_s)
+
+    def _pause_s(self, rows: int) -> float:
+        """Mean pause after a batch of `rows` requests, in seconds; of the nearest known size, 0 before any is known."""
+        nearest = min(self._pauses_s, key=lambda known: abs(known - rows), default=None)
+        return 0.0 if nearest is None else self._pauses_s[nearest]
+
+
+def _share(a: NDArray[np.uint32], b: NDArray[np.uint32]) -> bool:
+    """Whether a request is in both: then the scheduler cannot have been idle in between."""
+    return not set(a.tolist()).isdisjoint(b.tolist())

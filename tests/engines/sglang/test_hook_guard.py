@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from adaptive_spec.engines.sglang.hook_guard import FAILURES_IN_A_ROW, MEETING, Guard
+
+
+def _original(calls: list[Any]) -> Any:
+    def original(*args: Any, **kwargs: Any) -> str:
+        calls.append((args, kwargs))
+        return "result"
+
+    return original
+
+
+def _raise(*args: Any, **kwargs: Any) -> None:
+    raise ValueError("ours")
+
+
+def test_note_and_result_reach_the_second_half() -> None:
+    seen: list[Any] = []
+    guard, calls = Guard(""), list[Any]()
+    hook = guard.around("draft", lambda a, b: a + b, lambda note, result, a, b: seen.append((note, result, a, b)))
+    assert hook(_original(calls), 1, b=2) == "result"
+    assert calls == [((1,), {"b": 2})]
+    assert seen == [(3, "result", 1, 2)]
+
+
+@pytest.mark.parametrize(("before", "after"), [(_raise, None), (None, _raise), (_raise, _raise)])
+def test_our_failure_is_not_theirs(before: Any, after: Any) -> None:
+    guard, calls = Guard(""), list[Any]()
+    assert guard.around("draft", before, after)(_original(calls), 1) == "result"
+    assert calls == [((1,), {})], "called exactly once"
+    assert guard.failures == {"draft": 1}
+
+
+def test_their_failure_stays_theirs() -> None:
+    guard = Guard("")
+    with pytest.raises(KeyError):
+        guard.around("draft", None, None)(lambda: {"a": 1}["x"])
+    assert not guard.failures
+
+
+def test_failures_in_a_row_close_the_guard() -> None:
+    told: list[str | None] = []
+    guard, calls = Guard(""), list[Any]()
+    guard.on_close = lambda: told.append(guard.closed)
+    fails = [True]
+    hook = guard.around("draft", lambda: _raise() if fails[0] else None, None)
+    for _ in range(FAILURES_IN_A_ROW - 1):
+        hook(_original(calls))
+    fails[0] = False
+    hook(_original(calls))
+    assert guard.closed is None, "one good call begins the count anew"
+    fails[0] = True
+    for _ in range(3 * FAILURES_IN_A_ROW):
+        hook(_original(calls))
+    assert told == [f"hook draft failed {FAILURES_IN_A_ROW} times in a row"]
+    assert guard.failures["draft"] == 2 * FAILURES_IN_A_ROW - 1, "nothing of ours is called any more"
+    assert len(calls) == 4 * FAILURES_IN_A_ROW
+
+
+def test_one_failure_while_the_server_starts_is_final() -> None:
+    guard = Guard("attach")
+    assert guard.around("attach", None, None)(_original([])) == "result"
+    assert guard.closed == "hook attach failed while the server started"
+
+
+@pytest.mark.parametrize("name", ["draft", "draft/after"])
+def test_faults_can_be_injected(name: str) -> None:
+    guard, calls = Guard(f"verify, {name}"), list[Any]()
+    assert guard.around("draft", None, lambda *_: None)(_original(calls)) == "result"
+    assert guard.failures == {"draft": 1}
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("hook", ["step", "plan", "draft"])
+def test_in_lockstep_a_closed_guard_still_meets_the_others(hook: str) -> None:
+    guard, met = Guard(""), list[str]()
+    guard.close("enough")
+    guard.lockstep = True
+    guard.around(hook, lambda: met.append(hook), None)(_original([]))
+    assert met == ([hook] if hook in MEETING else [])
+    guard.lockstep = False
+    guard.around(hook, lambda: met.append(hook), None)(_original([]))
+    assert len(met) == (hook in MEETING)

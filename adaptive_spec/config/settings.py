@@ -7,6 +7,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from adaptive_spec.config.checks import FilePath, FolderPath, HostName, StoreUrl, WebUrl
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -123,10 +125,10 @@ class ControllerSettings(_Section):
 class GrafanaSettings(_Section):
     """Annotations in Grafana for every swap and drift event. Needs the extra `grafana`."""
 
-    url: str | None = Field(
+    url: WebUrl | None = Field(
         None, min_length=1, description="Address of Grafana, with its path prefix if it has one. None: no annotations."
     )
-    token_file: Path | None = Field(
+    token_file: FilePath | None = Field(
         None, description="File with the token of a service account that may write annotations. None: none is shown."
     )
     timeout_s: float = Field(
@@ -146,11 +148,13 @@ class GrafanaSettings(_Section):
 class SidecarSettings(_Section):
     """The sidecar's own configuration file."""
 
-    runtime_dir: Path = Field(
+    runtime_dir: FolderPath = Field(
         Path("/dev/shm/adaptive-spec"), description="Folder of the ring and the policy page, shared with the engine."
     )
-    profile_dir: Path = Field(Path("profiles"), description="Folder of profiles, one sub-folder per model, GPU and TP degree.")
-    profile_store: str | None = Field(
+    profile_dir: FolderPath = Field(
+        Path("profiles"), description="Folder of profiles, one sub-folder per model, GPU and TP degree."
+    )
+    profile_store: StoreUrl | None = Field(
         None,
         min_length=1,
         description=(
@@ -159,9 +163,19 @@ class SidecarSettings(_Section):
             "`store`, and the storage's own fsspec package."
         ),
     )
-    host: str = Field("127.0.0.1", min_length=1, description="Address the HTTP server binds. Loopback unless told otherwise.")
+    profile_store_key_file: FilePath | None = Field(
+        None,
+        description=(
+            "File with a key, at least 32 characters, shared by the fleet: profiles given to the store are signed with it "
+            "(HMAC-SHA256), and none without a right signature is taken. Must not be readable by others. None: not signed, and "
+            "signatures are not looked at."
+        ),
+    )
+    host: HostName = Field(
+        "127.0.0.1", min_length=1, description="Address the HTTP server binds. Loopback unless told otherwise."
+    )
     port: int = Field(9477, ge=0, le=65_535, description="Port of the HTTP server, 0..65535. 0 takes a free one.")
-    control_token_file: Path | None = Field(
+    control_token_file: FilePath | None = Field(
         None,
         description=("File with the token `ctl` must show. None: a token is made at start and kept, mode 0600, in runtime_dir."),
     )

@@ -14,7 +14,8 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from adaptive_spec.config.load import read_yaml, validated
+from adaptive_spec.config.load import validated
+from adaptive_spec.config.yaml_file import read_yaml
 from adaptive_spec.engines.simulated.curve import Curve, read_curve
 from adaptive_spec.errors import BadInput
 from adaptive_spec.offline.samples import MAX_NUM_TOKENS

@@ -104,7 +104,7 @@ def _explain(error: ErrorDetails, root: type[BaseModel]) -> str:
         fields = _section(root, error["loc"][:-1]).model_fields
         return f"{key}: unknown key; must be one of {', '.join(info.alias or name for name, info in fields.items())}"
     if kind == "missing":
-        return f"{key}: missing"
+        return f"{key}: is missing"
     bounds = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
     wanted = next((f"{words} {context[bound]:g}" for bound, words in bounds.items() if bound in context), None)
     if kind == "literal_error":

@@ -23,7 +23,7 @@ def _load(tmp_path: Path, text: str) -> SidecarSettings:
         ("port: true", "port: must be a whole number, got True"),
         ("port: 1.5", "port: must be a whole number, got 1.5"),
         ("controller: {latency: {jump_threshold: 9}}", "controller.latency.jump_threshold: must be at most 2, got 9"),
-        ("controller: {latency: {jump_threshold: .nan}}", "controller.latency.jump_threshold: must be at least 0.02, got nan"),
+        ("controller: {latency: {jump_threshold: .nan}}", "controller.latency.jump_threshold: must be at most 2, got nan"),
         ("controller: {latency: {jump_threshold: low}}", "must be a number, got 'low'"),
         ("controller: {policy: {probe_budget: -0.1}}", "controller.policy.probe_budget: must be at least 0, got -0.1"),
         ("controller: {policy: {k_min: 5, k_max: 2}}", "controller.policy.k_min: must be at most k_max, which is 2, got 5"),

@@ -171,6 +171,15 @@ class Attachment:
 
     # -- every decode step ---------------------------------------------------------------------------------------------
 
+    def _tap_for(self, worker: Any, batch: Any) -> EngineTap | None:
+        """The tap, for a decode step of the attached worker; else None. Any other batch interrupts the steps in flight."""
+        if self._tap is None or worker is not self._worker:
+            return None
+        if not decodes(batch):
+            self._in_flight.interrupt()
+            return None
+        return self._tap
+
     def draft_before(self, *args: Any, **kwargs: Any) -> Any:
         return self._clock.now() if self._step is not None else None
 

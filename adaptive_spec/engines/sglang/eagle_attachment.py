@@ -21,7 +21,7 @@ from adaptive_spec.domain.step_record import StepFlag
 from adaptive_spec.engine_side.step_choice import REQUESTS_REMEMBERED, AcceptanceHistory, refined_k
 from adaptive_spec.engine_side.tap import BegunStep
 from adaptive_spec.engines.sglang import contract
-from adaptive_spec.engines.sglang.attachment import Attachment, Place, decodes, kv_tokens_of, max_batch, request_id
+from adaptive_spec.engines.sglang.attachment import Attachment, Place, kv_tokens_of, max_batch, request_id
 from adaptive_spec.engines.sglang.eagle_draft_policy import LAUNCH, SidecarDraftPolicy
 from adaptive_spec.engines.sglang.hook_guard import Guard
 from adaptive_spec.engines.sglang.plugin_settings import PluginSettings
@@ -150,11 +150,8 @@ class EagleAttachment(Attachment):
 
     def step_before(self, worker: Any, batch: Any, *args: Any, **kwargs: Any) -> OpenStep | None:
         self._step, self._decided = None, self._undecided
-        tap = self._tap
-        if tap is None or worker is not self._worker:
-            return None
-        if not decodes(batch):
-            self._in_flight.interrupt()
+        tap = self._tap_for(worker, batch)
+        if tap is None:
             return None
         rows, kv_tokens = len(batch.reqs), kv_tokens_of(batch)
         self._fall_back_if_closed()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -26,7 +25,7 @@ from adaptive_spec.wire.policy_page import PolicyPage, payload_bytes
 from adaptive_spec.wire.ring import RingReader
 from tests.engines.sglang.rank_policies import CANDIDATES, MAX_BATCH, MAX_K, random_policy
 from tests.engines.sglang.slots import Slots
-from tests.engines.sglang.thread_group import ThreadGroup
+from tests.engines.sglang.thread_group import ThreadGroup, together
 
 RANKS = 3
 INTERVAL = 4
@@ -103,21 +102,6 @@ class Rank:
         return found[0]
 
 
-def _together(ranks: list[Rank], call: Callable[[Rank], Any]) -> list[Any]:
-    results: list[Any] = [None] * len(ranks)
-
-    def run(index: int) -> None:
-        results[index] = call(ranks[index])
-
-    threads = [threading.Thread(target=run, args=(i,)) for i in range(len(ranks))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-        assert not thread.is_alive(), "deadlock"
-    return results
-
-
 def _steps(rank: Rank, count: int, seed: int) -> list[int]:
     dice = random.Random(seed)
     return [rank.step(dice.randint(1, MAX_BATCH), dice.randint(1, 10_000)) for _ in range(count)]
@@ -136,9 +120,9 @@ def page(tmp_path: Path) -> Any:
 def test_all_ranks_draft_alike(tmp_path: Path, page: PolicyPage) -> None:
     group = ThreadGroup(RANKS)
     ranks = [Rank(i, tmp_path, group) for i in range(RANKS)]
-    _together(ranks, Rank.attach)
+    together(ranks, Rank.attach)
     assert all(rank.captured and rank.guard.closed is None and rank.guard.lockstep for rank in ranks)
-    found = _together(ranks, lambda rank: _steps(rank, 60, 1))
+    found = together(ranks, lambda rank: _steps(rank, 60, 1))
     assert found[0] == found[1] == found[2]
     assert len(set(found[0])) > 1
     report = read_report(tmp_path)
@@ -151,13 +135,13 @@ def test_all_ranks_draft_alike(tmp_path: Path, page: PolicyPage) -> None:
 def test_a_rank_that_detaches_takes_all_back(tmp_path: Path, page: PolicyPage, fallback: str, k: int) -> None:
     group = ThreadGroup(RANKS)
     ranks = [Rank(i, tmp_path, group, fallback=fallback) for i in range(RANKS)]
-    _together(ranks, Rank.attach)
-    before = _together(ranks, lambda rank: _steps(rank, 2 * INTERVAL, 2))
+    together(ranks, Rank.attach)
+    before = together(ranks, lambda rank: _steps(rank, 2 * INTERVAL, 2))
     failing = ranks[1].guard.around("results", lambda: {"a": 1}["x"], None)
     for _ in range(FAILURES_IN_A_ROW):
         failing(lambda: None)
     assert ranks[1].guard.closed
-    after = _together(ranks, lambda rank: _steps(rank, 10 * INTERVAL, 3))
+    after = together(ranks, lambda rank: _steps(rank, 10 * INTERVAL, 3))
     assert before[0] == before[1] == before[2]
     assert after[0] == after[1] == after[2], "also until the meeting"
     assert set(after[0][INTERVAL:]) == {k}
@@ -167,18 +151,18 @@ def test_a_rank_that_detaches_takes_all_back(tmp_path: Path, page: PolicyPage, f
 def test_a_rank_that_cannot_attach_leaves_all_to_sglang(tmp_path: Path, page: PolicyPage, fault: str) -> None:
     group = ThreadGroup(RANKS)
     ranks = [Rank(i, tmp_path, group, fault if i == 2 else "") for i in range(RANKS)]
-    _together(ranks, Rank.attach)
+    together(ranks, Rank.attach)
     assert all(rank.captured and rank.guard.closed for rank in ranks)
-    found = _together(ranks, lambda rank: _steps(rank, 3 * INTERVAL, 4))
+    found = together(ranks, lambda rank: _steps(rank, 3 * INTERVAL, 4))
     assert found == [[1] * (3 * INTERVAL)] * RANKS, "SGLang's own policy"
 
 
 def test_ranks_told_different_things_leave_all_to_sglang(tmp_path: Path, page: PolicyPage) -> None:
     group = ThreadGroup(RANKS)
     ranks = [Rank(i, tmp_path, group, mode="shadow" if i == 1 else "active") for i in range(RANKS)]
-    _together(ranks, Rank.attach)
+    together(ranks, Rank.attach)
     assert all("do not agree" in str(rank.guard.closed) for rank in ranks)
-    assert _together(ranks, lambda rank: rank.step(4, 100)) == [1] * RANKS
+    assert together(ranks, lambda rank: rank.step(4, 100)) == [1] * RANKS
 
 
 def test_one_rank_alone_asks_nobody(tmp_path: Path, page: PolicyPage) -> None:

@@ -144,7 +144,8 @@ class EagleAttachment(Attachment):
     def _terms(self) -> int:
         """Checksum of everything beside the policy that K depends on; never 0."""
         policy = self._policy
-        return self._crc(self._history is not None, policy.captured if policy is not None else None)
+        ranges = policy.allowed_from(max_batch(self._worker)) if policy is not None and self._worker is not None else None
+        return self._crc(self._history is not None, policy.captured if policy is not None else None, ranges, self._undecided)
 
     # -- every decode step ---------------------------------------------------------------------------------------------
 

@@ -10,16 +10,16 @@ ARGS ?=
 
 help:
 	@echo "make demo [ARGS=\"--duration 90 --compare\"]  see it work on a real engine"
-	@echo "make test | lint | bench | docs             check, measure, write docs/{configuration,metrics}.md anew"
+	@echo "make test | lint | bench | docs             check, measure, write docs/{configuration,metrics}.md"
 	@echo "make site                                   the documentation as HTML in build/site; fails on a dead link"
 	@echo "make wheel                                  dist/adaptive_spec-VERSION-py3-none-any.whl, to install elsewhere"
 	@echo "make release-check                          build the release and try it in a fresh environment (minutes)"
 	@echo "make benchmarks                             policies against each other, simulated; writes docs/benchmarks.md"
 	@echo "make stack [ARGS=\"--duration 90\"]            demo, Prometheus and Alertmanager with the shipped configuration"
-	@echo "make dashboards                             write the Grafana dashboards of dashboards/ anew"
-	@echo "make manifests                              the alerts as a Kubernetes object, anew"
+	@echo "make dashboards                             write the Grafana dashboards of dashboards/"
+	@echo "make manifests                              write the alerts as a Kubernetes object"
 	@echo "make images                                 build both images without a container engine and run them (root; 3 GB)"
-	@echo "make vendor                                 the status page's plotting library anew (needs npm)"
+	@echo "make vendor                                 fetch the status page's plotting library (needs npm)"
 	@echo "make sglang-matrix                          all that the plugin uses of SGLang, checked in wheels of several releases"
 	@echo "make nightly                                what is too slow for every change, or needs a package registry"
 	@echo "make demo-sglang [ARGS=...]                 the same on a real SGLang server on the CPU (2.7 GB, once)"
@@ -76,14 +76,14 @@ release-check: $(STAMP)
 manifests: $(STAMP)
 	$(BIN)/python deploy/kubernetes/rules.py > deploy/kubernetes/monitoring/prometheus-rule.yaml
 
-images: $(STAMP)
-	@$(BIN)/python -m deploy.images $(ARGS)
-
 sglang-matrix: $(STAMP)
 	@$(BIN)/python -m tests.engines.release_matrix sglang $(ARGS)
 
 # Checks that are not part of `make test`.
 nightly: sglang-matrix
+
+images: $(STAMP)
+	@$(BIN)/python -m deploy.images $(ARGS)
 
 # The plots of the status page; npm checks what it fetches against the registry's own checksum.
 UPLOT := 1.6.32

@@ -63,7 +63,7 @@ def scenario_table(summaries: Sequence[Summary]) -> Table:
 
 
 def goal_table(summaries: Sequence[Summary]) -> Table:
-    """The goals, what was reached, and whether it holds."""
+    """Goal, result, and whether the goal is met."""
     table = Table("goal", "granularity", "wanted", "reached", "", title="goals (simulated server)", title_justify="left")
     for row in goal_rows(summaries):
         table.add_row(row.words, row.granularity, row.wanted, row.reached, "[green]yes[/green]" if row.met else "[red]NO[/red]")

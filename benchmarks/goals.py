@@ -39,7 +39,7 @@ class Summary:
 
 
 def summarise(of_seeds: Sequence[Result]) -> Summary:
-    """Put the results of one scenario's seeds together. They must hold adaptive and every static K."""
+    """Summarise one scenario over its seeds. The results must contain adaptive and every static K."""
     first = of_seeds[0]
     efficiency = {name: fmean(result.efficiency(result.runs[name]) for result in of_seeds) for name in first.runs}
     statics = {name: value for name, value in efficiency.items() if name.startswith("static-")}
@@ -70,7 +70,7 @@ def _long_phases(result: Result) -> list[int]:
 
 
 class GoalRow(NamedTuple):
-    """One goal at one granularity: what is wanted, what was reached, whether it holds."""
+    """One goal at one granularity: goal, result, and whether the goal is met."""
 
     words: str
     granularity: str
@@ -83,7 +83,7 @@ GOALS = {"batch": {"efficiency": 0.985, "phase": 0.95}, "request": {"efficiency"
 
 
 def goal_rows(summaries: Sequence[Summary]) -> list[GoalRow]:
-    """The goals of the decisions against what was reached, for the granularities there are."""
+    """One row per goal and granularity present in the summaries."""
     rows: list[GoalRow] = []
     for granularity, limits in GOALS.items():
         mine = [s for s in summaries if s.granularity == granularity]
@@ -118,9 +118,9 @@ def goal_rows(summaries: Sequence[Summary]) -> list[GoalRow]:
             loss = worst.against_best_static - 1.0
             rows.append(GoalRow("against the best static K where nothing drifts, each", granularity, ">= -1 %",
                                 f"{loss:+.2%} {worst.name}", loss >= -0.01))  # fmt: skip
-            dearest = max(steady, key=lambda s: s.probe_share)
+            probing = max(steady, key=lambda s: s.probe_share)
             rows.append(GoalRow("time lost to probing where nothing drifts, each", granularity, "<= 1 %",
-                                f"{dearest.probe_share:.2%} {dearest.name}", dearest.probe_share <= 0.01))  # fmt: skip
+                                f"{probing.probe_share:.2%} {probing.name}", probing.probe_share <= 0.01))  # fmt: skip
         if granularity == "batch":
             for peer, wanted in (("ema", 0.25), ("ema-wide", 0.10)):
                 gain = geometric_mean(s.gains[peer] for s in mine) - 1.0

@@ -1,4 +1,4 @@
-"""What a decode step pays for being observed and steered, and what the sidecar pays to read it: median and 99th percentile.
+"""Cost of the hot path: what the tap adds to a decode step, and what reading a record costs the sidecar, median and p99.
 
 Times come from single calls between two readings of the clock; what an empty call takes (printed too) is in every figure.
 """
@@ -27,7 +27,7 @@ from adaptive_spec.wire.ring import RingReader, RingWriter
 
 BATCH, MAX_K, LARGE_BATCH = 64, 7, 256
 POLL_RECORDS = 16
-"""Records a poll finds: about what an engine writes between two looks of the sidecar."""
+"""Records per poll: about what an engine writes between two polls of the sidecar."""
 
 
 def quantiles(taken_ns: NDArray[np.float64]) -> dict[str, float]:

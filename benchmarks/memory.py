@@ -1,4 +1,4 @@
-"""Resident memory of a real sidecar process over an hour's worth of records, fed as fast as it takes them.
+"""Resident memory of a real sidecar process over the records of an hour, written as fast as it reads them.
 
 An hour of an engine whose steps take 25 ms, at batch 64 and K 7: 144,000 records. The sidecar's wall clock runs at its own
 pace meanwhile, so there are fewer refits and checkpoints than in an hour, and everything that grows with records grows in full.
@@ -24,7 +24,7 @@ from benchmarks.ingestion import engine_info, made_records
 
 HOUR_RECORDS = 144_000
 CHUNK = 256
-PATIENCE_S = 60.0
+TIMEOUT_S = 60.0
 WANTED_PEAK_MB, WANTED_GROWTH_MB = 200.0, 2.0
 
 
@@ -59,14 +59,14 @@ def run(folder: Path, records: int) -> dict[str, Any]:
         "dropped": sum(dropped.values()),
         "peak_mb": max(used),
         "last_mb": used[-1],
-        # The mean of the last quarter of the last half against its first quarter: one sample would be luck.
+        # The mean of the last quarter of the last half against its first quarter: a single sample is too noisy.
         "growth_over_last_half_mb": sum(half[-part:]) / part - sum(half[:part]) / part,
         "wanted_peak_mb": WANTED_PEAK_MB,
     }
 
 
 def _client(runtime_dir: Path) -> ControlClient:
-    deadline_s = time.monotonic() + PATIENCE_S
+    deadline_s = time.monotonic() + TIMEOUT_S
     while True:
         try:
             return ControlClient.find(runtime_dir, None, None)
@@ -78,10 +78,10 @@ def _client(runtime_dir: Path) -> ControlClient:
 
 def _await_learnt(client: ControlClient, records: int) -> None:
     """Wait until all but the last chunk is learnt, so that the ring of 1024 never overflows."""
-    deadline_s = time.monotonic() + PATIENCE_S
+    deadline_s = time.monotonic() + TIMEOUT_S
     while client.status().get("observations", 0) < records:
         if time.monotonic() > deadline_s:
-            raise RuntimeError(f"the sidecar has not learnt {records} records within {PATIENCE_S:g} s")
+            raise RuntimeError(f"the sidecar has not learnt {records} records within {TIMEOUT_S:g} s")
         time.sleep(0.05)
 
 

@@ -1,4 +1,4 @@
-"""What a meeting of the tensor-parallel ranks costs a decode step: four processes, gloo on the loopback, nothing else in a step.
+"""Cost of the ranks' rendezvous per decode step: four processes, gloo on the loopback, nothing else in a step.
 
 Four ranks on fewer cores take turns, so these are upper bounds: with a core for each rank a meeting is quicker.
 """

@@ -45,7 +45,7 @@ def full_controller(seed: int = 0) -> Controller:
 
 
 def run(refits: int) -> dict[str, float]:
-    """Refit again and again; milliseconds of the whole and of its parts."""
+    """Time repeated refits: milliseconds of the whole and of its parts."""
     controller = full_controller()
     parts: dict[str, list[float]] = {}
 

@@ -1,10 +1,10 @@
-"""A real SGLang server on the CPU kit with and without us: what watching costs, and what deciding gives.
+"""A real SGLang server on the CPU kit with and without the plugin: the overhead of observing, and the gain of adaptive K.
 
     python -m benchmarks.sglang_server overhead [--rounds N] [--models models-64m]
     python -m benchmarks.sglang_server adaptive [--rounds N] [--models models-64m]
 
-Every arm is a server of its own. One of them runs at a time, the others are stopped (SIGSTOP), and each round gives every arm the
-same prompts, beginning with another arm: a noisy minute hits all alike. Goodput is output tokens of the whole block over its wall
+Every arm is its own server. One of them runs at a time, the others are stopped (SIGSTOP). Each round gives every arm the same
+prompts, in rotated order, so that background load affects all alike. Goodput is output tokens of the whole block over its wall
 time at the client, prefills, HTTP and the sidecar on the same cores included. Ratios are taken round by round; their median and
 quartiles are printed. Latencies are those of plain PyTorch on a CPU.
 """
@@ -36,14 +36,14 @@ from adaptive_spec.engines.sglang.cpu_kit import CpuKit, Prompt
 from adaptive_spec.engines.sglang.ring_follower import RingFollower
 from adaptive_spec.errors import BadInput
 
-START_PATIENCE_S = 240.0
+START_TIMEOUT_S = 240.0
 PHASES = (("aab", 1), ("def", 1), ("aab", 8), ("eff", 8), ("abc", 4), ("cde", 4))
 """Regions of the prompts, and requests at once."""
 WINDOW_S = 80.0
 LOCK_VARIABLE = "BENCH_LOCK"
-"""Names a file to lock exclusively while measuring, given up every WINDOW_S; for machines that are shared."""
+"""Environment variable with a file to lock exclusively while measuring, released every WINDOW_S; for shared machines."""
 OTHERS_S = 30.0
-"""Between two windows: a lock is not fair, and others want it too."""
+"""Seconds between two windows, so that others get the lock, which is not fair."""
 
 
 @dataclass
@@ -58,12 +58,12 @@ class Arm:
     by_phase: dict[int, list[float]] = field(default_factory=dict)
 
     def signal(self, number: int) -> None:
-        """To the server and everything it started."""
+        """Signal the server and all processes it started."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, number)
         with contextlib.suppress(OSError, ValueError, KeyError):
             os.kill(int(json.loads((self.runtime_dir / "sidecar.json").read_bytes())["pid"]), number)
-        # `serve` gives the server a session of its own.
+        # `serve` starts the server in its own session.
         for child in _children(self.process.pid):
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(child, number)
@@ -107,7 +107,7 @@ def start(kit: CpuKit, folder: Path, name: str, models: str, candidates: Sequenc
             kit.command(*command), stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True
         )
     arm = Arm(name, process, ServerApi(f"http://127.0.0.1:{port}"), folder / "run")
-    deadline_s = time.monotonic() + START_PATIENCE_S
+    deadline_s = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline_s:
         if process.poll() is not None:
             raise BadInput(f"{name}: the server ended: {(folder / 'log').read_text(errors='replace')[-500:]}")
@@ -119,18 +119,18 @@ def start(kit: CpuKit, folder: Path, name: str, models: str, candidates: Sequenc
 
 
 def prompts(regions: str, count: int, seed: int, tokens: int = 48) -> list[tuple[Prompt, int]]:
-    dice = random.Random(seed)
-    return [(Prompt(dice.choice(regions), dice.randrange(128)), tokens) for _ in range(count)]
+    generator = random.Random(seed)
+    return [(Prompt(generator.choice(regions), generator.randrange(128)), tokens) for _ in range(count)]
 
 
 def block(arm: Arm, requests: list[tuple[Prompt, int]], concurrency: int) -> float:
-    """Tokens per second of one block; every output must be the target's own."""
+    """Tokens per second of one block; every output must equal the target's."""
 
     def one(request: tuple[Prompt, int]) -> int:
         prompt, tokens = request
         ids = arm.api.generate(prompt.text, tokens).ids
         if ids != prompt.continuation(tokens):
-            raise BadInput(f"{arm.name}: an output is not the target's own")
+            raise BadInput(f"{arm.name}: an output differs from the target's")
         return len(ids)
 
     begun_s = time.perf_counter()
@@ -141,7 +141,7 @@ def block(arm: Arm, requests: list[tuple[Prompt, int]], concurrency: int) -> flo
 
 @contextlib.contextmanager
 def measuring() -> Iterator[None]:
-    """Alone on the machine, where a lock says so."""
+    """Hold the lock named by LOCK_VARIABLE, if it is set."""
     path = os.environ.get(LOCK_VARIABLE)
     if not path:
         yield
@@ -212,7 +212,7 @@ _models = click.option("--models", type=click.Choice(["models", "models-64m"]), 
 @_rounds
 @_models
 def overhead(count: int, models: str) -> None:
-    """SGLang alone against shadow and against active with one K: K is 3 on all arms, so that nothing but us differs."""
+    """SGLang alone against shadow and active mode. K is 3 on all arms, so that only the plugin differs."""
     kit = CpuKit()
     kit.install("--large")
     started: list[Arm] = []
@@ -230,7 +230,7 @@ def overhead(count: int, models: str) -> None:
 @_rounds
 @_models
 def adaptive(count: int, models: str) -> None:
-    """On traffic that changes in kind and concurrency: us against every static K and against SGLang's own adaptive policy."""
+    """Adaptive K against every static K and SGLang's own adaptive policy, on traffic that changes in kind and concurrency."""
     kit = CpuKit()
     kit.install("--large")
     started: list[Arm] = []

@@ -1,8 +1,8 @@
-"""Time the embedded engine's verify forward for 1..N rows by brute force: what the learnt tile boundaries must agree with.
+"""Time the embedded engine's verify forward for 1..N rows: the reference for the learnt tile boundaries.
 
     python benchmarks/verify_latency.py --rows 32 --out build/verify_latency.csv
 
-Every round measures each row count once, in a shuffled order, so that a noisy second hits all alike.
+Every round measures each row count once, in shuffled order, so that background load affects all alike.
 """
 
 from __future__ import annotations

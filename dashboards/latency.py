@@ -23,7 +23,7 @@ def _ends(first: str, last: str) -> str:
 def _staircase() -> trend.Panel:
     return (
         trend.Panel().title("Current staircase").datasource(DATASOURCE).unit("s").min(0).height(HEIGHT).span(12)
-        .description("Fitted verify latency by verified tokens. It jumps at tile boundaries.")
+        .description("Fitted verify latency by tokens of the verify step. It jumps at tile boundaries.")
         .with_target(rows(_ends(FIRST, LAST), "A"))
         .with_target(rows(_ends(f"{INTERCEPT} + {SLOPE} * {FIRST}", f"{INTERCEPT} + {SLOPE} * {LAST}"), "B"))
         .transformations(joined("point", {"Value #A": "tokens", "Value #B": "verify latency"}, "tokens"))

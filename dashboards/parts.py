@@ -148,7 +148,7 @@ def page(name: str, title: str, description: str, panels: Sequence[Panel]) -> mo
                           "K policy swapped: {{reason}}"))
         .annotation(_annotation("Drift", "orange", f"sum by (signal) ({increase('drift_events_total')}) > 0",
                           "{{signal}} drift"))
-        .annotation(dashboard.AnnotationQuery().name("Events in words").enable(True).icon_color("purple")
+        .annotation(dashboard.AnnotationQuery().name("Event texts").enable(True).icon_color("purple")
                     .datasource(kinds.DataSourceRef(type_val="grafana", uid="-- Grafana --")).target(ours))  # type: ignore[arg-type]  # of a Grafana data source: the SDK has the other kind only
     )  # fmt: skip
     for panel in panels:

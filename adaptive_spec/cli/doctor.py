@@ -144,6 +144,7 @@ def _profile_folder(folder: Path) -> Iterator[Finding]:
 
 
 def _ring(runtime_dir: Path) -> Iterator[Finding]:
+    from adaptive_spec.wire.liveness import process_alive
     from adaptive_spec.wire.ring import RingLayoutError, RingReader
 
     path = runtime_dir / RING_NAME
@@ -158,7 +159,7 @@ def _ring(runtime_dir: Path) -> Iterator[Finding]:
         yield Finding("broken", "ring", str(error))
         return
     age = f", last record {time.monotonic() - 1e-9 * last[0].time_ns:,.1f} s old" if last else ""
-    process = "alive" if _alive(info.pid) else "not running"
+    process = "alive" if process_alive(info.pid) else "not running"
     yield Finding("ok", "ring", f"{info.name} {info.model} on {info.gpu}, pid {info.pid} {process}, {newest:,} records{age}")
 
 
@@ -213,13 +214,3 @@ def _promtool() -> Iterator[Finding]:
         yield Finding("ok", "promtool", tool)
     else:
         yield Finding("note", "promtool", "not installed: only tests of the metrics and alerts need it")
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        pass
-    return True

@@ -1,4 +1,4 @@
-"""Requests to a running SGLang server through its own HTTP API, for sweeps and demonstrations. Nothing in SGLang is changed."""
+"""Client of a running SGLang server's own HTTP API, for sweeps and demonstrations."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ TIMEOUT_S = 120.0
 
 
 class Output(NamedTuple):
-    """ids: output tokens. meta: SGLang's meta_info."""
+    """The answer to a request. ids: output tokens. meta: SGLang's meta_info."""
 
     ids: list[int]
     meta: dict[str, Any]
 
 
 class ServerApi:
-    """One server. url: "http://host:port". api_key: "" where none is asked for. Raises BadInput for a URL that is none."""
+    """Client of one server. url: "http://host:port". api_key: "" without one. Raises BadInput for another form of URL."""
 
     def __init__(self, url: str, api_key: str = "") -> None:
         parts = urlsplit(url if "//" in url else f"http://{url}")
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise BadInput(f"--url: {url!r} is not allowed: must be like http://HOST:PORT")
+            raise BadInput(f"--url: must be like http://HOST:PORT, got {url!r}")
         self.url = f"{parts.scheme}://{parts.netloc}"
         self._host, self._port, self._secure = parts.hostname, parts.port, parts.scheme == "https"
         self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {})
 
     def info(self) -> dict[str, Any]:
-        """What the server says about itself. Raises BadInput when it does not answer."""
+        """Return the server's information. Raises BadInput when no SGLang server answers."""
         reason = "no answer"
         for path in ("/server_info", "/get_server_info"):
             try:
@@ -46,10 +46,10 @@ class ServerApi:
             if isinstance(document, dict):
                 return document
             reason = f"status {status} for {path}"
-        raise BadInput(f"--url: '{self.url}' is not allowed: {reason}; must be a running SGLang server")
+        raise BadInput(f"--url: '{self.url}': {reason}; must be a running SGLang server")
 
     def generate(self, text: str, tokens: int) -> Output:
-        """Greedy continuation of exactly so many tokens. Raises OSError or HTTPException when the request fails."""
+        """Return a greedy continuation of exactly `tokens` tokens. Raises OSError or HTTPException when the request fails."""
         status, body = self._ask("POST", "/generate", _request(text, tokens, stream=False), TIMEOUT_S)
         if status != 200:
             raise OSError(f"status {status}: {body[:200].decode(errors='replace')}")
@@ -58,7 +58,7 @@ class ServerApi:
 
     @contextlib.contextmanager
     def stream(self, text: str, tokens: int) -> Iterator[Iterator[int]]:
-        """The same, as an iterator over the number of tokens so far; leaving the block aborts the request in the server."""
+        """Like `generate`, as an iterator over the number of tokens so far. Leaving the block aborts the request."""
         connection = self._connection(TIMEOUT_S)
         try:
             connection.request("POST", "/generate", json.dumps(_request(text, tokens, stream=True)), self._headers)
@@ -98,9 +98,9 @@ def _tokens_so_far(answer: http.client.HTTPResponse) -> Iterator[int]:
 
 
 class HeldBatch:
-    """Keeps exactly `size` requests running: each is replaced as soon as it ends. Context manager.
+    """Keeps exactly `size` requests running: a request that ends is replaced at once. Context manager.
 
-    prompts: texts, used in turn. tokens: length of a request. failure: the first one's words, None while all is well.
+    prompts: texts, used in turn. tokens: length of a request. failure: message of the first failure, None without one.
     """
 
     def __init__(self, api: ServerApi, size: int, prompts: Sequence[str], tokens: int) -> None:
@@ -121,7 +121,7 @@ class HeldBatch:
             thread.join(TIMEOUT_S)
 
     def wait(self, timeout_s: float) -> bool:
-        """Whether all of them run, at the latest after timeout_s."""
+        """Wait up to timeout_s for each request to start; return whether all run and none has failed."""
         return all(event.wait(timeout_s) for event in self._running) and self.failure is None
 
     def _keep(self, slot: int) -> None:

@@ -1,4 +1,4 @@
-"""The other end of the sidecar's HTTP server: how `ctl`, `sweep`, `doctor` and the demo talk to a running sidecar."""
+"""Client of the sidecar's HTTP server, for `ctl`, `sweep`, `doctor` and the demo."""
 
 from __future__ import annotations
 
@@ -16,31 +16,34 @@ TOKEN_NAME = "control.token"
 
 
 class ControlClient:
-    """Asks one sidecar. url: "http://host:port". token: for `send` only, "" where it is not needed."""
+    """Client of one sidecar.
+
+    url: "http://host:port". token: for `send`, "" without one. timeout_s: of each request. Raises BadInput for other URLs.
+    """
 
     def __init__(self, url: str, token: str = "", timeout_s: float = 10.0) -> None:
         if not url.startswith(("http://", "https://")):
-            raise BadInput(f"--url: {url!r} is not allowed: must begin with http:// or https://")
+            raise BadInput(f"--url: must begin with http:// or https://, got {url!r}")
         self.url = url.rstrip("/")
         self._token = token
         self._timeout_s = timeout_s
-        # A proxy of the environment is for the world outside, not for a sidecar.
+        # No proxy of the environment: a sidecar runs on this host or in this cluster.
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
     @classmethod
     def find(cls, runtime_dir: Path, url: str | None, token_file: Path | None) -> ControlClient:
-        """Find a sidecar by its runtime directory, or take the URL given. Raises BadInput."""
+        """Use the URL, or without one the address and token in the sidecar's runtime directory. Raises BadInput."""
         if url is None:
             try:
                 url = str(json.loads((runtime_dir / ADDRESS_NAME).read_bytes())["url"])
             except (OSError, ValueError, KeyError, TypeError) as error:
-                raise BadInput(f"--runtime-dir: '{runtime_dir}' is not allowed: no sidecar runs there; give --url") from error
+                raise BadInput(f"--runtime-dir: '{runtime_dir}': no sidecar runs there; give --url") from error
         path = token_file or runtime_dir / TOKEN_NAME
         try:
             token = path.read_text().strip()
         except (OSError, UnicodeDecodeError) as error:
             if token_file:
-                raise BadInput(f"--token-file: '{path}' is not allowed: cannot be read") from error
+                raise BadInput(f"--token-file: '{path}': cannot be read") from error
             token = ""
         return cls(url, token)
 
@@ -49,7 +52,7 @@ class ControlClient:
         return self._ask("/status.json", None)
 
     def send(self, command: str, k: int | None = None) -> dict[str, Any]:
-        """Send a command. Raises BadInput with the sidecar's own words when it refuses."""
+        """Send a command and return the answer. Raises BadInput with the sidecar's message when it refuses."""
         return self._ask("/control", {"command": command} if k is None else {"command": command, "k": k})
 
     def _ask(self, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
@@ -66,7 +69,7 @@ class ControlClient:
             reason = getattr(error, "reason", error)
             raise BadInput(f"{self.url}: no sidecar answers: {getattr(reason, 'strerror', None) or reason}") from error
         if not isinstance(document, dict):
-            raise BadInput(f"{self.url}: no sidecar answers: the answer is not one of a sidecar")
+            raise BadInput(f"{self.url}: no sidecar answers: the answer is not a JSON object")
         return document
 
 

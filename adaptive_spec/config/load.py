@@ -1,7 +1,4 @@
-"""The YAML configuration file of the sidecar, and the page that documents it.
-
-`python -m adaptive_spec.config.load` prints docs/configuration.md.
-"""
+"""Reads the sidecar's YAML configuration file."""
 
 from __future__ import annotations
 
@@ -26,17 +23,17 @@ _WANTED = {
     "int_parsing": "a whole number",
     "int_from_float": "a whole number",
     "bool_type": "true or false",
-    "string_type": "a text",
+    "string_type": "text",
     "path_type": "a path",
     "finite_number": "a finite number",
     "model_type": "a section of keys and values",
     "model_attributes_type": "a section of keys and values",
-    "string_too_short": "not empty",
+    "string_too_short": "text that is not empty",
     "list_type": "a list",
     "dict_type": "a section of keys and values",
-    "too_short": "longer",
+    "too_short": "a longer list",
 }
-"""What pydantic's kinds of error want, in words."""
+"""What is allowed, by pydantic's type of error."""
 
 URL_KEYS = ("profile_store", "url")
 """Keys whose value may hold a secret."""
@@ -45,9 +42,9 @@ Section = TypeVar("Section", bound=BaseModel)
 
 
 def load_settings(path: Path | None, overrides: Mapping[str, object] | None = None) -> SidecarSettings:
-    """Read a configuration file (None: all defaults); overrides: values of the sidecar's own keys that take precedence.
+    """Read a configuration file (None: all defaults). overrides: values of top-level keys, which take precedence.
 
-    Raises BadInput with one line: file, dotted key, value, what is allowed.
+    Raises BadInput with one line: file, dotted key, what is allowed, value.
     """
     settings = SidecarSettings() if path is None else settings_from(read_yaml(path, CONFIG_BYTES), str(path))
     given = {key: str(value) if isinstance(value, Path) else value for key, value in (overrides or {}).items()}
@@ -56,26 +53,24 @@ def load_settings(path: Path | None, overrides: Mapping[str, object] | None = No
 
 
 def settings_from(data: object, name: str) -> SidecarSettings:
-    """Turn parsed YAML (None: all defaults) into settings. Raises BadInput as `load_settings`; `name` begins its line."""
+    """Check parsed YAML (None: all defaults). Raises BadInput like `load_settings`, beginning with `name`."""
     if data is None:
         return SidecarSettings()
     settings = validated(SidecarSettings, data, name)
     policy = settings.controller.policy
     if policy.k_min > policy.k_max:
-        raise BadInput(
-            f"{name}: controller.policy.k_min: {policy.k_min} is not allowed: must be <= k_max, which is {policy.k_max}"
-        )
+        raise BadInput(f"{name}: controller.policy.k_min: must be at most k_max, which is {policy.k_max}, got {policy.k_min}")
     return settings
 
 
 def validated(section: type[Section], data: object, name: str) -> Section:
-    """Turn parsed YAML into a section. Raises BadInput: `name`, dotted key, value, what is allowed."""
+    """Check parsed YAML against a section. Raises BadInput: `name`, dotted key, what is allowed, value."""
     if not isinstance(data, dict):
-        raise BadInput(f"{name}: must be keys and values, not a {type(data).__name__}")
+        raise BadInput(f"{name}: must be keys and values, got a {type(data).__name__}")
     if (key := _not_unicode(data)) is not None:
-        raise BadInput(f"{name}: {key}must be Unicode text, without unpaired surrogates")
+        raise BadInput(f"{name}: {key}must be Unicode text without unpaired surrogates")
     try:
-        # Strict and by way of JSON: "5" is no number and true is no 1, but a text is still a path.
+        # Strict, and from JSON: "5" is not a number and true is not 1, but text is accepted as a path.
         return section.model_validate_json(json.dumps(data, default=str), strict=True)
     except ValidationError as error:
         raise BadInput(f"{name}: {_explain(error.errors(include_url=False)[0], section)}") from error
@@ -98,20 +93,20 @@ def _explain(error: ErrorDetails, root: type[BaseModel]) -> str:
     kind, context, value = error["type"], error.get("ctx", {}), error["input"]
     if kind == "extra_forbidden":
         fields = _section(root, error["loc"][:-1]).model_fields
-        return f"{key}: unknown key: allowed are {', '.join(info.alias or name for name, info in fields.items())}"
+        return f"{key}: unknown key; must be one of {', '.join(info.alias or name for name, info in fields.items())}"
     if kind == "missing":
         return f"{key}: is missing"
-    bounds = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
-    wanted = next((f"{sign} {context[bound]:g}" for bound, sign in bounds.items() if bound in context), None)
+    bounds = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+    wanted = next((f"{words} {context[bound]:g}" for bound, words in bounds.items() if bound in context), None)
     if kind == "literal_error":
         wanted = str(context["expected"])
     wanted = wanted or _WANTED.get(kind)
     reason = f"must be {wanted}" if wanted else shortened(error["msg"].removeprefix("Value error, "))
-    return f"{key}: {shown_value(value, is_url=error['loc'][-1] in URL_KEYS)} is not allowed: {reason}"
+    return f"{key}: {reason}, got {shown_value(value, is_url=error['loc'][-1] in URL_KEYS)}"
 
 
 def _section(root: type[BaseModel], location: tuple[int | str, ...]) -> type[BaseModel]:
-    """The section at a location; sections may stand in lists and under names of the user's."""
+    """The section at a location, which may lead through lists and through keys chosen by the user."""
     section = root
     for part in location:
         info = section.model_fields.get(str(part))
@@ -121,7 +116,7 @@ def _section(root: type[BaseModel], location: tuple[int | str, ...]) -> type[Bas
 
 
 def sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
-    """Sections an annotation is made of: itself, or what it is a list, a dict or an option of."""
+    """Sections in an annotation: itself, or the members of its list, dict or union."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     for part in get_args(annotation):

@@ -1,4 +1,4 @@
-"""Settings, with the range of each and what larger and smaller values do. Unknown keys are errors."""
+"""Settings, each with its range and the effect of larger and smaller values. Unknown keys are errors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class _Section(BaseModel):
 
 
 class LatencySettings(_Section):
-    """How step times are learnt."""
+    """Learning of step times."""
 
     jump_threshold: float = Field(
         0.15,
@@ -31,21 +31,21 @@ class LatencySettings(_Section):
         ge=8,
         le=100_000,
         description=(
-            "Samples a token count remembers, 8..100000. Larger: steadier estimates, slower to "
+            "Samples remembered per token count, 8..100000. Larger: steadier estimates, slower to "
             "follow a change. Smaller: the reverse."
         ),
     )
 
 
 class AcceptanceSettings(_Section):
-    """How acceptance is learnt."""
+    """Learning of acceptance."""
 
     memory_steps: int = Field(
         400,
         ge=20,
         le=1_000_000,
         description=(
-            "Decode steps a calibration remembers, 20..1000000. Larger: steadier, slower to follow traffic. Smaller: the reverse."
+            "Decode steps remembered by the calibration, 20..1000000. Larger: steadier, slower to follow. Smaller: the reverse."
         ),
     )
 
@@ -53,14 +53,15 @@ class AcceptanceSettings(_Section):
 class PolicySettings(_Section):
     """Guard rails of the decision."""
 
-    k_min: int = Field(0, ge=0, le=32, description="Smallest K ever chosen, 0..32. 0 allows speculation to be switched off.")
+    k_min: int = Field(0, ge=0, le=32, description="Smallest K ever chosen, 0..32. 0 allows speculation to be off.")
     k_max: int = Field(32, ge=0, le=32, description="Largest K ever chosen, 0..32, cut to what the engine can run.")
     min_dwell_s: float = Field(
         1.0,
         ge=0.0,
         le=3600.0,
         description=(
-            "Seconds a policy stays at least, 0..3600. Larger: fewer swaps, slower reaction. Smaller: quicker, may flap."
+            "Shortest time between swaps, seconds, 0..3600. Larger: fewer swaps, slower reaction. "
+            "Smaller: faster reaction, K may change back and forth."
         ),
     )
     min_gain: float = Field(
@@ -68,7 +69,7 @@ class PolicySettings(_Section):
         ge=0.0,
         le=1.0,
         description=(
-            "Predicted relative gain a swap needs beyond its own uncertainty, 0..1. Larger: fewer swaps. Smaller: chases noise."
+            "Predicted relative gain a swap needs beyond its uncertainty, 0..1. Larger: fewer swaps. Smaller: swaps follow noise."
         ),
     )
     probe_budget: float = Field(
@@ -83,7 +84,14 @@ class PolicySettings(_Section):
         30.0,
         ge=1.0,
         le=86_400.0,
-        description=("Seconds without a sign of life from the sidecar after which the engine returns to its launch K, 1..86400."),
+        description=("Age of the sidecar's heartbeat, seconds, beyond which the engine returns to its launch K, 1..86400."),
+    )
+    fallback: Literal["stock", "launch"] = Field(
+        "stock",
+        description=(
+            "Who chooses K while no policy of the sidecar acts: stock (the engine's own adaptive policy where it has one, as "
+            "SGLang with --speculative-adaptive, else the launch K) or launch (the launch K)."
+        ),
     )
     rollback_loss: float = Field(
         0.05,
@@ -91,7 +99,7 @@ class PolicySettings(_Section):
         le=1.0,
         description=(
             "Measured loss against the previous policy's prediction at which a swap is taken back, 0.005..1. "
-            "Smaller: more nervous."
+            "Smaller: more rollbacks."
         ),
     )
 
@@ -100,21 +108,24 @@ class SweepSettings(_Section):
     """The cold-start sweep."""
 
     samples_per_count: int = Field(
-        4, ge=2, le=100, description=("Steps measured at each token count, 2..100. Larger: surer boundaries, longer sweep.")
+        4,
+        ge=2,
+        le=100,
+        description=("Steps measured at each token count, 2..100. Larger: surer boundaries, longer sweep."),
     )
     max_steps: int = Field(1500, ge=10, le=1_000_000, description="Decode steps the sweep may take at most, 10..1000000.")
     max_tokens: int = Field(1024, ge=1, le=65_536, description="Largest token count the sweep measures, 1..65536.")
 
 
 class ControllerSettings(_Section):
-    """Everything the pure controller needs."""
+    """The controller."""
 
     mode: Literal["active", "shadow"] = Field("active", description="active: act on the engine. shadow: decide and report only.")
     refit_interval_s: float = Field(
         0.5,
         ge=0.05,
         le=600.0,
-        description=("Seconds between refits, 0.05..600. Larger: less sidecar work. Smaller: quicker reaction."),
+        description=("Seconds between refits, 0.05..600. Larger: less work for the sidecar. Smaller: faster reaction."),
     )
     latency: LatencySettings = LatencySettings()
     acceptance: AcceptanceSettings = AcceptanceSettings()
@@ -126,22 +137,22 @@ class GrafanaSettings(_Section):
     """Annotations in Grafana for every swap and drift event. Needs the extra `grafana`."""
 
     url: WebUrl | None = Field(
-        None, min_length=1, description="Address of Grafana, with its path prefix if it has one. None: no annotations."
+        None, min_length=1, description="URL of Grafana, with its path prefix if it has one. None: no annotations."
     )
     token_file: FilePath | None = Field(
-        None, description="File with the token of a service account that may write annotations. None: none is shown."
+        None, description="File with the token of a service account that may write annotations. None: no token is sent."
     )
     timeout_s: float = Field(
         5.0,
         ge=0.1,
         le=60.0,
-        description="Seconds Grafana may take to answer, 0.1..60. Larger: fewer are dropped while it is slow.",
+        description="Seconds Grafana may take to answer, 0.1..60. Larger: fewer events are dropped while Grafana is slow.",
     )
     queue_length: int = Field(
         64,
         ge=1,
         le=10_000,
-        description="Events that wait for a slow Grafana, 1..10000; beyond that the oldest are dropped and counted.",
+        description="Events queued for a slow Grafana, 1..10000; beyond that the oldest are dropped and counted.",
     )
 
 
@@ -158,9 +169,9 @@ class SidecarSettings(_Section):
         None,
         min_length=1,
         description=(
-            "fsspec URL of profiles shared by a fleet, as `file:///mnt/profiles` or `s3://bucket/profiles`: replicas of the same "
-            "model, GPU and TP degree start from the newest valid one. None: every replica sweeps for itself. Needs the extra "
-            "`store`, and the storage's own fsspec package."
+            "fsspec URL of profiles shared by a fleet, like `file:///mnt/profiles` or `s3://bucket/profiles`: replicas of the "
+            "same model, GPU and TP degree start from the newest valid one. None: every replica runs its own sweep. Needs the "
+            "extra `store`, and the storage's own fsspec package."
         ),
     )
     profile_store_key_file: FilePath | None = Field(
@@ -171,27 +182,23 @@ class SidecarSettings(_Section):
             "signatures are not looked at."
         ),
     )
-    host: HostName = Field(
-        "127.0.0.1", min_length=1, description="Address the HTTP server binds. Loopback unless told otherwise."
-    )
-    port: int = Field(9477, ge=0, le=65_535, description="Port of the HTTP server, 0..65535. 0 takes a free one.")
+    host: HostName = Field("127.0.0.1", min_length=1, description="Address the HTTP server binds. Default: loopback only.")
+    port: int = Field(9477, ge=0, le=65_535, description="Port of the HTTP server, 0..65535. 0: a free port.")
     control_token_file: FilePath | None = Field(
         None,
-        description=("File with the token `ctl` must show. None: a token is made at start and kept, mode 0600, in runtime_dir."),
+        description=("File with the token that `ctl` must send. None: a token is created at start in runtime_dir, mode 0600."),
     )
     checkpoint_interval_s: float = Field(
         10.0,
         ge=1.0,
         le=3600.0,
-        description=("Seconds between checkpoints, 1..3600. Larger: a restart forgets more. Smaller: more writing."),
+        description=("Seconds between checkpoints, 1..3600. Larger: a restart loses more. Smaller: more writes."),
     )
     poll_interval_s: float = Field(
         0.02,
         ge=0.001,
         le=1.0,
-        description=(
-            "Seconds between looks at the ring, 0.001..1. Larger: less CPU, later reaction, records may be overwritten."
-        ),
+        description=("Seconds between reads of the ring, 0.001..1. Larger: less CPU, slower reaction, records may be lost."),
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe log line printed.")
     controller: ControllerSettings = ControllerSettings()

@@ -29,7 +29,7 @@ def _wrong(problem: str, place: yaml.Event | yaml.Node) -> yaml.MarkedYAMLError:
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """Safe YAML without anchors, aliases and tags. The same key twice is an error, not a silent choice of the last."""
+    """Safe YAML without anchors, aliases and tags. A duplicate key is an error."""
 
     _depth = 0
 
@@ -54,9 +54,7 @@ class _PlainLoader(yaml.SafeLoader):
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode):
                 if key.value in seen:
-                    raise yaml.MarkedYAMLError(
-                        problem=f"key {shown_value(key.value)} is there twice", problem_mark=key.start_mark
-                    )
+                    raise yaml.MarkedYAMLError(problem=f"duplicate key {shown_value(key.value)}", problem_mark=key.start_mark)
                 seen.add(key.value)
             if not isinstance(key, yaml.ScalarNode) or re.fullmatch(".*:(bool|float|null)", key.tag):
                 raise _wrong("a key must be a text", key)
@@ -83,7 +81,7 @@ def read_yaml(path: Path, largest_bytes: int = LARGEST_BYTES) -> object:
     try:
         text = read_regular_file(path, largest_bytes, follow_links=True).data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise BadInput(f"{path}: cannot be read: is not UTF-8 text") from error
+        raise BadInput(f"{path}: cannot be read: not UTF-8 text") from error
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else one_line(error)
         raise BadInput(f"{path}: cannot be read: {reason}") from error
@@ -96,9 +94,9 @@ def parse_yaml(text: str, name: str) -> object:
         return yaml.load(text, Loader=_PlainLoader)  # a SafeLoader
     except yaml.MarkedYAMLError as error:
         line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
-        raise BadInput(f"{name}: {line}is not valid YAML: {shortened(one_line(_Problem(error)))}") from error
+        raise BadInput(f"{name}: {line}not valid YAML: {shortened(one_line(_Problem(error)))}") from error
     except Exception as error:  # PyYAML raises LookupError, AttributeError and others for some values that are not valid
-        raise BadInput(f"{name}: is not valid YAML: {shortened(one_line(error))}") from error
+        raise BadInput(f"{name}: not valid YAML: {shortened(one_line(error))}") from error
 
 
 class _Problem(Exception):  # noqa: N818 - carries the problem of a YAML error to one_line

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+from bisect import bisect_right
 from dataclasses import asdict, dataclass
 
+import numpy as np
+
+from adaptive_spec.domain.arrays import Bools
 from adaptive_spec.domain.policy import Granularity
 
 
@@ -16,7 +20,8 @@ class EngineInfo:
     name: "embedded", "sglang", ... model, gpu, tp: part of the profile's name and of the metric labels. launch_k: K it was
     started with. candidates: the K it can run, ascending (SGLang: the captured runtime states). max_batch: most requests in a
     step. granularity: whether verify lengths may differ in a step. holds_batch: it can keep the batch at the size that a trial
-    asks for. pid: process id.
+    asks for. pid: process id. allowed_from: from this batch size on, these K: (batch size, K ascending), ascending batch sizes,
+    the first entry at 1; () means every candidate at every batch size. The launch K is allowed at every batch size.
     """
 
     name: str
@@ -29,6 +34,7 @@ class EngineInfo:
     granularity: Granularity
     holds_batch: bool
     pid: int
+    allowed_from: tuple[tuple[int, tuple[int, ...]], ...] = ()
 
     @property
     def max_k(self) -> int:
@@ -39,6 +45,20 @@ class EngineInfo:
         """Folder name `{model}_{gpu}_tp{N}`; characters other than letters, digits, '.' and '-' become '-'."""
         return "_".join([_file_name(self.model), _file_name(self.gpu), f"tp{self.tp}"])
 
+    def allowed_k(self, batch_size: int) -> tuple[int, ...]:
+        """K that the engine runs at a batch size, ascending; among them the launch K."""
+        if not self.allowed_from:
+            return self.candidates
+        at = bisect_right(self.allowed_from, batch_size, key=lambda entry: entry[0])
+        return tuple(sorted({*self.allowed_from[max(at - 1, 0)][1], self.launch_k}))
+
+    def allowed_mask(self) -> Bools:
+        """[max_batch + 1, max_k + 1], whether the engine runs K (column) at a batch size (row). Row 0 is row 1."""
+        mask = np.zeros((self.max_batch + 1, self.max_k + 1), np.bool_)
+        for batch_size in range(self.max_batch + 1):
+            mask[batch_size, [k for k in self.allowed_k(max(batch_size, 1)) if k <= self.max_k]] = True
+        return mask
+
     def to_json(self) -> bytes:
         return json.dumps(asdict(self)).encode()
 
@@ -47,11 +67,19 @@ class EngineInfo:
         """Raise ValueError when a field is missing, unknown or of the wrong kind."""
         try:
             fields = json.loads(data)
-            info = cls(**{**fields, "candidates": tuple(fields["candidates"]), "granularity": Granularity(fields["granularity"])})
+            converted = {"candidates": tuple(fields["candidates"]), "granularity": Granularity(fields["granularity"])}
+            allowed_from = tuple((int(batch_size), tuple(ks)) for batch_size, ks in fields.get("allowed_from", ()))
+            info = cls(**{**fields, **converted, "allowed_from": allowed_from})
         except (TypeError, KeyError, ValueError) as error:
             raise ValueError(f"engine information is damaged: {error}") from error
         if not info.candidates or list(info.candidates) != sorted(set(info.candidates)) or info.candidates[0] < 0:
             raise ValueError(f"candidates: must be ascending draft lengths of at least 0, got {list(info.candidates)}")
+        sizes = [batch_size for batch_size, _ in info.allowed_from]
+        if sizes and (sizes[0] != 1 or sizes != sorted(set(sizes))):
+            raise ValueError(f"allowed_from: must have ascending batch sizes from 1 on, got {sizes}")
+        for batch_size, ks in info.allowed_from:
+            if not ks or list(ks) != sorted(set(ks)) or not {*ks} <= {*info.candidates, info.launch_k}:
+                raise ValueError(f"allowed_from: batch size {batch_size}: must be ascending K of candidates, got {list(ks)}")
         return info
 
 

@@ -21,6 +21,10 @@ class StepFlag(IntFlag):
     """Other work ran inside the step (a prefill, a first graph replay): its times are not used."""
     CENSORED = 8
     """The engine cut accept_len (a request ended inside the step): the positions behind it have no label."""
+    STEP_CHOICE = 16
+    """The step choice moved K from the policy's table."""
+    LIMITED = 32
+    """The K that ran is not the one the policy asked for: it is not allowed at this batch size. Such a step is never a TRIAL."""
 
 
 @dataclass(frozen=True, slots=True)

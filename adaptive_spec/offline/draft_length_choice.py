@@ -1,11 +1,11 @@
-"""Which draft lengths an engine should capture: every candidate K costs it CUDA graphs and memory, few of them are ever best.
+"""Which draft lengths an engine should capture. Each candidate K costs CUDA graphs and memory, and few of them are ever the best.
 
-    worth(S) = mean over traffic and batch sizes of  max over K in S of goodput  /  max over all K of goodput
+    value(S) = mean over traffic and batch sizes of  max over K in S of goodput  /  max over all K of goodput
 
-Traffic is not one acceptance but a range of them: the calibrated one and the same with its log-odds moved down and up, so that a
-K that only easy or only hard text wants counts too. Regimes: with as many states as there are K that are ever best nothing is
-lost; with fewer the set that loses least is searched among all of them, or from the best single K by exchange where there are too
-many. A batch size keeps only the K of the set that are within `TOLERANCE` of its best for some traffic.
+Traffic is a range of acceptance rates: the calibrated rates, and the same with their log-odds moved down and up, so that a K that
+is best only for easy or only for hard text counts too. Regimes: with as many states as K that are ever the best, nothing
+is lost; with fewer, the best set is searched among all sets, or, where these are too many, built K by K and improved by exchange.
+A batch size keeps only those K of the set that are within `TOLERANCE` of its best for some traffic.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from adaptive_spec.domain.arrays import Floats
 SHIFTS = (-1.5, -0.75, 0.0, 0.75, 1.5)
 """Traffic: log-odds added to every conditional acceptance."""
 TOLERANCE = 0.01
+"""Relative goodput that a batch size may lose to have fewer K."""
 ALL_SUBSETS = 50_000
+"""Most sets that are searched one by one."""
 
 
 class BatchRange(NamedTuple):
@@ -59,9 +61,9 @@ def goodput_by_traffic(conditional: Floats, seconds: Floats, shifts: Sequence[fl
 
 
 def choose(goodput: Floats, states: int) -> Choice:
-    """Choose at most `states` draft lengths for goodput [traffic, batch sizes, max_k + 1]. states: 1 or more."""
+    """Choose at most `states` draft lengths for goodput [traffic, batch sizes, max_k + 1]. ValueError unless states >= 1."""
     if states < 1:
-        raise ValueError(f"states {states} is not at least 1")
+        raise ValueError(f"states: must be at least 1, got {states}")
     relative = goodput / goodput.max(axis=2, keepdims=True)
     useful = [int(k) for k in np.unique(goodput.argmax(axis=2))]
     ks = _subset(relative, useful, min(states, len(useful)))
@@ -75,7 +77,7 @@ def choose(goodput: Floats, states: int) -> Choice:
 
 
 def config_document(choice: Choice) -> dict[str, Any]:
-    """SGLang's `--speculative-adaptive-config`: by the first batch size of each range."""
+    """Return SGLang's `--speculative-adaptive-config`: candidates by the first batch size of each range."""
     return {str(part.first): {"candidate_steps": list(part.ks)} for part in choice.ranges}
 
 
@@ -101,10 +103,11 @@ def _subset(relative: Floats, useful: Sequence[int], states: int) -> tuple[int, 
 
 
 def _ranges(relative: Floats, ks: Sequence[int]) -> tuple[BatchRange, ...]:
-    """Neighbouring batch sizes that keep the same K."""
+    """Group neighbouring batch sizes that keep the same K."""
     among = relative[:, :, list(ks)]
     best = among.max(axis=2, keepdims=True)
-    # Per traffic and batch size one K is enough: of those within the tolerance the one most others keep too, the smallest first.
+    # One K is enough for each traffic and batch size: of those within the tolerance, the one most others are within too; of
+    # equals the smallest.
     near = among >= best * (1.0 - TOLERANCE)
     popular = near.sum(axis=(0, 1))
     kept = np.zeros(among.shape[1:], dtype=bool)

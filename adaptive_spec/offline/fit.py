@@ -1,4 +1,4 @@
-"""`adaptive-spec fit`: both models from recorded samples, offline; writes what a profile directory holds."""
+"""`adaptive-spec fit`: fits both models to recorded samples and writes them with their plots."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from adaptive_spec.storage.profile import CALIBRATION, LATENCY_MODEL
 
 @dataclass(frozen=True)
 class FitResult:
-    """The models asked for; None for a file that was not given."""
+    """The fitted models; None for a file that was not given."""
 
     latency: LatencyFit | None
     calibration: CalibrationFit | None
 
     def document(self) -> dict[str, Any]:
-        """What `--json` prints; None where the file was not given."""
+        """Return what `--json` prints; None for a file that was not given."""
         latency, calibration = self.latency, self.calibration
         segments = latency and [
             {
@@ -53,9 +53,9 @@ class FitResult:
 
 
 def fit_files(latency: Path | None, calibration: Path | None, out: Path, jump_threshold: float) -> FitResult:
-    """Read the CSV files, fit, and write the models and pictures to `out`. Raises BadInput.
+    """Read the CSV files, fit, then write models and plots to `out`. Raises BadInput.
 
-    Everything is read before anything is written.
+    jump_threshold: relative jump in latency that makes a tile boundary.
     """
     samples = read_latency(latency) if latency else None
     pairs = read_calibration(calibration) if calibration else None
@@ -76,7 +76,7 @@ def fit_files(latency: Path | None, calibration: Path | None, out: Path, jump_th
             out / "plots",
         )
     except OSError as error:
-        raise BadInput(f"--out: {str(out)!r} cannot be written: {error.strerror}") from error
+        raise BadInput(f"--out: {str(out)!r}: cannot be written: {error.strerror}") from error
     return result
 
 

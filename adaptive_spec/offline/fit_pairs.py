@@ -1,4 +1,4 @@
-"""Calibrates recorded (cumulative score, accepted) pairs."""
+"""Fits a calibration to recorded (cumulative score, accepted) pairs."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ from adaptive_spec.models.acceptance.online import AcceptanceModel
 
 @dataclass(frozen=True)
 class CalibrationFit:
-    """An offline calibration of (cumulative score, accepted) pairs. Scores are prequential: predicted before learnt.
+    """A calibration of (cumulative score, accepted) pairs.
 
-    With one position a chain is a logistic curve, so it is called that.
+    kind: "logistic" also for the map called "chain" elsewhere, which is a logistic curve when there is one position. ece, brier,
+    log_loss: prequential (each pair is predicted before it is learnt). samples: pairs. curve: (bin centre, calibrated, observed,
+    samples) by bin. map: the fitted calibration.
     """
 
     kind: str
@@ -43,9 +45,9 @@ class CalibrationFit:
 
 
 def fit_pairs(cumulative_score: Floats, accepted: Bools) -> CalibrationFit:
-    """Calibrate recorded pairs: cumulative_score [n >= 1] in (0, 1], accepted [n]; forgets nothing.
+    """Calibrate recorded pairs: cumulative_score [n >= 1] in (0, 1], accepted [n]. All pairs weigh the same.
 
-    The pairs are shuffled (fixed seed) and predicted before learnt in 20 chunks; the map served is then fitted to all.
+    The pairs are shuffled (fixed seed); each of 20 chunks is predicted before it is learnt. The map is then fitted to all.
     """
     model = AcceptanceModel(1, np.inf)
     order = np.random.default_rng(0).permutation(len(accepted))

@@ -1,4 +1,4 @@
-"""Fits the staircase to recorded samples."""
+"""Fits the latency staircase to recorded samples."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from adaptive_spec.models.latency.staircase import LatencyFit, fit_staircase
 
 
 def fit_samples(num_tokens: Ints, latency_s: Floats, jump_threshold: float) -> LatencyFit:
-    """Fit recorded samples offline, forgetting nothing: num_tokens [n] >= 1, latency_s [n] > 0, n >= 1.
+    """Fit recorded samples: num_tokens [n] >= 1, latency_s [n] > 0, n >= 1. All samples weigh the same.
 
-    Of a token count with three samples or more, the median and a robust spread stand for the count, so that first replays
-    and spikes do not move it; noise is the median spread over counts (2 % where nothing is repeated).
+    Per token count, samples are clipped to 3 robust standard deviations around the median, so that first replays and spikes do
+    not move it. The noise is the median of the relative spreads of counts with 3 samples or more (2 % without such counts).
     """
     tokens, inverse = np.unique(num_tokens, return_inverse=True)
     rows = np.zeros((len(tokens), 7))

@@ -1,7 +1,7 @@
-"""The three pictures of a profile: latency model, calibration, token distribution.
+"""The three plots of a profile: latency model, calibration, token distribution.
 
-`python -m adaptive_spec.offline.plots DIR < DATA.json` draws them in a process of its own, so that matplotlib never enters the
-sidecar's memory. Drawing needs no display.
+`python -m adaptive_spec.offline.plots DIR < DATA.json` draws them in a process of its own, so that the sidecar does not load
+matplotlib. Drawing needs no display.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ PLAIN = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}
 
 
 class PlotData(TypedDict):
-    """Rows of numbers, ready to be drawn; lists may be empty.
+    """What to draw; lists may be empty.
 
     samples: (num_tokens, ms). medians: (num_tokens, ms). segments: (first, last, intercept_ms, slope_ms_per_token).
     boundaries: (tokens, jump ratio). token_counts: (num_tokens, samples). calibration: (bin centre, calibrated, observed,
-    samples). curve: (score, probability). kind: of the calibration. title, calibration_title: what was measured.
+    samples). curve: (score, probability). kind: of the calibration. title, calibration_title: engine or file.
     """
 
     title: str
@@ -44,7 +44,7 @@ class PlotData(TypedDict):
 
 
 def empty_plot_data(title: str, calibration_title: str) -> PlotData:
-    """Data for no picture yet."""
+    """Return data without anything to draw."""
     return PlotData(
         title=title,
         calibration_title=calibration_title,
@@ -60,7 +60,7 @@ def empty_plot_data(title: str, calibration_title: str) -> PlotData:
 
 
 def draw(data: PlotData, folder: Path) -> list[Path]:
-    """Draw what there is data for as PNG files in an existing folder; returns their paths. Raises OSError."""
+    """Draw each plot that has data as a PNG file in an existing folder; return their paths. Raises OSError."""
     drawn = []
     if data["medians"]:
         drawn.append(_save(folder / "latency_model.png", lambda axes: _latency(axes, data)))
@@ -87,7 +87,7 @@ def _latency(axes: Axes, data: PlotData) -> None:
     span = max(x) - min(x) or 1
     for i, (boundary, ratio) in enumerate(data["boundaries"]):
         axes.axvline(boundary, color=RED, linestyle=":", linewidth=1.2, label=None if i else "tile boundary", zorder=2)
-        # Neighbouring labels take turns in height, so that close boundaries stay readable.
+        # Neighbouring labels have different heights, so that those of close boundaries do not overlap.
         text = f"{boundary} (x{ratio:.2f})" if len(data["boundaries"]) <= 10 else str(boundary)
         axes.text(
             boundary + 0.006 * span, 0.985 - 0.04 * (i % 3), text, transform=at, color=RED, fontsize=7.5, va="top", bbox=PLAIN
@@ -103,7 +103,7 @@ def _token_distribution(axes: Axes, data: PlotData) -> None:
     gaps = sorted(b - a for a, b in itertools.pairwise(x))
     axes.bar(x, n, width=0.85 * (gaps[len(gaps) // 2] if gaps else 1.0), color=BLUE, linewidth=0)
     axes.set_xlabel("tokens in the verify forward")
-    axes.set_ylabel("samples" if data["samples"] else "samples, older ones weighing less")
+    axes.set_ylabel("samples" if data["samples"] else "samples, weighted by age")
     axes.set_title(f"Samples per token count: {data['title']}")
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylim(bottom=0)

@@ -1,18 +1,19 @@
-"""Replay: what policies would have decided on a recorded trace, and what that would have given.
+"""Replay: what policies would have decided on a recorded trace, and the goodput that would have given.
 
     goodput(policy) = mean over blocks of 50 steps, weighted by the seconds they took, of sum tokens(plan) / sum seconds(plan)
 
-tokens(plan): exact where the plan verifies no more than was verified, because acceptance of the first tokens does not depend on
-how many follow: min(accept_len, verify_len). Where it verifies more and everything verified was accepted, what would have
-come is added as an expectation: calibrated where the draft had been made, else by the rates of acceptance of those positions.
-seconds(plan): the measured step times the ratio of what the model, fitted to that part of the trace, says of both plans, so
-that noise and drift of the machine are in both. A token count far from all that were measured can cost anything between the
-same as its neighbour (memory-bound) and in proportion to its tokens (compute-bound): the middle is taken, and the width told.
-Traffic is taken as it came in time: a faster policy would have done more steps in the same seconds.
+tokens(plan): exact where the plan verifies no more tokens than were verified, because acceptance of the first tokens does not
+depend on how many follow: min(accept_len, verify_len). Where it verifies more and all verified tokens were accepted, expected
+tokens are added: by the calibration where the tokens were drafted, else by the acceptance rates of their positions.
+seconds(plan): the measured time of the step, multiplied by the ratio of the modelled times of both plans. The model is fitted to
+that part of the trace, so that noise and drift of the machine are in both. A token count between measured ones costs between what
+they cost; one beyond them between the same as the nearest (memory-bound) and in proportion to its tokens (compute-bound). The
+middle is used, and the width is part of the uncertainty.
+Traffic is a function of time: a faster policy would have run more steps in the same seconds.
 
-Uncertainty, 90 %: a bootstrap over blocks of 50 steps (Kuensch, 1989) for the luck of the trace, and the models' own errors for
-what the trace does not hold, which do not average out. `supported` is the share of steps whose plan lay within what was
-verified and measured: below a half, believe the interval, not the figure. Pure: no clock, no files.
+Uncertainty, 90 %: a bootstrap over blocks of 50 steps (Kuensch, 1989) for the sampling of the trace, and the models' own errors
+for what was not measured, which do not average out. `supported` is the share of steps whose plan was verified and measured; below
+a half, use the interval and not the estimate. Pure: no clock, no files.
 """
 
 from __future__ import annotations
@@ -36,36 +37,38 @@ from adaptive_spec.models.goodput import Forecast
 from adaptive_spec.models.model_set import ModelSet
 
 FIT_STEPS = 500
-"""Steps of a part of the trace that a model is fitted to."""
+"""Steps per part of the trace; each part has models of its own."""
 BLOCK_STEPS = 50
+"""Steps per block of the bootstrap."""
 RESAMPLES = 300
 INTERVAL_SIGMAS = 1.645
+"""Half the width of a 90 % interval of a normal distribution, in standard deviations."""
 SURE_ERROR = 0.05
 """Relative error of a step's time above which a plan counts as not measured."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a policy would do in one step. verify_len: [rows], or None for all k drafted tokens."""
+    """A decision for one step. verify_len: [rows], or None for all k drafted tokens."""
 
     k: int
     verify_len: Lengths | None = None
 
 
 class ReplayedPolicy(Protocol):
-    """Decides on steps that others made."""
+    """A policy that is asked for its decision in each recorded step."""
 
     def decide(self, record: StepRecord) -> Plan:
-        """What it would do in the step that became this record; may look at what was known before its outcome only."""
+        """Return its decision for this step. Must not use the outcome (accept_len, times)."""
         ...
 
     def learn(self, record: StepRecord, plan: Plan) -> None:
-        """See the step's outcome; `plan` is what it decided."""
+        """Learn the outcome of the step. plan: what it decided."""
         ...
 
 
 class ReplayedStatic:
-    """One K."""
+    """Always the same K."""
 
     def __init__(self, k: int) -> None:
         self._plan = Plan(k)
@@ -78,21 +81,21 @@ class ReplayedStatic:
 
 
 class ReplayedAdaptive:
-    """The sidecar's controller in shadow mode over the trace, its decisions carried out by the engine's planner."""
+    """The sidecar's controller in shadow mode, with the engine's planner executing its policies."""
 
     def __init__(self, info: EngineInfo, settings: ControllerSettings) -> None:
         self.controller = Controller(settings.model_copy(update={"mode": "shadow"}), info)
         self._planner = Planner(info.launch_k, info.max_k)
         self._ragged = info.granularity is Granularity.REQUEST
         self.step_errors: list[float] = []
-        """Relative errors of predicted against measured step times, each predicted before it was learnt."""
+        """Relative errors of step times, each predicted before the step was learnt."""
 
     def decide(self, record: StepRecord) -> Plan:
         k = self._planner.draft_length(record.batch_size, record.kv_tokens)
         if not self._ragged or k == 0:
             return Plan(k)
         confidences = record.confidences[:, :k]
-        if k > record.k:  # what was not drafted is taken to look like the last token that was
+        if k > record.k:  # tokens that were not drafted get the confidence of the last one that was
             last = confidences[:, -1:] if record.k else np.full((len(record.verify_len), 1), 0.5, dtype=np.float32)
             confidences = np.concatenate((confidences, np.repeat(last, k - record.k, axis=1)), axis=1)
         return Plan(k, self._planner.verify_lengths(confidences))
@@ -111,7 +114,7 @@ class ReplayedAdaptive:
 
 
 def plan_tokens(record: StepRecord, plan: Plan, ragged: bool) -> int:
-    """Tokens a plan would verify in a step: num_tokens at request granularity, padded as the step was at batch granularity."""
+    """Tokens a plan would verify in a step: num_tokens at request granularity; at batch granularity padded like the step."""
     if not ragged:
         return record.padded_tokens // (record.k + 1) * (plan.k + 1)
     per_row = plan.k if plan.verify_len is None else float(plan.verify_len.mean())
@@ -130,7 +133,11 @@ def _beside_verification(forecast: Forecast, record: StepRecord, k: int) -> floa
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a policy would have given. gain: over what ran, relative; low and high: 90 % interval. supported: see the module."""
+    """Estimate of a policy.
+
+    goodput: tokens/s. gain: relative to what ran; gain_low, gain_high: its 90 % interval. mean_k: mean K over the steps.
+    supported: see the module.
+    """
 
     goodput: float
     gain: float
@@ -156,8 +163,10 @@ class Replay:
 
 
 class Part(NamedTuple):
-    """Models at the end of a part of the trace. rates, errors: of conditional acceptance by position. measured: padded token
-    counts with data, ascending; measured_s: their verify times. padded: what a token count is padded to.
+    """Models at the end of a part of the trace.
+
+    rates, errors: conditional acceptance by position and its standard error. measured: padded token counts with data, ascending;
+    measured_s: their verify times. padded: the padded count of each token count.
     """
 
     forecast: Forecast
@@ -168,7 +177,7 @@ class Part(NamedTuple):
     padded: Ints
 
     def verify_seconds(self, tokens: int) -> tuple[float, float]:
-        """Verify time of a token count and its standard error."""
+        """Return the verify time of a token count and its standard error."""
         at = min(tokens, len(self.forecast.verify_s) - 1)
         modelled, error = float(self.forecast.verify_s[at]), float(self.forecast.verify_error_s[at])
         tokens = int(self.padded[at])
@@ -184,12 +193,12 @@ class Part(NamedTuple):
         else:
             low, high = sorted((float(self.measured_s[above - 1]), float(self.measured_s[above])))
             return min(max(modelled, low), high), math.hypot(error, (high - low) / 2.0 / INTERVAL_SIGMAS)
-        # Either end of what is possible must lie within the interval.
+        # The 90 % interval reaches from `low` to `high`.
         return (low + high) / 2.0, math.hypot(error, (high - low) / 2.0 / INTERVAL_SIGMAS)
 
 
 class Hindsight:
-    """Models fitted to each part of the trace, to say what other plans would have cost and given there."""
+    """Models fitted to each part of the trace, to evaluate other plans there."""
 
     def __init__(self, info: EngineInfo, records: Sequence[StepRecord]) -> None:
         self._ragged = info.granularity is Granularity.REQUEST
@@ -207,11 +216,11 @@ class Hindsight:
                 self.parts.append(Part(models.forecast, rates, errors, fit.tokens, fit.mean_s, padded))
 
     def value(self, index: int, record: StepRecord, plan: Plan) -> tuple[float, float, float, float, bool]:
-        """(tokens, seconds, tokens that are not sure, relative error of the seconds, supported)."""
+        """Return (tokens, seconds, uncertainty of the tokens, relative error of the seconds, supported) of a plan in a step."""
         part = self.parts[min(index // FIT_STEPS, len(self.parts) - 1)]
         rows, scale = len(record.verify_len), record.batch_size / len(record.verify_len)
         wanted = np.full(rows, plan.k, dtype=np.uint8) if plan.verify_len is None else plan.verify_len
-        sure = np.minimum(record.accept_len, wanted)
+        exact = np.minimum(record.accept_len, wanted)
         beyond = (wanted > record.verify_len) & (record.accept_len == record.verify_len)
         extra = doubt = 0.0
         if beyond.any():
@@ -222,12 +231,12 @@ class Hindsight:
             ours = _beside_verification(part.forecast, record, plan.k) + verify_s
             theirs = step_seconds(part.forecast, record, Plan(record.k, record.verify_len), self._ragged)
             seconds, error = record.step_s * ours / theirs, error_s / ours
-        tokens = record.batch_size + scale * (float(sure.sum()) + extra)
+        tokens = record.batch_size + scale * (float(exact.sum()) + extra)
         supported = error < SURE_ERROR and not bool((wanted > record.verify_len).any())
         return tokens, seconds, scale * doubt, error, supported
 
     def _beyond(self, record: StepRecord, wanted: Lengths, rows: Ints, part: Part) -> tuple[float, float]:
-        """Expected tokens behind what was verified and accepted, and what of them is in doubt."""
+        """Expected tokens behind those verified and accepted, and their uncertainty."""
         survival = part.forecast.survival.survival(record.confidences) if record.k else np.zeros((len(wanted), 0))
         extra = doubt = 0.0
         for row in rows.tolist():
@@ -249,16 +258,17 @@ def replay(
     info: EngineInfo, records: Sequence[StepRecord], policies: dict[str, ReplayedPolicy], settings: ControllerSettings,
     progress: Callable[[int], None] = lambda steps: None,
 ) -> Replay:  # fmt: skip
-    """Run the policies' decisions over the records. progress: called with steps done, `len(policies) + 2` times the trace's.
+    """Evaluate the decisions of policies on the records.
 
-    ValueError when there are fewer than two steps, or none whose times say anything.
+    progress: called with steps done; in total `len(policies) + 2` times the steps of the trace.
+    Raises ValueError when there are fewer than two steps, or all of them are disturbed.
     """
     if len(records) < 2:
-        raise ValueError(f"{len(records)} step(s) are too few: must be at least 2")
+        raise ValueError(f"too few steps: must be at least 2, got {len(records)}")
     hindsight = Hindsight(info, records)
     progress(len(records))
     if not hindsight.parts:
-        raise ValueError("no step's times say anything about decoding")
+        raise ValueError("every step was disturbed: no step times to fit")
     adaptive = ReplayedAdaptive(info, settings)
     ran_tokens = np.array([record.output_tokens for record in records], dtype=np.float64)
     ran_seconds = np.array([record.step_s for record in records])
@@ -291,7 +301,7 @@ def _estimate(values: Floats, ran_tokens: Floats, ran_seconds: Floats, mean_k: f
     given = ran_s * t / s  # tokens the policy would have given in the seconds of each block
     ratio = given.sum() / ran_t.sum()
     drawn = np.random.default_rng(0).integers(len(blocks), size=(RESAMPLES, len(blocks)))
-    luck = float(np.std(given[drawn].sum(axis=1) / ran_t[drawn].sum(axis=1)))
-    unsure = ratio * math.hypot(float(doubt.sum() / tokens.sum()), float((error * seconds).sum() / seconds.sum()))
-    half, gain = INTERVAL_SIGMAS * math.hypot(luck, unsure), float(ratio) - 1.0
+    sampling = float(np.std(given[drawn].sum(axis=1) / ran_t[drawn].sum(axis=1)))
+    model = ratio * math.hypot(float(doubt.sum() / tokens.sum()), float((error * seconds).sum() / seconds.sum()))
+    half, gain = INTERVAL_SIGMAS * math.hypot(sampling, model), float(ratio) - 1.0
     return Estimate(float(given.sum() / ran_s.sum()), gain, max(gain - half, -1.0), gain + half, mean_k, float(supported.mean()))

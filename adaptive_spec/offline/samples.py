@@ -1,7 +1,7 @@
-"""Recorded samples: the two CSV files of `adaptive-spec fit`, read strictly.
+"""Reads the two CSV files of `adaptive-spec fit`.
 
-Every fault is one line naming file, line, field, value and what is allowed. Lines beginning with '#' are comments; empty
-lines are allowed before the header and at the end of the file only.
+An error is one line: file, line, field, what is allowed, value. Lines that begin with '#' are comments; empty lines are allowed
+before the header and at the end of the file only.
 """
 
 from __future__ import annotations
@@ -59,11 +59,11 @@ def read_calibration(path: Path) -> CalibrationPairs:
 
 
 def _rows(path: Path, header: tuple[str, str]) -> Iterator[tuple[str, tuple[str, str]]]:
-    """Yield (place, fields) of every data row."""
+    """Yield (file and line, fields) of each data row. Raises BadInput."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "is not UTF-8 text"
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise BadInput(f"{path}: cannot be read: {reason}") from error
     lines = text.splitlines()
     while lines and not lines[-1].strip():
@@ -77,20 +77,20 @@ def _rows(path: Path, header: tuple[str, str]) -> Iterator[tuple[str, tuple[str,
         try:
             fields = [field.strip() for field in next(csv.reader([line], strict=True), [])]
         except csv.Error as error:
-            raise BadInput(f"{at}: {line[:60]!r} is not allowed: {error}") from error
+            raise BadInput(f"{at}: {error}, got {line[:60]!r}") from error
         if not seen_header:
             if fields != list(header):
-                raise BadInput(f"{at}: header {line[:60]!r} is not allowed: must be {wanted}")
+                raise BadInput(f"{at}: header: must be {wanted}, got {line[:60]!r}")
             seen_header = True
             continue
         if len(fields) != 2:
-            raise BadInput(f"{at}: {line[:60]!r} is not allowed: must be two fields, {wanted}")
+            raise BadInput(f"{at}: must be two fields, {wanted}, got {line[:60]!r}")
         rows += 1
         yield at, (fields[0], fields[1])
     if not seen_header:
-        raise BadInput(f"{path}: is empty: must begin with the header {wanted}")
+        raise BadInput(f"{path}: file is empty; must begin with the header {wanted}")
     if not rows:
-        raise BadInput(f"{path}: has no rows: must have at least one under the header {wanted}")
+        raise BadInput(f"{path}: no rows; must have at least one under the header {wanted}")
 
 
 def _value(at: str, field: str, text: str, kind: Callable[[str], Value], allowed: Callable[[Value], bool], words: str) -> Value:
@@ -99,5 +99,5 @@ def _value(at: str, field: str, text: str, kind: Callable[[str], Value], allowed
     except ValueError:
         value = None
     if value is None or not allowed(value):
-        raise BadInput(f"{at}: {field}: {text[:40]!r} is not allowed: must be {words}")
+        raise BadInput(f"{at}: {field}: must be {words}, got {text[:40]!r}")
     return value

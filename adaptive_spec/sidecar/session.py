@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -25,6 +24,7 @@ from adaptive_spec.sidecar.view import View
 from adaptive_spec.storage.archive import ArchiveError, load_archive, save_archive
 from adaptive_spec.storage.profile import Profile, identity, load_profile, save_profile, written_s
 from adaptive_spec.storage.profile_store import StoredProfile
+from adaptive_spec.wire.liveness import process_alive
 from adaptive_spec.wire.mapped_file import set_aside
 from adaptive_spec.wire.policy_page import PolicyPage, payload_bytes
 from adaptive_spec.wire.ring import RingLayoutError, RingReader
@@ -157,15 +157,7 @@ class Session:
 
     def attached(self, now_s: float) -> bool:
         """Whether the engine is alive: its process exists, or (in another PID namespace) it wrote a record lately."""
-        if now_s - self._record_s < SILENT_S:
-            return True
-        try:
-            os.kill(self.info.pid, 0)
-        except ProcessLookupError:
-            return False
-        except OSError:
-            pass
-        return True
+        return now_s - self._record_s < SILENT_S or process_alive(self.info.pid)
 
     def view(self, checkpoint_s: float | None) -> View:
         """Return the state of this session for the HTTP threads."""

@@ -1,6 +1,6 @@
-"""Archives: named arrays in one npz file, versioned, checksummed, replaced whole or not at all. Never pickled.
+"""Archives: named arrays in one npz file, versioned, checksummed, replaced atomically. Nothing is pickled.
 
-An archive holds one extra entry, `header`: UTF-8 JSON with format, version, kind, meta and the SHA-256 of all the rest.
+An archive has one extra entry, `header`: UTF-8 JSON with format, version, kind, meta and the SHA-256 of everything else.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ _PREFIX = "array/"
 
 
 class ArchiveError(ValueError):
-    """The file is no archive, is damaged, or is of another kind or version; the message says which, on one line."""
+    """The file is not an archive, is damaged, or has another kind or version. The message is one line."""
 
 
 class Archive(NamedTuple):
-    """What an archive holds. `meta`: small JSON values about it."""
+    """The content of an archive. meta: small JSON values."""
 
     arrays: dict[str, AnyArray]
     meta: dict[str, Any]
 
 
 def write_atomically(path: Path, data: bytes, mode: int = 0o600) -> None:
-    """Write a file under a temporary name in its folder and rename it. Raises OSError."""
+    """Write a file under a temporary name in its folder, then rename it. Raises OSError and then leaves no file behind."""
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -53,15 +53,15 @@ def write_atomically(path: Path, data: bytes, mode: int = 0o600) -> None:
 
 
 def save_archive(path: Path, kind: str, arrays: Arrays, meta: Mapping[str, Any] | None = None) -> None:
-    """Write arrays of any plain dtype. Raises OSError, and TypeError for arrays of Python objects."""
+    """Write arrays of any dtype without Python objects. Raises OSError, and TypeError for arrays of Python objects."""
     write_atomically(path, archive_bytes(kind, arrays, meta))
 
 
 def archive_bytes(kind: str, arrays: Arrays, meta: Mapping[str, Any] | None = None) -> bytes:
-    """Return what `save_archive` writes. Raises TypeError for arrays of Python objects."""
+    """Return the bytes that `save_archive` writes. Raises TypeError for arrays of Python objects."""
     for name, array in arrays.items():
         if array.dtype.hasobject:
-            raise TypeError(f"array {name!r} holds Python objects")
+            raise TypeError(f"array {name!r}: must not contain Python objects")
     header = {"format": FORMAT, "version": FORMAT_VERSION, "kind": kind, "meta": dict(meta or {})}
     header["sha256"] = _digest(header, arrays)
     stored: dict[str, Any] = {_PREFIX + name: array for name, array in arrays.items()}
@@ -72,7 +72,7 @@ def archive_bytes(kind: str, arrays: Arrays, meta: Mapping[str, Any] | None = No
 
 
 def load_archive(path: Path, kind: str) -> Archive:
-    """Read an archive whole and check it. Raises ArchiveError when it cannot be trusted, FileNotFoundError when missing."""
+    """Read and check an archive. Raises ArchiveError when it is not valid, FileNotFoundError when there is no file."""
     try:
         data = path.read_bytes()
     except FileNotFoundError:
@@ -83,9 +83,9 @@ def load_archive(path: Path, kind: str) -> Archive:
 
 
 def parse_archive(data: bytes, kind: str, name: str) -> Archive:
-    """Check and read what `archive_bytes` made; `name` begins the message. Raises ArchiveError when it cannot be trusted."""
+    """Check and read the bytes of an archive. Raises ArchiveError, whose message begins with `name`, when it is not valid."""
     try:
-        # Through zipfile and not np.load, whose object of a damaged file complains again when it is collected.
+        # zipfile and not np.load: for a damaged file, np.load's object raises again when it is garbage-collected.
         with zipfile.ZipFile(io.BytesIO(data)) as file:
             entries = {entry.removesuffix(".npy") for entry in file.namelist()}
             if _HEADER not in entries:
@@ -94,17 +94,17 @@ def parse_archive(data: bytes, kind: str, name: str) -> Archive:
             arrays = {entry.removeprefix(_PREFIX): _entry(file, entry) for entry in entries - {_HEADER}}
     except ArchiveError:
         raise
-    except Exception as error:  # a damaged zip fails in a dozen ways: ValueError, BadZipFile, zlib.error, struct.error, ...
+    except Exception as error:  # a damaged zip file raises ValueError, BadZipFile, zlib.error, struct.error, ...
         raise ArchiveError(f"{name} is damaged: {one_line(error)}") from error
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise ArchiveError(f"{name} was not written by adaptive-spec")
     if header.get("version") != FORMAT_VERSION:
-        raise ArchiveError(f"{name} has format version {header.get('version')}, this program reads {FORMAT_VERSION}")
+        raise ArchiveError(f"{name}: format version must be {FORMAT_VERSION}, got {header.get('version')}")
     if header.get("kind") != kind:
-        raise ArchiveError(f"{name} holds {header.get('kind')!r}, not {kind!r}")
-    told = header.pop("sha256", None)
-    if told != _digest(header, arrays):
-        raise ArchiveError(f"{name} is damaged: its checksum does not fit")
+        raise ArchiveError(f"{name}: kind must be {kind!r}, got {header.get('kind')!r}")
+    stated = header.pop("sha256", None)
+    if stated != _digest(header, arrays):
+        raise ArchiveError(f"{name} is damaged: checksum does not match")
     return Archive(arrays, header["meta"])
 
 

@@ -1,8 +1,8 @@
-"""Profiles: what was learnt about a (model, GPU, TP degree), kept on disk so that the next server needs no sweep.
+"""Profiles: the models of one (model, GPU, TP degree) on disk, so that the next server needs no sweep.
 
     {profile_dir}/{model}_{gpu}_tp{N}/latency_model.npz  calibration.npz  policy.json  plots/
 
-Each file is written whole or not at all, carries a version and a checksum, and is set aside when it cannot be trusted.
+Each file is written atomically and has a version and a checksum.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ class Profile(NamedTuple):
 
 
 class ProfileError(ValueError):
-    """A profile that cannot be trusted; the message is one line."""
+    """A profile that is damaged or of another engine. The message is one line."""
 
 
 def check_writable(profile_dir: Path) -> None:
-    """Make the profile folder if need be. Raises BadInput when nothing can be written there."""
+    """Create the profile folder if it is missing. Raises BadInput when it is not writable."""
     try:
         profile_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=profile_dir):
             pass
     except OSError as error:
-        raise BadInput(f"profile_dir: '{profile_dir}' is not allowed: {error.strerror}; must be a writable folder") from error
+        raise BadInput(f"profile_dir: '{profile_dir}': {error.strerror}; must be a writable folder") from error
 
 
 def load_profile(folder: Path, info: EngineInfo) -> Profile | None:
@@ -86,7 +86,7 @@ def save_profile(folder: Path, info: EngineInfo, profile: Profile, policy: Mappi
 
 
 def profiled_engine(folder: Path) -> EngineInfo:
-    """Return the engine a profile was made of, as far as a profile knows it. Raises ProfileError."""
+    """Return what a profile knows of its engine; other fields have placeholders. Raises ProfileError."""
     _check_policy_file(folder / "policy.json")
     document = json.loads((folder / "policy.json").read_bytes())
     found = re.fullmatch(r"(\S+) (.+) tp(\d+)", str(document["engine"]))
@@ -96,31 +96,29 @@ def profiled_engine(folder: Path) -> EngineInfo:
     except (KeyError, TypeError, ValueError) as error:
         raise ProfileError(f"policy.json is damaged: {error}") from error
     if found is None or not candidates or max_batch < 1:
-        raise ProfileError(f"policy.json is damaged: it is of engine {document['engine']!r}")
-    # Where the model's name ends is not told; the identity is the same wherever it is cut.
+        raise ProfileError(f"policy.json is damaged: engine {document['engine']!r}")
+    # The identity has no mark between model and GPU. Cut anywhere, it is the same identity again.
     model, _, gpu = found[2].partition(" ")
     return EngineInfo(found[1], model, gpu, int(found[3]), candidates[0], candidates, max_batch, Granularity.BATCH, False, 0)
 
 
 def identity(info: EngineInfo) -> str:
-    """What must agree for models to be of use to an engine."""
+    """What models and engine must have in common: engine name, model, GPU and TP degree."""
     return f"{info.name} {info.model} {info.gpu} tp{info.tp}"
 
 
 def _check_policy_file(path: Path) -> None:
     try:
         document = json.loads(path.read_bytes())
-        told = document.pop("sha256")
+        stated = document.pop("sha256")
     except FileNotFoundError as error:
         raise ProfileError("policy.json is missing") from error
     except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
         raise ProfileError(f"policy.json is damaged: {error}") from error
     if document.get("format_version") != POLICY_VERSION:
-        raise ProfileError(
-            f"policy.json has format version {document.get('format_version')}, this program reads {POLICY_VERSION}"
-        )
-    if told != _checksum(document):
-        raise ProfileError("policy.json is damaged: its checksum does not fit")
+        raise ProfileError(f"policy.json: format version must be {POLICY_VERSION}, got {document.get('format_version')}")
+    if stated != _checksum(document):
+        raise ProfileError("policy.json is damaged: checksum does not match")
 
 
 def _checksum(document: Mapping[str, Any]) -> str:

@@ -1,10 +1,10 @@
-"""The profile store: replicas of the same (model, GPU, TP degree) start warm from one another's profiles.
+"""The profile store: replicas of the same (model, GPU, TP degree) start from each other's profiles, without a sweep.
 
     {profile_store}/{model}_{gpu}_tp{N}/{milliseconds}-{host}-{random}.npz
 
-The store is any place fsspec can reach: a shared volume, an object storage. A profile is one object there, an archive
-(`archive.py`) with both models in it, and never changed: a writer adds a newer one and removes all but the newest. So writers
-need no lock, and a reader who finds one damaged, half-written, foreign or just removed takes the next. The newest valid wins.
+The store is any place that fsspec supports: a shared volume, an object storage. A profile is one immutable object, an archive
+(`archive.py`) with both models: a writer adds a newer object and removes all but the newest 8. So writers need no lock, and a
+reader that finds an object damaged, incomplete, of another engine or removed takes the next. The newest valid one is used.
 """
 
 from __future__ import annotations
@@ -27,11 +27,13 @@ KIND = "profile"
 KEPT = 8
 """Profiles of one engine that a writer leaves in the store."""
 LISTINGS = 3
-"""Times a reader lists the store when profiles vanish while it reads."""
+"""Times a reader lists the store when profiles are removed while it reads."""
 LARGEST_BYTES = 64 << 20
+"""Larger objects are not read."""
 FUTURE_S = 300.0
-"""How far a writer's clock may be ahead; what is dated later is not believed."""
+"""Seconds a writer's clock may be ahead of the reader's; profiles dated later are ignored."""
 SHARED_MODE = 0o644
+"""Replicas may run as other users."""
 _NAME = re.compile(r"(\d{13})-[A-Za-z0-9.-]+\.npz")
 
 log = logging.getLogger(__name__)
@@ -45,30 +47,30 @@ class StoredProfile(NamedTuple):
 
 
 class ProfileStore:
-    """Reads and writes a store. Blocks as long as the storage does: for a thread of its own, see `store_worker`.
+    """Reads and writes a store. Calls block as long as the storage does: `profile_store_worker` calls them in a thread.
 
-    Raises BadInput when the URL cannot be used at all: fsspec or the package for this storage is missing.
+    Raises BadInput when the URL is not supported, or fsspec or its package for this storage is not installed.
     """
 
     def __init__(self, url: str) -> None:
         self.shown = _without_secrets(url)
-        allowed = "must be a URL that fsspec knows, as file:///mnt/profiles or s3://bucket/profiles"
+        allowed = "must be a URL that fsspec supports, like file:///mnt/profiles or s3://bucket/profiles"
         try:
             from fsspec.core import url_to_fs
         except ImportError as error:
             raise BadInput(
-                f"profile_store: {self.shown!r} is not allowed: fsspec is not installed: pip install 'adaptive-spec[store]'"
+                f"profile_store: {self.shown!r}: fsspec is not installed: pip install 'adaptive-spec[store]'"
             ) from error
         try:
             self._files, self._root = url_to_fs(url)
         except (ImportError, ValueError, OSError) as error:
-            raise BadInput(f"profile_store: {self.shown!r} is not allowed: {one_line(error)}; {allowed}") from error
+            raise BadInput(f"profile_store: {self.shown!r}: {one_line(error)}; {allowed}") from error
         self._root = self._root.rstrip("/")
         protocols = self._files.protocol
         self._local = "file" in ((protocols,) if isinstance(protocols, str) else protocols)
 
     def save(self, info: EngineInfo, profile: Profile, now_s: float) -> str:
-        """Add a profile (now_s: Unix seconds), remove those beyond the newest 8; returns its path. Raises OSError."""
+        """Add a profile and remove those beyond the newest KEPT. now_s: Unix seconds. Returns its path. Raises OSError."""
         data = archive_bytes(KIND, _flat(profile), {"engine": identity(info)})
         folder = f"{self._root}/{info.profile_name}"
         host = re.sub(r"[^A-Za-z0-9.-]+", "-", socket.gethostname())[:63]
@@ -77,14 +79,14 @@ class ProfileStore:
         if self._local:
             write_atomically(Path(path), data, SHARED_MODE)
         else:
-            self._files.pipe_file(path, data)  # an object is there whole or not at all; a file is checked when it is read
+            self._files.pipe_file(path, data)  # object storages write atomically; everything is checked when it is read
         self._prune(folder, now_s)
         return path
 
     def load(self, info: EngineInfo, now_s: float, usable: Callable[[Profile], object]) -> StoredProfile | None:
-        """Return the newest profile that is whole, of this engine, and that `usable` does not refuse with ValueError.
+        """Return the newest profile that is valid, of this engine, and for which `usable` raises no ValueError; None without one.
 
-        None: there is none. Raises OSError when the store cannot be listed.
+        now_s: Unix seconds. Raises OSError when the store cannot be listed.
         """
         tried: set[str] = set()
         for _ in range(LISTINGS):
@@ -97,10 +99,10 @@ class ProfileStore:
                     profile = self._read(path, info)
                     usable(profile)
                 except FileNotFoundError:
-                    gone = True  # a writer has just removed it, so there are newer ones
+                    gone = True  # a writer removed it, so there are newer ones
                     continue
                 except (OSError, ValueError) as error:
-                    log.warning("profile %s in the store cannot be used: %s", path.rsplit("/", 1)[1], one_line(error))
+                    log.warning("profile %s in the store: cannot be used: %s", path.rsplit("/", 1)[1], one_line(error))
                     continue
                 return StoredProfile(written_s, profile)
             if not gone:
@@ -110,14 +112,14 @@ class ProfileStore:
     def _read(self, path: str, info: EngineInfo) -> Profile:
         size = self._files.size(path)
         if size is not None and size > LARGEST_BYTES:
-            raise ProfileError(f"it is {size} bytes long, more than {LARGEST_BYTES}")
+            raise ProfileError(f"size must be at most {LARGEST_BYTES} bytes, got {size}")
         archive = parse_archive(self._files.cat_file(path), KIND, path.rsplit("/", 1)[1])
         if archive.meta.get("engine") != identity(info):
             raise ProfileError(f"it is of another engine: {archive.meta.get('engine', 'unknown')}")
         return _unflat(archive.arrays)
 
     def _listed(self, folder: str, now_s: float) -> list[tuple[float, str]]:
-        """(Unix seconds, path) of what looks like a profile, newest first, nothing from the future."""
+        """Return (Unix seconds, path) of the objects named like profiles, newest first; none dated after now_s + FUTURE_S."""
         self._files.invalidate_cache(folder)
         try:
             names: Iterable[str] = self._files.ls(folder, detail=False)
@@ -130,7 +132,7 @@ class ProfileStore:
         for _, path in self._listed(folder, now_s)[KEPT:]:
             try:
                 self._files.rm_file(path)
-            except OSError as error:  # another writer was quicker, or it is another user's: the next one tries again
+            except OSError as error:  # another writer removed it, or it is another user's: the next writer tries again
                 log.debug("profile %s was not removed from the store: %s", path, error)
 
 
@@ -147,7 +149,7 @@ def _unflat(arrays: dict[str, Any]) -> Profile:
     for name, array in arrays.items():
         kind, _, rest = name.partition(".")
         if kind not in parts:
-            raise ArchiveError(f"it holds an array {name!r} that is no part of a profile")
+            raise ArchiveError(f"array {name!r}: not part of a profile")
         parts[kind][rest] = array
     return Profile(parts[LATENCY_MODEL], parts[CALIBRATION])
 

@@ -1,4 +1,4 @@
-"""The profile store beside the loop: one thread that may wait for slow storage, so that the loop never does."""
+"""A thread that calls the profile store, so that the sidecar's loop never waits for storage."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from adaptive_spec.storage.profile import Profile
 from adaptive_spec.storage.profile_store import ProfileStore, StoredProfile
 
 FETCH_PATIENCE_S = 10.0
+"""Seconds an engine waits for the store before it starts without."""
 CLOSE_PATIENCE_S = 5.0
+"""Seconds that `close` waits for a profile being saved."""
 OUTCOMES = (
     ("fetch", "found"), ("fetch", "none"), ("fetch", "failed"), ("fetch", "late"),
     ("save", "done"), ("save", "failed"), ("save", "replaced"),
@@ -24,10 +26,10 @@ log = logging.getLogger(__name__)
 
 
 class StoreWorker:
-    """Fetches once per engine, saves the newest profile it is given.
+    """Fetches once per engine and saves the newest profile it is given.
 
-    counts: by (operation, result). fetch late: the answer came after 10 s, the engine was not kept waiting for it. save
-    replaced: the storage was so slow that a newer profile took the place of one that had not been begun.
+    counts: by (operation, result). fetch late: no answer within FETCH_PATIENCE_S. save replaced: a newer profile came before the
+    saving of this one began.
     """
 
     def __init__(self, store: ProfileStore) -> None:
@@ -41,10 +43,15 @@ class StoreWorker:
         self._found: StoredProfile | None = None
         self._upload: tuple[EngineInfo, Profile] | None = None
         self._busy = self._closing = False
-        threading.Thread(target=self._work, name="profile store", daemon=True).start()  # a hung mount must not keep us alive
+        threading.Thread(
+            target=self._work, name="profile store", daemon=True
+        ).start()  # daemon: a hung mount must not keep the process running
 
     def ask(self, info: EngineInfo, usable: Callable[[Profile], object], now_s: float) -> tuple[StoredProfile | None] | None:
-        """Return (profile or None,) once the store has answered or 10 s are over, until then None. Begins at the first call."""
+        """Begin a fetch at the first call. Return None while it runs, at most FETCH_PATIENCE_S, then (profile or None,).
+
+        info, usable: see `ProfileStore.load`. now_s: seconds of any clock, the same at each call.
+        """
         engine = replace(info, pid=0)
         with self._changed:
             if engine != self._asked:
@@ -56,16 +63,16 @@ class StoreWorker:
             if not self._answered:
                 self._answered = True
                 self.counts["fetch", "late"] += 1
-                log.warning("the profile store %s has not answered within %g s", self.store.shown, FETCH_PATIENCE_S)
+                log.warning("profile store %s: no answer within %g s", self.store.shown, FETCH_PATIENCE_S)
             return (self._found,)
 
     def forget(self) -> None:
-        """Let the next `ask` fetch anew."""
+        """Make the next `ask` begin a new fetch."""
         with self._changed:
             self._asked = self._found = None
 
     def save(self, info: EngineInfo, profile: Profile) -> None:
-        """Hand over a profile; returns at once."""
+        """Give a profile to the thread. Does not wait."""
         with self._changed:
             if self._upload is not None:
                 self.counts["save", "replaced"] += 1
@@ -77,12 +84,12 @@ class StoreWorker:
             return dict(self.counts)
 
     def close(self, patience_s: float = CLOSE_PATIENCE_S) -> None:
-        """Wait for what was handed over, but not for long."""
+        """End the thread after the profile it was given is saved; wait at most patience_s seconds for that."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
             if not self._changed.wait_for(lambda: not self._busy and self._upload is None, patience_s):
-                log.warning("the profile store %s is too slow: the last profile may not be there", self.store.shown)
+                log.warning("profile store %s: too slow: the last profile may not be saved", self.store.shown)
 
     def _work(self) -> None:
         while True:
@@ -107,12 +114,12 @@ class StoreWorker:
         try:
             found = self.store.load(info, time.time(), usable)
             result = "none" if found is None else "found"
-        except Exception as error:  # every storage has errors of its own
+        except Exception as error:  # each storage has its own exceptions
             result = "failed"
-            log.warning("the profile store %s cannot be read: %s", self.store.shown, one_line(error))
+            log.warning("profile store %s: cannot be read: %s", self.store.shown, one_line(error))
         with self._changed:
             if info != self._asked or self._answered:
-                return  # it was counted as late, or another engine has come
+                return  # already counted as late, or the engine has changed
             self.counts["fetch", result] += 1
             self._answered, self._found = True, found
 
@@ -120,9 +127,13 @@ class StoreWorker:
         try:
             self.store.save(info, profile, time.time())
             result = "done"
-        except Exception as error:  # every storage has errors of its own
+        except Exception as error:  # each storage has its own exceptions
             result = "failed"
             if not self.counts["save", "failed"]:
-                log.warning("the profile store %s cannot be written: %s; now only counted", self.store.shown, one_line(error))
+                log.warning(
+                    "profile store %s: cannot be written: %s; from now on only counted",
+                    self.store.shown,
+                    one_line(error),
+                )
         with self._changed:
             self.counts["save", result] += 1

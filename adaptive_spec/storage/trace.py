@@ -1,8 +1,8 @@
-"""A trace: the StepRecords of a live engine, kept in one archive to be looked at again.
+"""A trace: the StepRecords of a live engine in one archive, for `adaptive-spec replay`.
 
 Arrays: `counts` int64 [n, 10] (step, time_ns, kv_tokens, policy_version, num_tokens, padded_tokens, batch_size, rows, k, flags),
 `seconds` float64 [n, 4] (draft, verify, draft_extend, step), and confidences, request_ids, verify_len, accept_len of all steps
-one after another. Meta: what the engine said of itself, and how many records were lost under way.
+one after another. Meta: the engine's information, and the number of records lost.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _PACKED = {"confidences": np.float32, "request_ids": np.uint32, "verify_len": np
 
 @dataclass(frozen=True)
 class Trace:
-    """Records in the order they were written, of one engine. lost: records that were overwritten before they were read."""
+    """Records of one engine in the order they were written. lost: records overwritten before they were read."""
 
     info: EngineInfo
     records: tuple[StepRecord, ...]
@@ -35,7 +35,7 @@ class Trace:
 
 
 def save_trace(path: Path, trace: Trace) -> None:
-    """Write a trace whole or not at all. Raises OSError."""
+    """Write a trace atomically. Raises OSError."""
     records = trace.records
     counts = [
         (
@@ -55,24 +55,24 @@ def save_trace(path: Path, trace: Trace) -> None:
 
 
 def load_trace(path: Path) -> Trace:
-    """Read a trace and check every record. Raises BadInput with one line: file and what is wrong with it."""
+    """Read a trace and check every record. Raises BadInput with one line: the file and the reason."""
     try:
         archive = load_archive(path, TRACE)
         info = EngineInfo.from_json(json.dumps(archive.meta["engine"]).encode())
         records = _records(archive.arrays)
         return Trace(info, tuple(records), int(archive.meta["lost"]))
     except FileNotFoundError as error:
-        raise BadInput(f"TRACE: '{path}' is not allowed: there is no such file") from error
+        raise BadInput(f"TRACE: '{path}': no such file") from error
     except OSError as error:
-        raise BadInput(f"TRACE: '{path}' cannot be read: {error.strerror or error}") from error
+        raise BadInput(f"TRACE: '{path}': cannot be read: {error.strerror or error}") from error
     except (ArchiveError, KeyError, ValueError, TypeError) as error:
-        raise BadInput(f"TRACE: '{path}' is not allowed: must be a trace of adaptive-spec record: {error}") from error
+        raise BadInput(f"TRACE: '{path}': must be a trace of adaptive-spec record: {error}") from error
 
 
 def _records(arrays: dict[str, AnyArray]) -> Sequence[StepRecord]:
     counts, seconds = arrays["counts"], arrays["seconds"]
     if counts.ndim != 2 or counts.shape[1] != _COUNTS or seconds.shape != (len(counts), 4):
-        raise ValueError("its tables do not fit each other")
+        raise ValueError("the lengths of its tables do not agree")
     records = []
     cell = row = 0
     for numbers, times in zip(counts.tolist(), seconds.tolist(), strict=True):
@@ -83,9 +83,9 @@ def _records(arrays: dict[str, AnyArray]) -> Sequence[StepRecord]:
             arrays["accept_len"][row : row + rows], arrays["request_ids"][row : row + rows],
         )  # fmt: skip
         if (reason := record.invalid_reason()) is not None:
-            raise ValueError(f"step {step} says the impossible ({reason})")
+            raise ValueError(f"step {step} has impossible values ({reason})")
         records.append(record)
         cell, row = cell + rows * k, row + rows
     if cell != len(arrays["confidences"]) or any(row != len(arrays[n]) for n in ("verify_len", "accept_len", "request_ids")):
-        raise ValueError("its tables do not fit each other")
+        raise ValueError("the lengths of its tables do not agree")
     return records

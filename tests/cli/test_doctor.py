@@ -70,4 +70,4 @@ def test_command(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:5000])
     result = run_cli("doctor", "--port", "0", "--runtime-dir", tmp_path)
     assert result.returncode == 1
-    assert "size is 5000 bytes" in " ".join(result.stdout.split())
+    assert "got 5000 bytes" in " ".join(result.stdout.split())

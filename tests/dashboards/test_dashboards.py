@@ -120,7 +120,7 @@ def test_form(name: str) -> None:
     dashboard = load(name)
     assert dashboard["uid"] == f"adaptive-spec-{name}"
     assert [v["name"] for v in dashboard["templating"]["list"]] == ["datasource", "job", "model", "gpu", "instance"]
-    assert {a["name"] for a in dashboard["annotations"]["list"]} >= {"Swaps", "Drift", "Events in words"}
+    assert {a["name"] for a in dashboard["annotations"]["list"]} >= {"Swaps", "Drift", "Event texts"}
     taken: set[tuple[int, int]] = set()
     ids = [panel["id"] for panel in dashboard["panels"]]
     assert len(set(ids)) == len(ids)

@@ -44,12 +44,12 @@ def spoilt(value: float) -> NDArray[np.float32]:
         ("confidences", {"confidences": spoilt(float("nan"))}),
     ],
 )
-def test_the_impossible_is_named(reason: str, changes: dict[str, object]) -> None:
+def test_impossible_values_are_named(reason: str, changes: dict[str, object]) -> None:
     assert a_record().invalid_reason() is None
     assert a_record(**changes).invalid_reason() == reason
 
 
-def test_without_draft_tokens_there_are_no_confidences_to_doubt() -> None:
+def test_a_record_without_draft_tokens_is_valid() -> None:
     zeros = np.zeros(2, np.uint8)
     record = a_record(k=0, confidences=np.zeros((2, 0), np.float32), verify_len=zeros, accept_len=zeros, num_tokens=2)
     assert record.invalid_reason() is None

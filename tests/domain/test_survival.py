@@ -32,7 +32,7 @@ def test_survival_never_increases_along_a_chain(values: list[list[float]], seed:
 
 
 @pytest.mark.parametrize("conditional", [True, False])
-def test_a_map_that_changes_nothing_gives_the_cumulative_score(conditional: bool) -> None:
+def test_the_identity_map_gives_the_cumulative_score(conditional: bool) -> None:
     confidences = np.random.default_rng(3).uniform(0.3, 0.999, (50, 7)).astype(np.float32)
     survival = SurvivalMap(np.tile(IDENTITY, (7, 1)), conditional).survival(confidences)
     np.testing.assert_allclose(survival, np.cumprod(confidences, axis=1), atol=0.006)

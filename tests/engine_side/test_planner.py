@@ -41,13 +41,13 @@ def test_k_is_looked_up_by_batch_size_and_context(batch_size: int, kv_tokens: in
     assert planner(policy()).draft_length(batch_size, kv_tokens) == k
 
 
-def test_k_is_never_beyond_what_the_engine_can_run() -> None:
+def test_k_is_never_above_the_engines_largest() -> None:
     small = planner(policy(trials=(Trial(0, 7, 0, 1),)), max_k=2)
     assert [small.draft_length(1, 0) for _ in range(3)] == [2, 2, 2]
 
 
 @pytest.mark.parametrize("mode", [Mode.SHADOW, Mode.PAUSED, Mode.FALLBACK])
-def test_a_policy_that_does_not_act_leaves_the_launch_k(mode: Mode) -> None:
+def test_a_policy_that_does_not_act_keeps_the_launch_k(mode: Mode) -> None:
     idle = planner(policy(mode=mode, acting=False, trials=(Trial(2, 1, 3, 5),)))
     for _ in range(10):
         assert idle.draft_length(2, 10) == LAUNCH_K
@@ -75,7 +75,7 @@ def test_trials_run_their_steps_in_turn_and_only_once() -> None:
     ]  # fmt: skip
 
 
-def test_a_trial_waits_for_its_batch_with_patience() -> None:
+def test_a_trial_whose_batch_size_does_not_occur_is_skipped() -> None:
     made = planner(policy(trials=(Trial(6, 6, 0, 2), Trial(2, 7, 0, 1))))
     k = [made.draft_length(2, 0) for _ in range(TRIAL_PATIENCE_STEPS + 2)]
     assert k == [3] * TRIAL_PATIENCE_STEPS + [7, 3]
@@ -89,7 +89,7 @@ def test_a_new_policy_begins_its_trials_at_the_first() -> None:
     assert [made.draft_length(1, 0) for _ in range(4)] == [6, 6, 7, 3]
 
 
-def test_a_trial_verifies_just_the_tokens_it_is_for() -> None:
+def test_a_trial_verifies_exactly_its_tokens() -> None:
     confidences = np.array([[0.9, 0.8, 0.7], [0.95, 0.2, 0.1]], np.float32)
     for num_tokens, wanted in ((2, [0, 0]), (3, [0, 1]), (5, [2, 1]), (8, [3, 3]), (99, [3, 3]), (0, [3, 3]), (1, [0, 0])):
         made = planner(policy(trials=(Trial(2, 3, num_tokens, 1),)))
@@ -102,7 +102,7 @@ def test_a_trial_verifies_just_the_tokens_it_is_for() -> None:
     assert batch.verify_lengths(confidences).tolist() == [3, 3]
 
 
-def test_a_tile_is_filled_with_the_likeliest_and_its_edge_respected() -> None:
+def test_a_tile_is_filled_with_the_likeliest_tokens_and_not_exceeded() -> None:
     confidences = np.array([[0.9, 0.9, 0.9], [0.9, 0.1, 0.1]], np.float32)
     stairs = np.ones(65, np.float32)
     stairs[7:] = 3.0  # tokens 1..6 cost the same, the seventh costs three times as much
@@ -118,7 +118,9 @@ def test_a_tile_is_filled_with_the_likeliest_and_its_edge_respected() -> None:
     ("fixed_s", "context_s_per_token", "kv_tokens", "wanted"),
     [(0.0, 0.0, 0, 0), (50.0, 0.0, 0, 3), (0.0, 0.01, 0, 0), (0.0, 0.01, 5000, 3)],
 )
-def test_time_spent_anyway_makes_a_jump_worth_it(fixed_s: float, context_s_per_token: float, kv_tokens: int, wanted: int) -> None:
+def test_fixed_time_makes_a_boundary_worth_crossing(
+    fixed_s: float, context_s_per_token: float, kv_tokens: int, wanted: int
+) -> None:
     steep = np.where(np.arange(65) < 2, 1.0, 4.0).astype(np.float32)
     costs = np.full((8, 9), fixed_s, np.float32)
     made = planner(policy(fixed_s=costs, context_s_per_token=context_s_per_token, verify_s=steep))
@@ -127,7 +129,7 @@ def test_time_spent_anyway_makes_a_jump_worth_it(fixed_s: float, context_s_per_t
 
 
 @pytest.mark.parametrize("shape", [(3, 0), (60, 1), (9, 7)])
-def test_what_the_tables_do_not_cover_is_verified_whole(shape: tuple[int, int]) -> None:
+def test_a_step_beyond_the_tables_verifies_every_token(shape: tuple[int, int]) -> None:
     made = planner(policy())
     made.draft_length(shape[0], 0)
     lengths = made.verify_lengths(np.full(shape, 0.5, np.float32))
@@ -136,7 +138,7 @@ def test_what_the_tables_do_not_cover_is_verified_whole(shape: tuple[int, int]) 
 
 
 @given(st.integers(1, 8), st.integers(0, 7), st.integers(0, 2**32 - 1))
-def test_lengths_fit_whatever_the_confidences(b: int, k: int, seed: int) -> None:
+def test_lengths_are_in_range_for_any_confidences(b: int, k: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     made = planner(policy(verify_s=rng.uniform(1e-4, 1e-2, 65).astype(np.float32)))
     made.draft_length(b, 0)

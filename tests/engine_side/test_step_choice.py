@@ -1,3 +1,5 @@
+"""K of one step from the requests in it: acceptance history, survival, and the choice."""
+
 from __future__ import annotations
 
 from dataclasses import replace
@@ -6,9 +8,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from adaptive_spec.domain.policy import Granularity, Mode, Policy
+from adaptive_spec.domain.policy import Granularity, Mode, Policy, Trial
 from adaptive_spec.domain.survival import GRID_POINTS, LOGIT_LIMIT, SurvivalMap
-from adaptive_spec.engine_side.step_choice import AcceptanceHistory, best_k, survival
+from adaptive_spec.engine_side.planner import Planner
+from adaptive_spec.engine_side.step_choice import AcceptanceHistory, best_k, refined_k, survival
 
 MAX_K = 5
 CANDIDATES = (0, 1, 3, 5)
@@ -37,13 +40,28 @@ def _seen(rates: dict[int, float], steps: int = 400, k: int = MAX_K) -> Acceptan
 
 
 def test_history_finds_each_requests_own_rate() -> None:
-    rates = history_rates = {1: 0.95, 2: 0.5, 3: 0.1}
+    rates = {1: 0.95, 2: 0.5, 3: 0.1}
     chance = np.mean([_seen(rates, steps).conditional([1, 2, 3])[:, 0] for steps in range(100, 400, 20)], axis=0)
-    # Shrunk towards the population by PRIOR_STEPS of some 22 remembered.
+    # Shrunk towards the population's rate with the weight of PRIOR_STEPS.
     assert chance[0] > 0.75
     assert chance[1] == pytest.approx(0.5, abs=0.12)
     assert chance[2] < 0.3
-    assert list(history_rates) == [1, 2, 3]
+
+
+def test_asking_for_rates_changes_nothing() -> None:
+    """Also not which request is the oldest: an unknown one is not remembered for having been asked about."""
+    asked, untouched = _seen({1: 0.95, 2: 0.1}, steps=20), _seen({1: 0.95, 2: 0.1}, steps=20)
+    before = asked.conditional([1, 2, 99])
+    for _ in range(20):
+        asked.conditional([99, 2, 1])
+    np.testing.assert_array_equal(asked.conditional([1, 2, 99]), before)
+    np.testing.assert_array_equal(untouched.conditional([1, 2, 99]), before)
+    assert len(asked) == 2
+
+
+def test_a_request_that_is_not_the_first_gets_its_own_row() -> None:
+    chance = _seen({7: 0.95, 8: 0.1}).conditional([8, 99, 7])[:, 0]
+    assert chance[2] > chance[1] > chance[0]
 
 
 def test_unknown_request_is_the_population() -> None:
@@ -70,7 +88,7 @@ def test_memory_is_bounded_and_the_oldest_goes_first() -> None:
     assert history.conditional([7_000])[0, 0] < 0.2, "used in every step, so never dropped"
 
 
-def test_a_sure_batch_drafts_longer_and_a_doubtful_one_shorter() -> None:
+def test_high_predicted_acceptance_drafts_longer_and_low_shorter() -> None:
     policy = _policy()
     history = _seen({1: 0.7, 2: 0.7})
     chances = history.conditional([1, 2])
@@ -78,12 +96,11 @@ def test_a_sure_batch_drafts_longer_and_a_doubtful_one_shorter() -> None:
     def k_for(*first: float) -> int:
         return best_k(survival(chances, np.array(first), IDENTITY), USUAL, policy, 3, 100, 2, CANDIDATES)
 
-    assert k_for(0.02, 0.03) < 3
     assert k_for(0.02, 0.03) == 0
-    assert k_for(0.99, 0.99) >= 3
-    # The same first tokens with another past.
-    believed = _seen({1: 0.97, 2: 0.97}).conditional([1, 2])
-    assert best_k(survival(believed, None, IDENTITY), USUAL, policy, 3, 100, 2, CANDIDATES) == 5
+    assert k_for(0.99, 0.99) == 3, "sure first tokens alone do not make the fifth likely"
+    # The same first tokens, from requests with a better history.
+    reliable = _seen({1: 0.97, 2: 0.97}).conditional([1, 2])
+    assert best_k(survival(reliable, None, IDENTITY), USUAL, policy, 3, 100, 2, CANDIDATES) == 5
 
 
 def _goodput(policy: Policy, tokens_out: float, b: int, k: int) -> float:
@@ -94,7 +111,7 @@ def _random_chances(random: np.random.Generator, b: int) -> NDArray[np.float64]:
     return np.cumprod(random.random((b, MAX_K)) ** 0.3, axis=1, dtype=np.float64)
 
 
-def test_choice_is_the_best_where_usual_requests_gain_nothing_elsewhere() -> None:
+def test_the_choice_has_the_highest_goodput_where_the_tables_k_is_best_for_usual_requests() -> None:
     random = np.random.default_rng(1)
     policy = _policy()
     moved = 0
@@ -119,7 +136,7 @@ def test_a_usual_batch_stays_on_the_tables_k_whatever_it_is(table_k: int) -> Non
         assert best_k(np.tile(usual, (4, 1)), usual, _policy(), table_k, 100, 4, CANDIDATES) == table_k
 
 
-def test_padded_requests_are_paid_for() -> None:
+def test_padded_requests_cost_time() -> None:
     usual = np.cumprod(np.full(MAX_K, 0.8))
     sure = np.ones((3, MAX_K))
     policy = _policy(0.0, 0.02)
@@ -131,11 +148,40 @@ def test_padded_requests_are_paid_for() -> None:
 
 
 @pytest.mark.parametrize("first", [np.array([0.0, 1.5]), np.array([np.nan, -1.0])])
-def test_confidences_that_cannot_be_are_unknown(first: NDArray[np.float64]) -> None:
+def test_confidences_outside_their_range_are_unknown(first: NDArray[np.float64]) -> None:
     chances = _seen({1: 0.7}).conditional([1, 1])
     assert np.array_equal(survival(chances, first, IDENTITY), survival(chances, None, IDENTITY))
 
 
-def test_never_a_k_the_policy_has_no_prediction_for() -> None:
+def test_a_k_without_a_prediction_is_never_chosen() -> None:
     sure = np.ones((8, MAX_K))
     assert best_k(sure, USUAL, _policy(0.0, 0.0), 3, 0, 8, (0, 1, 3, 5, 7)) == 5
+
+
+def _refined(policy: Policy | None, candidates: tuple[int, ...] = CANDIDATES) -> int:
+    """K for two requests of high acceptance, where the table says 3."""
+    planner = Planner(3, MAX_K)
+    planner.adopt(policy)
+    table_k = planner.draft_length(2, 100)
+    return refined_k(_seen({1: 0.97, 2: 0.97, 3: 0.3, 4: 0.3}), planner, [1, 2], None, table_k, 100, 2, candidates)
+
+
+def test_an_active_policy_leaves_the_choice_to_the_step() -> None:
+    assert _refined(_policy()) == 5
+
+
+def test_without_a_policy_the_launch_k_stays() -> None:
+    assert _refined(None) == 3
+
+
+@pytest.mark.parametrize("mode", [mode for mode in Mode if mode is not Mode.ACTIVE])
+def test_in_every_other_mode_the_tables_k_stays(mode: Mode) -> None:
+    assert _refined(replace(_policy(), mode=mode)) == 3
+
+
+def test_in_a_trial_its_own_k_stays() -> None:
+    assert _refined(replace(_policy(), trials=(Trial(0, 1, 0, 1),))) == 1
+
+
+def test_with_a_single_candidate_there_is_no_choice() -> None:
+    assert _refined(_policy(), (3,)) == 3

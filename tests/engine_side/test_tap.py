@@ -1,4 +1,4 @@
-"""The engine's tap: what it returns, what it writes, and that nothing hurts it."""
+"""The engine's tap: what it returns, what it writes, and that it never raises."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ S = 1_000_000_000
 
 @pytest.fixture
 def page(tmp_path: Path) -> Iterator[PolicyPage]:
-    """A page whose sidecar gave its sign of life at second 100."""
+    """A page with a heartbeat of second 100."""
     with PolicyPage.create_or_open(tmp_path / "run" / PAGE_NAME, CAPACITY) as made:
         made.heartbeat(100 * S)
         yield made
@@ -82,7 +82,7 @@ def test_a_policy_is_adopted_once_and_followed(run: Path, page: PolicyPage) -> N
     assert [(r.k, r.flags, r.policy_version) for r in records(run)] == [(2, 0, 1)] * 3 + [(6, 0, 2)] * 3
 
 
-def test_a_silent_sidecar_means_the_launch_k_until_it_is_back(run: Path, page: PolicyPage) -> None:
+def test_without_a_heartbeat_the_launch_k_runs_until_it_is_fresh_again(run: Path, page: PolicyPage) -> None:
     tap = EngineTap.open(run, engine(), max_age_s=10.0)
     page.publish(policy_of(1, k=2, trials=(Trial(2, 7, 0, 2),)))
     assert [step(tap, now) for now in (100, 105, 110)] == [7, 7, 2]
@@ -96,7 +96,7 @@ def test_a_silent_sidecar_means_the_launch_k_until_it_is_back(run: Path, page: P
     assert [r.policy_version for r in records(run)] == [1, 1, 1, 0, 0, 0, 1, 1]
 
 
-def test_nothing_of_a_policy_is_left_while_the_sidecar_is_silent(run: Path, page: PolicyPage) -> None:
+def test_no_part_of_a_policy_is_used_without_a_fresh_heartbeat(run: Path, page: PolicyPage) -> None:
     tap = EngineTap.open(run, engine(), max_age_s=10.0)
     never = SurvivalMap(np.full((7, GRID_POINTS), 1e-3, np.float32), True)
     steep = np.linspace(1.0, 100.0, 513, dtype=np.float32)
@@ -113,7 +113,7 @@ def test_a_page_left_by_another_boot_is_not_followed(run: Path, page: PolicyPage
     assert step(tap, now_s=3.0) == LAUNCH_K
 
 
-def test_a_page_that_comes_later_is_found(run: Path) -> None:
+def test_a_page_created_later_is_found(run: Path) -> None:
     tap = EngineTap.open(run, engine())
     assert step(tap) == LAUNCH_K
     with PolicyPage.create_or_open(run / PAGE_NAME, CAPACITY) as page:
@@ -125,7 +125,7 @@ def test_a_page_that_comes_later_is_found(run: Path) -> None:
         assert sorted(k, reverse=True) == k
 
 
-def test_a_page_in_the_place_of_another_is_followed(run: Path, page: PolicyPage) -> None:
+def test_a_page_that_replaces_another_is_followed(run: Path, page: PolicyPage) -> None:
     tap = EngineTap.open(run, engine())
     page.publish(policy_of(9, k=2))
     assert step(tap) == 2
@@ -248,7 +248,7 @@ def test_folder_and_files_are_private(tmp_path: Path) -> None:
     assert stat.S_IMODE((tmp_path / "run" / RING_NAME).stat().st_mode) == 0o600
 
 
-def test_a_ring_that_cannot_be_made_is_logged_and_lived_without(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_without_a_ring_the_tap_logs_it_and_runs(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "file").write_text("in the way")
     with caplog.at_level(logging.WARNING):
         tap = EngineTap.open(tmp_path / "file", engine())
@@ -297,7 +297,7 @@ junk = st.one_of(
 
 @settings(max_examples=100, deadline=None)
 @given(arguments=st.lists(junk, min_size=18, max_size=18), adopted=st.booleans())
-def test_nothing_an_engine_passes_makes_the_tap_raise(
+def test_no_argument_makes_the_tap_raise(
     tmp_path_factory: pytest.TempPathFactory, arguments: list[object], adopted: bool
 ) -> None:
     folder = tmp_path_factory.getbasetemp() / "junk"
@@ -334,7 +334,7 @@ time.sleep(600)
 """
 
 
-def test_an_engine_survives_its_sidecar_and_follows_the_next(run: Path) -> None:
+def test_an_engine_whose_sidecar_was_killed_follows_the_next_one(run: Path) -> None:
     tap = EngineTap.open(run, engine(), max_age_s=10.0)
 
     def with_sidecar(k: int, now_s: int) -> None:

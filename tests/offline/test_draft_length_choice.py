@@ -54,6 +54,7 @@ def test_exchange_finds_what_the_full_search_finds(monkeypatch: pytest.MonkeyPat
 
 def test_dropping_says_what_is_lost() -> None:
     choice = choose(GOODPUT, 3)
+    assert tuple(choice.dropping) == choice.ks
     for k, (mean, worst) in choice.dropping.items():
         rest = [other for other in choice.ks if other != k]
         kept, without = (GOODPUT[:, :, list(s)].max(axis=2) for s in (choice.ks, rest))

@@ -76,7 +76,7 @@ def test_one_row_is_enough(tmp_path: Path) -> None:
     assert document["calibration"]["samples"] == 1
 
 
-def test_words_for_people(tmp_path: Path) -> None:
+def test_output_for_people(tmp_path: Path) -> None:
     result = run_cli("fit", "--latency", CURVES / "a100_llama3-8b_tp1.csv", "--out", tmp_path)
     assert result.returncode == 0, result.stderr
     assert "tile boundary" in result.stdout
@@ -88,13 +88,13 @@ def test_bad_input_writes_nothing(tmp_path: Path, pairs: Path) -> None:
     bad.write_text("num_tokens,latency_ms\n1,1\n2,-1\n")
     out = tmp_path / "out"
     result = run_cli("fit", "--latency", bad, "--calibration", pairs, "--out", out)
-    assert_one_line(result, str(bad), "line 3", "latency_ms", "'-1'", "must be a finite number > 0")
+    assert_one_line(result, str(bad), "line 3: latency_ms: must be a finite number > 0, got '-1'")
     assert not out.exists()
 
 
 def test_out_that_cannot_be_written(tmp_path: Path, pairs: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(BadInput, match=r"--out: .*file' cannot be written"):
+    with pytest.raises(BadInput, match=r"--out: .*file': cannot be written"):
         fit_files(None, pairs, tmp_path / "file", 0.15)
 
 

@@ -61,7 +61,7 @@ def replayed(scenario: Scenario, records: Sequence[StepRecord], policies: str) -
 
 
 @pytest.mark.parametrize("name", ["h100-70b-steady", "ragged-steady"])
-def test_what_would_have_been_is_what_happens(name: str) -> None:
+def test_estimates_agree_with_running_the_policies(name: str) -> None:
     scenario = scenario_of(name)
     result = replayed(scenario, traced(scenario, range(8), 40.0), "static")
     for k in range(8):
@@ -87,7 +87,7 @@ def test_phases_count_by_their_seconds_and_not_by_their_steps() -> None:
         assert result.estimates[f"static-{k}"].goodput == pytest.approx(truth, rel=0.04)
 
 
-def test_what_ran_is_reproduced_exactly() -> None:
+def test_the_policy_that_ran_is_reproduced_exactly() -> None:
     scenario = scenario_of("h100-70b-steady")
     records = traced(scenario, [4], 5.0)
     estimate = replayed(scenario, records, "static-4").estimates["static-4"]
@@ -97,7 +97,7 @@ def test_what_ran_is_reproduced_exactly() -> None:
     assert estimate.supported == 1.0
 
 
-def test_what_the_trace_does_not_hold_is_told_by_the_width() -> None:
+def test_plans_that_were_not_measured_have_wide_intervals() -> None:
     scenario = scenario_of("h100-70b-steady")
     records = traced(scenario, [3], 20.0)
     result = replayed(scenario, records, "static")
@@ -124,7 +124,7 @@ def test_shorter_drafts_are_counted_exactly() -> None:
     assert tokens == pytest.approx(wanted)
 
 
-def test_sglangs_rule_sees_no_more_than_its_own_k_would_have_shown() -> None:
+def test_sglangs_rule_sees_only_what_its_own_k_would_have_shown() -> None:
     info = EngineInfo("e", "m", "g", 1, 3, tuple(range(8)), 8, Granularity.BATCH, False, 1)
     policy = ReplayedEma(info, wide=False)
     rows = np.full((2, 7), 0.9, dtype=np.float32)

@@ -212,7 +212,7 @@ def test_messages_of_the_client(server: WebServer) -> None:
         ControlClient(server.url, "wrong").send("pause")
     assert ControlClient(server.url).status()["mode"] == "fallback"
     server.close()
-    with pytest.raises(BadInput, match="--url: 'ftp://x' is not allowed"):
+    with pytest.raises(BadInput, match="--url: must begin with http:// or https://, got 'ftp://x'"):
         ControlClient("ftp://x")
     with pytest.raises(BadInput, match="no sidecar answers"):
         ControlClient("http://127.0.0.1:1").status()

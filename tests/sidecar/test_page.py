@@ -49,6 +49,8 @@ def engine(runtime_dir: Path) -> Iterator[RunningEngine]:
 @pytest.fixture(scope="module")
 def sidecar(runtime_dir: Path, engine: RunningEngine) -> Iterator[SidecarProcess]:
     with SidecarProcess(runtime_dir, runtime_dir.parent / "profiles") as sidecar:
+        with engine.paused():  # a record overwritten before the sidecar attaches would be counted nowhere
+            sidecar.wait_status(lambda status: status["engine_attached"], "the sidecar to attach")
         sidecar.wait_status(lambda status: status["mode"] == "active" and status["measured_gain"] is not None, "the sweep to end")
         yield sidecar
 

@@ -60,7 +60,7 @@ def test_truncated(path: Path, keep: int) -> None:
 
 
 def test_every_flipped_byte_is_noticed_or_harmless(path: Path) -> None:
-    """A zip has bytes that nobody reads (times, attributes); whatever is read must be what was written."""
+    """Some bytes of a zip file are never read (times, attributes); what is read must be what was written."""
     data = path.read_bytes()
     refused = 0
     for at in range(0, len(data), 7):
@@ -113,8 +113,8 @@ def test_never_unpickled(tmp_path: Path) -> None:
 
 
 def test_another_kind_or_version(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ArchiveError, match="holds 'test', not 'other'"):
+    with pytest.raises(ArchiveError, match="kind must be 'other', got 'test'"):
         load_archive(path, "other")
     monkeypatch.setattr("adaptive_spec.storage.archive.FORMAT_VERSION", 2)
-    with pytest.raises(ArchiveError, match="version 1, this program reads 2"):
+    with pytest.raises(ArchiveError, match="format version must be 2, got 1"):
         load_archive(path, "test")

@@ -38,7 +38,7 @@ def folder(tmp_path: Path, server: SimulatedServer) -> Path:
     return folder
 
 
-def test_a_new_controller_knows_what_the_old_one_learnt(folder: Path, server: SimulatedServer) -> None:
+def test_a_new_controller_starts_with_the_models_of_the_profile(folder: Path, server: SimulatedServer) -> None:
     profile = load_profile(folder, server.info)
     assert profile is not None
     fresh = Controller(server.settings, server.info)
@@ -50,7 +50,7 @@ def test_a_new_controller_knows_what_the_old_one_learnt(folder: Path, server: Si
     assert found[:3] == [16, 32, 48]
 
 
-def test_none_is_no_error(tmp_path: Path, server: SimulatedServer) -> None:
+def test_no_profile_is_none(tmp_path: Path, server: SimulatedServer) -> None:
     assert load_profile(tmp_path / "none", server.info) is None
     (tmp_path / "empty" / "plots").mkdir(parents=True)
     assert load_profile(tmp_path / "empty", server.info) is None
@@ -81,7 +81,7 @@ def test_policy_file(folder: Path, server: SimulatedServer) -> None:
         load_profile(folder, server.info)
 
 
-def test_npz_files_can_be_read_by_anybody(folder: Path) -> None:
+def test_npz_files_can_be_read_with_numpy_alone(folder: Path) -> None:
     with np.load(folder / "latency_model.npz", allow_pickle=False) as file:
         assert "array/boundaries" in file.files
 
@@ -97,5 +97,5 @@ def test_plots_are_drawn_by_another_process(folder: Path, server: SimulatedServe
 def test_unwritable_folder(tmp_path: Path) -> None:
     check_writable(tmp_path / "a" / "b")
     (tmp_path / "file").write_text("")
-    with pytest.raises(BadInput, match=r"profile_dir: '.*file/x' is not allowed: Not a directory; must be a writable folder"):
+    with pytest.raises(BadInput, match=r"profile_dir: '.*file/x': Not a directory; must be a writable folder"):
         check_writable(tmp_path / "file" / "x")

@@ -76,7 +76,7 @@ def test_the_worker_fetches_and_saves(held: HeldStore) -> None:
     again.close()
 
 
-def test_nobody_waits_for_a_hung_store(held: HeldStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_loop_does_not_wait_for_a_hung_store(held: HeldStore, monkeypatch: pytest.MonkeyPatch) -> None:
     worker = StoreWorker(held)
     assert worker.ask(INFO, accept_any, 0.0) is None
     assert worker.ask(INFO, accept_any, FETCH_PATIENCE_S - 0.1) is None
@@ -95,7 +95,7 @@ def _has_failed(worker: StoreWorker, times: int) -> bool:
     return _counted(worker).get("save failed") == times
 
 
-def test_failures_are_counted_and_said_once(held: HeldStore, caplog: pytest.LogCaptureFixture) -> None:
+def test_failures_are_counted_and_logged_once(held: HeldStore, caplog: pytest.LogCaptureFixture) -> None:
     held.error = RuntimeError("no\ncredentials")
     held.go.set()
     worker = StoreWorker(held)

@@ -1,4 +1,4 @@
-"""Traces: what is kept, how much of it, and that a damaged file is one line."""
+"""Traces: round trip, and one line for a damaged file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support.processes import assert_one_line, run_cli
 from tests.support.wire import engine, record_of
 
 
-def test_a_trace_comes_back_as_it_was_written(tmp_path: Path) -> None:
+def test_trace_round_trip(tmp_path: Path) -> None:
     records = tuple(record_of(i, rows=1 + i % 5, k=i % 8) for i in range(1, 40))
     save_trace(tmp_path / "t.npz", Trace(engine(), records, lost=3))
     trace = load_trace(tmp_path / "t.npz")
@@ -27,7 +27,7 @@ def test_a_trace_comes_back_as_it_was_written(tmp_path: Path) -> None:
             assert np.shape(wrote) == np.shape(read)
 
 
-def test_what_is_no_trace_is_refused_in_one_line(tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_trace_is_refused_in_one_line(tmp_path: Path) -> None:
     for name, words in (("none.npz", "no such file"), ("text.npz", "trace"), ("other.npz", "trace"), ("torn.npz", "damaged")):
         path = tmp_path / name
         if name == "text.npz":
@@ -44,8 +44,8 @@ def test_what_is_no_trace_is_refused_in_one_line(tmp_path: Path) -> None:
     assert_one_line(run_cli("replay", tmp_path / "text.npz"), "TRACE", "text.npz")
 
 
-def test_records_that_say_the_impossible_are_refused(tmp_path: Path) -> None:
+def test_records_with_impossible_values_are_refused(tmp_path: Path) -> None:
     wrong = replace(record_of(1, rows=4, k=3), accept_len=np.full(4, 3, np.uint8), verify_len=np.full(4, 2, np.uint8))
     save_trace(tmp_path / "t.npz", Trace(engine(), (wrong,), 0))
-    with pytest.raises(BadInput, match="step 1 says the impossible"):
+    with pytest.raises(BadInput, match="step 1 has impossible values"):
         load_trace(tmp_path / "t.npz")

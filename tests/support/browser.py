@@ -1,4 +1,4 @@
-"""A real Chromium for the tests of the status page."""
+"""Chromium for the tests of the status page."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def chromium() -> Iterator[Browser]:
 
 @dataclass
 class Watched:
-    """A page and what went on behind it: errors on the console, exceptions, addresses asked."""
+    """A page with its console errors, exceptions and requested addresses."""
 
     page: Page
     errors: list[str] = field(default_factory=list)

@@ -1,9 +1,9 @@
-"""The embedded engine with a draft that lies on demand: as sure of itself as ever, it proposes tokens that are not its best.
+"""The embedded engine with a draft that proposes wrong tokens on demand, with the confidence of its best ones.
 
     python -m tests.support.lying_engine --runtime-dir DIR --lie FILE
 
-While FILE exists the draft lies for `LIE_STEPS` steps, is honest for as many, and so on: quicker than a calibration that
-remembers hundreds of steps can follow. K is the launch K or what the sidecar pins. It ends on SIGTERM.
+While FILE exists the draft is wrong for `LIE_STEPS` steps, right for as many, and so on: faster than a calibration with a
+memory of hundreds of steps can follow. K is the launch K, or the one the sidecar pins. It ends on SIGTERM.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ CONCURRENCY = 2
 
 
 class LyingDecoder(Decoder):
-    """Proposes the token after its best one, with the best one's confidence, in steps that `lies` says."""
+    """While `lies` is set, proposes the token id after the best one, with the confidence of the best one."""
 
     lies = False
 

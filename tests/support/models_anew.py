@@ -1,7 +1,8 @@
-"""What /metrics says of the models, computed anew from a trace: the sidecar's own controller, fed without a sidecar.
+"""Recomputes the metrics of the models from a trace, with a controller but without a sidecar.
 
-Models depend on the records, in their order, and on where among them the sidecar fitted: a calibration is judged by predictions
-of before. How the records came, in which batches and when, does not matter to them. Where it fitted the sidecar's log says.
+The models depend on the records in their order and on the records after which the sidecar refitted, because a calibration is
+scored on earlier predictions. The times of the records and the sizes of their batches do not matter. The sidecar's log says
+after which record each refit was.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ NAMES = (
 
 
 def metrics_of(page: str) -> dict[str, dict[Labels, float]]:
-    """Samples of a metrics page by name and labels, without prefix and constant labels."""
+    """Return the samples of a metrics page by name and labels, without prefix and constant labels."""
     found: dict[str, dict[Labels, float]] = {}
     for family in text_string_to_metric_families(page):
         for sample in family.samples:
@@ -38,7 +39,7 @@ def metrics_of(page: str) -> dict[str, dict[Labels, float]]:
 
 
 class Fit(NamedTuple):
-    """A refit or a command, after so many records."""
+    """A refit or a command, and the number of records before it."""
 
     after: int
     command: str
@@ -46,20 +47,20 @@ class Fit(NamedTuple):
 
 
 def fits(log: str) -> list[Fit]:
-    """All that a sidecar's log of level debug tells."""
+    """Return the refits and commands in a sidecar's log of level debug."""
     pattern = r"(?:(refit)|command: (\w+)(?: (\d+))?,) after record (\d+)"
     return [Fit(int(n), refit or name, int(k) if k else None) for refit, name, k, n in re.findall(pattern, log)]
 
 
 def thinned(records: Sequence[StepRecord], fitted: Sequence[Fit], every: int) -> tuple[list[StepRecord], list[Fit]]:
-    """The same without one of so many records."""
+    """Remove one of every `every` records, and adapt the positions of the refits."""
     return [r for i, r in enumerate(records) if i % every], [f._replace(after=f.after - -(-f.after // every)) for f in fitted]
 
 
 def models_anew(
     records: Sequence[StepRecord], fitted: Sequence[Fit], info: EngineInfo, settings: ControllerSettings
 ) -> dict[str, dict[Labels, float]]:
-    """The metrics of `NAMES` by labels, as they must be; those without a value are left out."""
+    """Return the expected metrics of `NAMES` by labels; those without a value are left out."""
     controller = Controller(settings, info)
     at, now_s = 0, records[0].time_ns * 1e-9
     controller.tick(now_s)
@@ -99,7 +100,7 @@ def models_anew(
 
 
 def same_models(metrics: Metrics, wanted: Metrics, relative: float) -> list[str]:
-    """What differs: [] where all of `NAMES` agree, label by label, token counts exactly and the rest to so much."""
+    """Return the differences in `NAMES`; token counts must be equal, other values within `relative`."""
     wrong = []
     for name in NAMES:
         found, expected = metrics.get(name, {}), wanted.get(name, {})

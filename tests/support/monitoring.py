@@ -1,4 +1,4 @@
-"""Prometheus, Alertmanager and a webhook as real processes, and where their programs are."""
+"""Runs Prometheus, Alertmanager and a webhook, and finds their programs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def program(name: str) -> str | None:
 
 
 def needs(*names: str) -> pytest.MarkDecorator:
-    """Skip, saying so, where a program is missing; CI has them all."""
+    """Skip the test when a program is missing; CI has them all."""
     missing = [name for name in names if program(name) is None]
     return pytest.mark.skipif(bool(missing), reason=f"not installed: {', '.join(missing)} (Debian: prometheus, -alertmanager)")
 
@@ -62,7 +62,7 @@ def scaled(text: str, factor: float) -> str:
 
 @contextmanager
 def running(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A process that is ended, however it stands, when the block is left."""
+    """Run a process; it is ended at the end of the block."""
     with log.open("wb") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output)
     try:

@@ -1,4 +1,4 @@
-"""An engine made of numbers: decode steps with a known staircase and known acceptance, through the real tap."""
+"""A synthetic engine: decode steps with a known staircase and known acceptance, written through the real tap."""
 
 from __future__ import annotations
 

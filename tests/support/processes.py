@@ -1,4 +1,4 @@
-"""Our commands as real processes."""
+"""Runs the commands as processes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def run_cli(*arguments: str | Path, cwd: Path | None = None) -> subprocess.Compl
 
 
 def assert_one_line(result: subprocess.CompletedProcess[str], *words: str) -> None:
-    """Bad input: exit status 2, nothing on stdout, exactly one line on stderr that holds all the words."""
+    """Assert the result of bad input: exit status 2, no stdout, one line on stderr that contains all the words."""
     assert result.returncode == 2, result.stderr
     assert result.stdout == ""
     assert result.stderr.count("\n") == 1, result.stderr
@@ -35,18 +35,18 @@ def assert_one_line(result: subprocess.CompletedProcess[str], *words: str) -> No
 
 
 def wait_for(condition: Callable[[], Any], what: str) -> Any:
-    """Return the first true value of the condition; fail after a minute."""
+    """Return the first true value of the condition; fail after PATIENCE_S."""
     deadline_s = time.monotonic() + PATIENCE_S
     while time.monotonic() < deadline_s:
         value = condition()
         if value:
             return value
         time.sleep(0.02)
-    raise AssertionError(f"in vain: waited for {what}")
+    raise AssertionError(f"timeout: waited for {what}")
 
 
 class SidecarProcess:
-    """A sidecar on a free port; ended, however it stands, when the block is left."""
+    """A sidecar on a free port; killed at the end of the block if it still runs."""
 
     def __init__(self, runtime_dir: Path, profile_dir: Path, *arguments: str) -> None:
         self.runtime_dir = runtime_dir

@@ -18,7 +18,7 @@ def test_round_trip_is_private_and_leaves_nothing_behind(tmp_path: Path) -> None
     assert stat.S_IMODE((tmp_path / REPORT_NAME).stat().st_mode) == 0o600
 
 
-def test_a_dead_engine_says_nothing(tmp_path: Path) -> None:
+def test_the_report_of_an_ended_engine_is_ignored(tmp_path: Path) -> None:
     child = os.fork()
     if child == 0:
         os._exit(0)
@@ -40,7 +40,7 @@ REST = '"engine": "", "reason": "", "counters": {}'
         '{"pid": 1, "state": "attached", "failures": [], ' + REST + "}",
     ],
 )  # fmt: skip
-def test_garbage_is_no_report(tmp_path: Path, text: str) -> None:
+def test_a_damaged_report_is_ignored(tmp_path: Path, text: str) -> None:
     (tmp_path / REPORT_NAME).write_text(text)
     assert read_report(tmp_path) is None
 

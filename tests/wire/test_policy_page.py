@@ -1,4 +1,4 @@
-"""The policy page: exact round trips, refused damage, and two processes at it."""
+"""The policy page: exact round trips, damaged files, and two processes."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def assert_same(a: Policy, b: Policy) -> None:
 
 
 @given(policies())
-def test_a_policy_comes_back_exactly(policy: Policy) -> None:
+def test_policy_round_trip_is_exact(policy: Policy) -> None:
     data = encode_policy(policy)
     assert_same(decode_policy(data), policy)
     assert encode_policy(decode_policy(data)) == data
@@ -95,7 +95,7 @@ def test_a_page_made_for_the_engine_holds_its_largest_policy(max_batch: int, max
 
 @settings(max_examples=300)
 @given(policies(), st.data())
-def test_any_bytes_give_a_policy_that_passes_or_a_value_error(policy: Policy, data: st.DataObject) -> None:
+def test_any_bytes_decode_to_a_valid_policy_or_raise_value_error(policy: Policy, data: st.DataObject) -> None:
     payload = bytearray(encode_policy(policy))
     for _ in range(data.draw(st.integers(1, 3))):
         payload[data.draw(st.integers(0, len(payload) - 1))] ^= data.draw(st.integers(1, 255))
@@ -111,7 +111,7 @@ def with_value(array: NDArray[np.float32], value: float) -> NDArray[np.float32]:
 
 
 GOOD = policy_of(5)
-ABSURD = {
+INVALID = {
     "version": replace(GOOD, version=2**63 + 1),
     "max_k": replace(GOOD, max_k=33),
     "k_table's largest K": replace(GOOD, k_table=np.full((65, 1), 8, np.uint8)),
@@ -131,19 +131,19 @@ ABSURD = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ABSURD)
-def test_the_absurd_is_neither_published_nor_read(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    absurd = ABSURD[name]
+@pytest.mark.parametrize("name", INVALID)
+def test_an_invalid_policy_is_neither_published_nor_read(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    invalid = INVALID[name]
     with PolicyPage.create_or_open(tmp_path / "p", CAPACITY) as page, PolicyPageReader.open(tmp_path / "p") as reader:
         page.publish(policy_of(4))
         page.heartbeat(0)
         with pytest.raises(ValueError, match=name):
-            page.publish(absurd)
+            page.publish(invalid)
         assert reader.poll(0) is not None
         # The same past the writer's own check, as another program or another version might write it.
         with monkeypatch.context() as unchecked:
             unchecked.setattr(policy_page, "check_policy", lambda policy: None)
-            page.publish(absurd)
+            page.publish(invalid)
         assert reader.failures == 0
         last_good = reader.poll(0)
         assert last_good is not None
@@ -157,7 +157,7 @@ def test_the_absurd_is_neither_published_nor_read(tmp_path: Path, name: str, mon
         assert recovered.version == 6
 
 
-def test_integers_that_are_no_uint8_are_checked_before_they_are_cut() -> None:
+def test_a_k_table_of_another_type_is_checked_before_conversion() -> None:
     with pytest.raises(ValueError, match=r"k_table's largest K: must be in 0\.\.7, got 256"):
         encode_policy(replace(GOOD, k_table=np.full((65, 1), 256)))
     with pytest.raises(ValueError, match="k_table: must be of type uint8, got float64"):
@@ -182,7 +182,7 @@ def test_the_same_policy_object_until_there_is_a_newer_one(tmp_path: Path) -> No
     ("now_s", "fresh"),
     [(1000, True), (1010, True), (1010.001, False), (5000, False), (990, True), (989.999, False), (3, False)],
 )
-def test_the_heartbeat_decides_whether_a_policy_holds(tmp_path: Path, now_s: float, fresh: bool) -> None:
+def test_the_heartbeat_decides_whether_a_policy_is_fresh(tmp_path: Path, now_s: float, fresh: bool) -> None:
     with PolicyPage.create_or_open(tmp_path / "p", CAPACITY) as page:
         page.publish(policy_of(1))
         page.heartbeat(1000 * S)
@@ -217,7 +217,7 @@ def test_publishing_refuses_old_versions_and_long_policies(tmp_path: Path) -> No
         page.publish(policy_of(6))
 
 
-def test_a_page_is_gone_on_with(tmp_path: Path) -> None:
+def test_the_next_sidecar_continues_the_page(tmp_path: Path) -> None:
     path = tmp_path / "sub" / "p"
     with PolicyPage.create_or_open(path, CAPACITY) as page:
         assert page.last_version == 0
@@ -236,7 +236,7 @@ def test_a_page_is_gone_on_with(tmp_path: Path) -> None:
     assert policy.version == 42
 
 
-def test_a_page_that_is_too_small_is_replaced_with_what_it_says(tmp_path: Path) -> None:
+def test_a_page_that_is_too_small_is_replaced_and_keeps_its_policy(tmp_path: Path) -> None:
     path = tmp_path / "p"
     with PolicyPage.create_or_open(path, CAPACITY) as page:
         page.publish(policy_of(8))
@@ -296,7 +296,7 @@ def resealed(data: bytes, at: int, form: str, value: int) -> bytes:
         ("size", lambda data: resealed(data, 16, "<Q", 4096)),
     ],
 )
-def test_a_foreign_page_is_refused_by_the_engine_and_set_aside_by_the_sidecar(
+def test_a_foreign_page_is_refused_by_the_engine_and_renamed_by_the_sidecar(
     tmp_path: Path, field: str, spoil: Callable[[bytes], bytes]
 ) -> None:
     path = tmp_path / "p"
@@ -313,7 +313,7 @@ def test_a_foreign_page_is_refused_by_the_engine_and_set_aside_by_the_sidecar(
     PolicyPageReader.open(path).close()
 
 
-def test_a_page_whose_policy_is_damaged_is_set_aside(tmp_path: Path) -> None:
+def test_a_page_with_a_damaged_policy_is_renamed(tmp_path: Path) -> None:
     path = tmp_path / "p"
     for number in (1, 2):
         with PolicyPage.create_or_open(path, CAPACITY) as page:
@@ -361,7 +361,7 @@ def test_flipped_bytes_never_raise_and_never_make_a_policy(flips: list[tuple[int
                 assert reader.policy.version == 2
 
 
-def test_only_the_newest_buffer_is_taken_and_only_forwards(tmp_path: Path) -> None:
+def test_an_older_sequence_is_not_adopted(tmp_path: Path) -> None:
     path = tmp_path / "p"
     with PolicyPage.create_or_open(path, CAPACITY) as page, PolicyPageReader.open(path) as reader:
         page.publish(policy_of(1))
@@ -410,7 +410,7 @@ while True:
 """
 
 
-def test_a_sidecar_killed_at_full_speed_leaves_a_page_its_successor_goes_on_with(tmp_path: Path) -> None:
+def test_a_sidecar_killed_at_full_speed_leaves_a_valid_page(tmp_path: Path) -> None:
     path, version, seen = tmp_path / "p", 0, 0
     PolicyPage.create_or_open(path, CAPACITY).close()
     reader = PolicyPageReader.open(path, max_age_s=1e9)

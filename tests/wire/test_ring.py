@@ -1,4 +1,4 @@
-"""The ring, in one process where the moment must be chosen and in two where it must not."""
+"""The ring: in one process where the moment matters, in two at full speed."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_every_record_of_a_writer_at_full_speed_is_accounted_for(tmp_path: Path)
     assert all(same(record, record_of(record.step)) for record in seen)
 
 
-def test_a_killed_reader_costs_the_writer_nothing(tmp_path: Path) -> None:
+def test_a_killed_reader_does_not_affect_the_writer(tmp_path: Path) -> None:
     path = tmp_path / "records.ring"
     writer = RingWriter.create(path, engine(), 32)
     for i in range(20):
@@ -125,7 +125,7 @@ def test_a_killed_reader_costs_the_writer_nothing(tmp_path: Path) -> None:
     assert writer.failed == 0
 
 
-def test_a_writer_killed_at_any_moment_leaves_only_whole_records(tmp_path: Path) -> None:
+def test_a_writer_killed_at_any_moment_leaves_only_complete_records(tmp_path: Path) -> None:
     for delay_s in (0.0, 0.003, 0.011):
         path = tmp_path / f"{delay_s}.ring"
         with child(path, "write", 10**9, 16) as process:
@@ -193,9 +193,7 @@ def test_an_older_record_is_lost_and_a_half_written_one_torn(tmp_path: Path) -> 
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 5), st.integers(0, 4)), max_size=40), st.integers(2, 6))
-def test_whatever_the_order_of_writes_and_polls_nothing_is_double_or_unaccounted(
-    turns: list[tuple[int, int, int]], slots: int
-) -> None:
+def test_in_any_order_of_writes_and_polls_each_record_is_counted_once(turns: list[tuple[int, int, int]], slots: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         writer = RingWriter.create(Path(folder) / "r", engine(5, (0, 4)), slots)
         written: list[StepRecord] = []
@@ -252,7 +250,7 @@ def test_a_batch_beyond_the_layout_is_cut(tmp_path: Path) -> None:
         {"step_s": 1e300},
     ],
 )
-def test_a_write_that_cannot_be_done_is_counted_and_the_next_one_is_whole(tmp_path: Path, change: dict[str, object]) -> None:
+def test_a_failed_write_is_counted_and_the_next_one_is_complete(tmp_path: Path, change: dict[str, object]) -> None:
     writer = RingWriter.create(tmp_path / "r", engine(), 4)
     good = record_of(0)
     writer.write(replace(good, **change))  # type: ignore[arg-type]  # wrong on purpose
@@ -269,7 +267,7 @@ def test_a_closed_writer_only_counts(tmp_path: Path) -> None:
     assert writer.failed == 1
 
 
-def test_records_that_say_the_impossible_are_dropped_and_named(tmp_path: Path) -> None:
+def test_records_with_impossible_values_are_dropped_and_counted(tmp_path: Path) -> None:
     writer = RingWriter.create(tmp_path / "r", engine(), 8)
     good = record_of(1)
     for record in (
@@ -285,7 +283,7 @@ def test_records_that_say_the_impossible_are_dropped_and_named(tmp_path: Path) -
         assert accounted(reader) == 4
 
 
-def test_a_reader_starts_where_it_is_told(tmp_path: Path) -> None:
+def test_a_reader_starts_at_the_given_position(tmp_path: Path) -> None:
     path = tmp_path / "r"
     writer = RingWriter.create(path, engine(), 8)
     for i in range(20):
@@ -317,7 +315,7 @@ def test_a_restarted_engine_is_noticed(tmp_path: Path) -> None:
         assert not reader.replaced()
 
 
-def test_the_engine_information_crosses(tmp_path: Path) -> None:
+def test_the_reader_gets_the_engine_information(tmp_path: Path) -> None:
     info = engine(17, (0, 2, 5))
     RingWriter.create(tmp_path / "r", info, 4)
     with RingReader.open(tmp_path / "r") as reader:
@@ -325,7 +323,7 @@ def test_the_engine_information_crosses(tmp_path: Path) -> None:
         assert (reader.layout.max_batch, reader.layout.max_k, reader.slots) == (17, 5, 4)
 
 
-def test_the_file_is_private_whole_and_alone(tmp_path: Path) -> None:
+def test_the_file_is_private_complete_and_the_only_one(tmp_path: Path) -> None:
     old = os.umask(0)
     try:
         RingWriter.create(tmp_path / "records.ring", engine(), 4)
@@ -335,7 +333,7 @@ def test_the_file_is_private_whole_and_alone(tmp_path: Path) -> None:
     assert stat.S_IMODE((tmp_path / "records.ring").stat().st_mode) == 0o600
 
 
-def test_a_ring_that_cannot_be_made_leaves_the_old_one(tmp_path: Path) -> None:
+def test_a_failed_creation_leaves_the_old_ring(tmp_path: Path) -> None:
     path = tmp_path / "r"
     RingWriter.create(path, engine(), 4).write(record_of(3))
     huge = EngineInfo("x" * 5000, "m", "cpu", 1, 0, (0,), 1, Granularity.BATCH, False, 1)
@@ -377,9 +375,7 @@ def resealed(data: bytes, at: int, form: str, value: int) -> bytes:
         ("slots", lambda data: resealed(data, 24, "<I", 0)),
     ],
 )
-def test_a_file_that_is_no_ring_of_ours_is_refused_in_one_line(
-    tmp_path: Path, field: str, spoil: Callable[[bytes], bytes]
-) -> None:
+def test_a_file_that_is_not_a_ring_is_refused_in_one_line(tmp_path: Path, field: str, spoil: Callable[[bytes], bytes]) -> None:
     path = tmp_path / "records.ring"
     RingWriter.create(path, engine(), 4)
     path.write_bytes(spoil(path.read_bytes()))
@@ -387,7 +383,7 @@ def test_a_file_that_is_no_ring_of_ours_is_refused_in_one_line(
         RingReader.open(path)
     assert caught.value.field == field
     assert str(caught.value).startswith(f"{path}: {field}: must be ")
-    assert "wanted" in str(caught.value)
+    assert ", got " in str(caught.value)
     assert "\n" not in str(caught.value)
 
 

@@ -1,9 +1,9 @@
 """Adaptive K against every fixed K, in one run: the same prompts, in alternating blocks, on the same loaded weights.
 
-A block is a list of prompts and a concurrency. Every arm decodes it to the end, one arm after the other, beginning with
-another one each block, so that a noisy minute hits all alike. Greedy decoding is lossless, so every arm outputs the same
-tokens: goodput = output tokens / decode seconds differs by time alone, and a differing output is a defect that is counted.
-Prefills are outside decode time for all arms.
+A block is a list of prompts and a concurrency. Every arm decodes it to the end, one arm after the other. The first arm changes
+with each block, so that background load affects all arms alike. Greedy decoding is lossless, so every arm outputs the same
+tokens: goodput = output tokens / decode seconds differs by time alone. A differing output is a defect and sets
+`lossless` to False. Decode time excludes prefills for all arms.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ADAPTIVE = "adaptive"
 
 @dataclass
 class Arm:
-    """One way of choosing K, with a decoder of its own. Totals over whole blocks only."""
+    """One way of choosing K, with its own decoder. Totals are over completed blocks."""
 
     name: str
     decoder: Decoder
@@ -36,7 +36,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class BlockResult:
-    """Of one arm and one block: tokens, seconds, and the ended requests in the order of the prompts."""
+    """One block of one arm: output tokens, decode seconds, and the requests in the order of the prompts."""
 
     output_tokens: int
     decode_s: float
@@ -48,7 +48,7 @@ class BlockResult:
 
 
 def fixed_arms(models: Models, prefixes: PrefixCache, fixed_k: Sequence[int], max_batch: int = MAX_BATCH) -> list[Arm]:
-    """Arms `static-K` for each K, with small decoders of their own on shared weights and prefix cache."""
+    """Arms `static-K` for each K, each with its own decoder; weights and prefix cache are shared."""
     return [
         Arm(f"static-{k}", Decoder(models.target, models.draft, FixedK(k), max_batch, max(fixed_k), prefixes)) for k in fixed_k
     ]
@@ -64,7 +64,7 @@ def run_block(
         decoder.submit(request)
     tokens, seconds = decoder.output_tokens, decoder.decode_s
     while not decoder.idle:
-        outcome = decoder.step(concurrency, most=concurrency)  # a larger batch would be an easier block
+        outcome = decoder.step(concurrency, most=concurrency)  # a larger held batch would make the block easier
         if outcome is not None and not on_step(decoder, outcome):
             return None
     decoder.finished.clear()
@@ -83,7 +83,7 @@ class Comparison:
         self._requests_per_slot, self._least = requests_per_slot, least_requests
 
     def run_block(self, kind: str, concurrency: int, on_step: Callable[[Decoder, StepOutcome], bool]) -> bool:
-        """Run one block on every arm; False when it was stopped, and then it counts for none."""
+        """Run one block on every arm; False when it was stopped, and then it is not counted for any arm."""
         count = max(self._least, concurrency * self._requests_per_slot)
         prompts = [self._source.prompt(kind) for _ in range(count)]
         first = self.blocks % len(self.arms)

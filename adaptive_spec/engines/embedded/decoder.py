@@ -8,9 +8,8 @@ One step, for the b requests that are running:
     verify      = one packed forward of sum(verify_len + 1) rows
     output      = accepted draft tokens and one bonus token per request
 
-With K = 0 the draft does nothing; what it missed is caught up in the next step with K > 0. Slots are numbered so that
-running requests are 0..b-1 and parked ones follow: parking and resuming only move the border between them, and what a
-forward reads of the cache is a view.
+With K = 0 the draft model does not run; the next step with K > 0 processes the tokens it has not seen. Running requests have
+slots 0..b-1, parked ones follow: parking and resuming only change b, and a forward reads the cache through a view.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ from adaptive_spec.engines.embedded.text import SEPARATOR
 
 END_OF_TEXT = SEPARATOR[0]
 _DENSE_ROWS = 24
-"""Prefills of this many rows or more take the float32 kernel: the same bits, about half the time."""
+"""Prefills of this many rows or more use the float32 kernel: bitwise equal results in about half the time."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The KV cache of the embedded engine, and where the rows of one packed forward belong in it."""
+"""The KV cache of the embedded engine, and the positions of a packed forward's rows in it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from adaptive_spec.domain.arrays import Ints
 from adaptive_spec.engines.embedded.shape import ModelShape
 
 CONTEXT_BLOCK = 32
-"""Contexts are padded to a multiple of this, so that vectorised elementwise kernels never meet a scalar remainder."""
+"""Contexts are padded to a multiple of this, so that vectorised elementwise kernels have no scalar remainder."""
 
 
 class KVCache:
@@ -24,13 +24,13 @@ class KVCache:
 
     def __init__(self, shape: ModelShape, slots: int, max_context: int, device: torch.device) -> None:
         if max_context % CONTEXT_BLOCK:
-            raise ValueError(f"max_context {max_context} is not a multiple of {CONTEXT_BLOCK}")
+            raise ValueError(f"max_context: must be a multiple of {CONTEXT_BLOCK}, got {max_context}")
         self.shape, self.slots, self.max_context, self.device = shape, slots, max_context, device
         rows = 2 * slots * shape.kv_heads * max_context
         self._flat = [torch.zeros(rows, shape.head_width, device=device) for _ in range(shape.layers)]
         pair = np.arange(2)[:, None] * (slots * shape.kv_heads) + np.arange(shape.kv_heads)
         self._head_rows = pair.reshape(-1) * max_context
-        # Row p: what a token at position p may see. A look-up costs a third of building the mask anew.
+        # Row p: the mask of a token at position p. A look-up costs a third of building the mask.
         self._bias = torch.full((max_context, max_context), -torch.inf, device=device).triu(1)
 
     def rows_of(self, slots: Ints, positions: Ints) -> Ints:
@@ -47,7 +47,7 @@ class KVCache:
         self._flat[layer].index_copy_(0, rows, keys_and_values)
 
     def read(self, layer: int, first_slot: int, slots: int, context: int) -> tuple[Tensor, Tensor]:
-        """Keys and values [slots * kv_heads, context, head_width] of neighbouring slots, as views."""
+        """Keys and values [slots * kv_heads, context, head_width] of consecutive slots, as views."""
         s, flat = self.shape, self._flat[layer]
         head = self.max_context * s.head_width
         size, stride = (slots * s.kv_heads, context, s.head_width), (head, s.head_width, 1)
@@ -64,7 +64,7 @@ class KVCache:
         return torch.stack([self._slot(layer, slot, length) for layer in range(self.shape.layers)])
 
     def restore(self, slot: int, saved: Tensor) -> None:
-        """Put what `save` gave into a slot."""
+        """Write what `save` returned into a slot."""
         for layer in range(self.shape.layers):
             self._slot(layer, slot, saved.shape[3]).copy_(saved[layer])
 
@@ -75,7 +75,7 @@ class KVCache:
 
 @dataclass(frozen=True)
 class PackedRows:
-    """Where the rows of one forward belong. Rows of a request are neighbours, requests in slot order.
+    """The slot and position of each row of one forward. Rows of a request are consecutive, requests in slot order.
 
     first_slot .. first_slot + requests - 1: slots covered. width: most rows of one request. last: largest position.
     context: last + 1, padded. positions: int64 [rows]. cache_rows: see `KVCache.rows_of`. grid_rows: int64 [rows], row of

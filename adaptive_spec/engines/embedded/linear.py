@@ -76,7 +76,7 @@ class IntegerLinear:
 
     def __init__(self, weight: Tensor, scale: Tensor, device: torch.device, qnnpack: bool) -> None:
         if weight.shape[1] > MAX_IN_FEATURES:
-            raise ValueError(f"in_features {weight.shape[1]} is not in 1..{MAX_IN_FEATURES}: sums would not be exact")
+            raise ValueError(f"in_features: must be in 1..{MAX_IN_FEATURES} for exact sums, got {weight.shape[1]}")
         self.width = weight.shape[1]
         self._scale = scale.float().to(device)
         self._dense = weight.float().to(device)
@@ -96,7 +96,7 @@ def _pack(weight: Tensor, scale: Tensor) -> torch.ScriptObject:
     torch.backends.quantized.engine = "qnnpack"
     try:
         with warnings.catch_warnings():
-            # torch announces the end of its quantised dtypes; where they are gone, `qnnpack_available` says no.
+            # torch deprecates its quantised dtypes; without them `qnnpack_available` returns False.
             warnings.simplefilter("ignore", UserWarning)
             zeros = torch.zeros(len(scale), dtype=torch.int64)
             quantised = torch._make_per_channel_quantized_tensor(padded, scale.double(), zeros, 0)

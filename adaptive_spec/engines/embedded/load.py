@@ -1,4 +1,4 @@
-"""Traffic: real prompts of one kind at a time, at a concurrency that changes; seeded, so that it can be had again."""
+"""Reproducible traffic: real prompts of one kind at a time, at a concurrency that changes; the order follows from a seed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from adaptive_spec.engines.embedded.text import KINDS
 
 CONCURRENCIES = (1, 16, 2, 12, 3)
 LEAST_NEW_TOKENS, MOST_NEW_TOKENS = 24, 104
-"""Requests end at different times, as real ones do: a batch that ended all at once would flatter K = 0."""
+"""Output lengths vary, so that requests end at different times: a batch that ends all at once would favour K = 0."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Phase:
 
 
 def phases(duration_s: float | None, concurrencies: Sequence[int], phase_s: float = 4.0, kind_s: float = 60.0) -> Iterator[Phase]:
-    """Phases of `phase_s` seconds that walk through the concurrencies, without end.
+    """Phases of `phase_s` seconds that cycle through the concurrencies without end.
 
     The kind changes half-way through duration_s; every kind_s seconds when there is no duration.
     """
@@ -59,7 +59,7 @@ class PromptSource:
         return self._left[kind].pop()
 
     def request(self, kind: str, prompt: bytes | None = None) -> Request:
-        """The next request of a kind, greedy, with an id of its own; prompt: this one instead of the next."""
+        """The next request of a kind, greedy, with a new id. prompt: used instead of the next one."""
         text = prompt or self.prompt(kind)
         request = Request(self._next_id, text, self.max_new_tokens or _length_of(text), kind=kind)
         self._next_id += 1

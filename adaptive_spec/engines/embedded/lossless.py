@@ -1,7 +1,7 @@
-"""Is speculative output the target's own? Greedy outputs against the target alone: one request, one token at a time.
+"""Checks that speculative output equals the target's: greedy outputs against the target alone, one token at a time.
 
-On an exact target every byte must be equal. A target whose arithmetic depends on the batch may differ first where its two
-best logits are closer than TIE_TOLERANCE: that is a tie, counted apart, and what follows it is another text.
+On an exact target every byte must be equal. A target whose arithmetic depends on the batch may first differ where its two
+best logits are closer than TIE_TOLERANCE. That is a tie and counted separately; the outputs after it are not compared.
 """
 
 from __future__ import annotations

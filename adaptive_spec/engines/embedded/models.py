@@ -1,4 +1,4 @@
-"""The shipped pair of models, loaded, and what the engine says about itself."""
+"""Loads the shipped target and draft, and describes the engine to its sidecar."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ class Models:
 
 
 def load_models(device: str = "cpu", folder: Path | None = None, max_batch: int = MAX_BATCH, max_k: int = MAX_K) -> Models:
-    """Load the shipped weights, or those of `folder`, and run each kernel once, so that the first step is an ordinary one.
+    """Load the shipped weights, or those of `folder`, and run each kernel once, so that the first step is not slower.
 
     Raise BadInput for a device this torch cannot use, and ValueError for weights that are missing or damaged.
     """
     if device == "cuda" and not torch.cuda.is_available():
-        raise BadInput("device cuda is not available to this torch, allowed here: cpu")
+        raise BadInput("device: must be cpu, got cuda: this torch has no CUDA device")
     folder = folder or weights_folder()
     rows = max(max_batch * (max_k + 1), _PREFILL_ROWS)
     weights = load_weights(folder / "target.safetensors", TARGET_SHAPE)

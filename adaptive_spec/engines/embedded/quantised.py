@@ -161,7 +161,7 @@ class ExactModel(ByteModel[IntegerLinear]):
         kernel: str = "auto",
     ) -> None:  # fmt: skip
         if max_context > MAX_EXACT_CONTEXT:
-            raise ValueError(f"max_context {max_context} is not in 1..{MAX_EXACT_CONTEXT}: sums would not be exact")
+            raise ValueError(f"max_context: must be in 1..{MAX_EXACT_CONTEXT} for exact sums, got {max_context}")
         self.qnnpack = kernel == "auto" and device == "cpu" and qnnpack_available()
         super().__init__(shape, weights, max_rows, max_context, device)
         widths = {shape.width, shape.hidden}

@@ -19,11 +19,11 @@ class Request:
     kind: str = ""
     output: bytearray = field(default_factory=bytearray)
     ended: bool = False
-    """True once the model said end of text, or max_new_tokens were output."""
+    """True after the end-of-text token, or max_new_tokens."""
 
 
 class PrefixCache:
-    """KV of whole prompts, least recently used out first; saves prefills where prompts come again. max_bytes: its bound."""
+    """KV of whole prompts, for prompts that are repeated. Evicts the least recently used. max_bytes: size limit."""
 
     def __init__(self, max_bytes: int = 96 << 20) -> None:
         self.max_bytes = max_bytes

@@ -1,4 +1,4 @@
-"""What the decoder asks of its tap, and the tap of a server that never adapts."""
+"""The interface between decoder and tap, and a tap with a fixed K."""
 
 from __future__ import annotations
 

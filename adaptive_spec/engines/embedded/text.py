@@ -1,4 +1,4 @@
-"""The text every Python installation carries, as two kinds: code and prose.
+"""Text that every Python installation contains, in two kinds: code and prose.
 
 Code is the source of the standard library with docstrings removed; prose is its docstrings, the pydoc topics and the
 licence. Both are bytes: the models are byte-level, so there is no tokenizer to ship.
@@ -17,7 +17,7 @@ from pathlib import Path
 
 KINDS = ("prose", "code")
 SEPARATOR = b"\x00"
-"""Byte between documents: never part of the text itself, so it doubles as the end-of-text token."""
+"""Byte between documents. It does not occur in the texts and is also the end-of-text token."""
 
 _SKIPPED_FOLDERS = frozenset(
     {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "lib2to3", "ensurepip"}
@@ -72,7 +72,7 @@ def _topics(source: str) -> Iterator[Document]:
 
 
 def _split(tree: ast.Module, source: str) -> tuple[list[str], str]:
-    """Return the docstrings worth reading and the source without any docstring."""
+    """Return the longer docstrings, and the source without docstrings."""
     docstrings: list[str] = []
     lines = source.splitlines(keepends=True)
     for node in ast.walk(tree):

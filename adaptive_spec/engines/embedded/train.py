@@ -1,4 +1,4 @@
-"""Train the target and the draft that ship with the package, from the text every Python installation carries.
+"""Train the target and the draft that ship with the package, from text that every Python installation contains.
 
     python -m adaptive_spec.engines.embedded.train target --steps 1500 --out build/models
     python -m adaptive_spec.engines.embedded.train generate --out build/models
@@ -6,9 +6,9 @@
     python -m adaptive_spec.engines.embedded.train export --out build/models
 
 The target is trained on next-byte prediction, half code and half prose. The draft is distilled from it (cross-entropy
-against the target's distribution) on code without comments, so that it is visibly better on code: a change of traffic then
-really changes acceptance. Half of what it learns from is what the target itself writes (`generate`), for that is what it
-will have to guess. Matrices are optimised with Muon (Jordan et al., 2024, kellerjordan.github.io/posts/muon), everything
+against the target's distribution) on code without comments, so that acceptance is clearly higher on code and a change
+of traffic changes acceptance. Half of its training text is the target's own output (`generate`), which is what it has to
+predict. Matrices are optimised with Muon (Jordan et al., 2024, kellerjordan.github.io/posts/muon), everything
 else with AdamW. `export` rounds both to int8, and picks prompts of both kinds from documents neither model was trained on.
 """
 

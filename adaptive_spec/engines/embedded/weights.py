@@ -70,13 +70,13 @@ def load_weights(path: Path, shape: ModelShape) -> dict[str, Tensor]:
     try:
         tensors: dict[str, Tensor] = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"weights {path} cannot be read: {error}") from error
+        raise ValueError(f"weights {path}: cannot be read: {error}") from error
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     expected = expected_shapes(shape)
     if found != expected:
         odd = sorted(name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name))
         wanted = expected.get(odd[0])
-        raise ValueError(f"weights {path} do not fit the shape: {odd[0]} is {found.get(odd[0])}, {wanted} was expected")
+        raise ValueError(f"weights {path}: {odd[0]}: must have shape {wanted}, got {found.get(odd[0])}")
     return tensors
 
 
@@ -98,4 +98,4 @@ def load_prompts(path: Path | None = None) -> dict[str, list[bytes]]:
         data = json.loads(path.read_text(encoding="utf-8"))
         return {kind: [text.encode() for text in data[kind]] for kind in KINDS}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"prompts {path} cannot be read: {error}") from error
+        raise ValueError(f"prompts {path}: cannot be read: {error}") from error

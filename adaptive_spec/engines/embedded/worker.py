@@ -1,10 +1,11 @@
-"""The engine process of the demonstration: real traffic, decoded under whatever policy the sidecar publishes.
+"""The engine process of the demonstration: real traffic, decoded under the policy the sidecar publishes.
 
     python -m adaptive_spec.engines.embedded.worker --runtime-dir DIR --status FILE [--duration S] [--compare]
 
-It needs no sidecar: without one it decodes with its launch K. While the sidecar sweeps, it holds the batch sizes it is asked
+Without a sidecar it decodes with its launch K. While the sidecar sweeps, it holds the batch sizes it is asked
 for. With --compare the adaptive arm runs alone until the sweep is over (a third of the duration at most), then blocks of the
-same prompts alternate between it and every fixed K. It ends after --duration, or on SIGTERM or SIGINT, with a last status.
+same prompts alternate between it and every fixed K. It ends after --duration, or on SIGTERM or SIGINT; a last
+status is written then.
 """
 
 from __future__ import annotations
@@ -146,7 +147,7 @@ class Worker:
         self._decoder.finished.clear()
 
     def _sweeping(self) -> bool:
-        """Whether the controller sweeps; before its first policy, whether that still may come."""
+        """Whether the controller sweeps; before its first policy, whether to wait for one."""
         policy = self._tap.planner.policy
         if policy is None:
             return self.elapsed_s < SIDECAR_WAIT_S
@@ -167,7 +168,7 @@ class Worker:
         return not self._over()
 
     def _check_one(self, ended: Sequence[Request]) -> None:
-        """Now and then, compare one ended request with the target alone."""
+        """Every CHECK_INTERVAL_S, compare one ended request with the target alone."""
         now = self.elapsed_s
         if ended and now >= self._next_check:
             self._next_check = now + CHECK_INTERVAL_S
@@ -192,7 +193,7 @@ class Worker:
         }  # fmt: skip
 
     def _write_status(self, done: bool = False) -> None:
-        """Write the status file in one piece; a disk that is full must not stop the engine."""
+        """Write the status file atomically. A write error does not stop the engine."""
         temporary = self._status_file.with_name(f".{self._status_file.name}.{os.getpid()}")
         try:
             with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
@@ -200,7 +201,7 @@ class Worker:
             os.replace(temporary, self._status_file)
         except OSError as error:
             if done:
-                click.echo(f"status {self._status_file} cannot be written: {error.strerror}", err=True)
+                click.echo(f"status {self._status_file}: cannot be written: {error.strerror}", err=True)
 
 
 def _parse_concurrencies(text: str) -> tuple[int, ...]:
@@ -209,7 +210,7 @@ def _parse_concurrencies(text: str) -> tuple[int, ...]:
     except ValueError:
         values = ()
     if not values or not all(1 <= value <= MAX_BATCH for value in values):
-        raise BadInput(f"concurrency {text!r} is not a list of numbers 1..{MAX_BATCH} like 1,4,16")
+        raise BadInput(f"--concurrency: must be numbers in 1..{MAX_BATCH} such as 1,4,16, got {text!r}")
     return values
 
 
@@ -230,13 +231,13 @@ def main(
     try:
         concurrencies = _parse_concurrencies(concurrency)
         if not status_file.parent.is_dir():
-            raise BadInput(f"status {status_file} is in no existing folder")
+            raise BadInput(f"--status: {str(status_file)!r}: no such folder")
         models = load_models(device)
     except (BadInput, ValueError) as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(2)
     tap = EngineTap.open(runtime_dir, engine_info(models))
-    gc.freeze()  # what was loaded stays: a collection need not look at it in the middle of a step
+    gc.freeze()  # loaded objects stay alive: garbage collection during a step need not traverse them
     worker = Worker(models, tap, status_file, duration, concurrencies, seed)
 
     def stop(_signal: int, _frame: FrameType | None) -> None:

@@ -131,12 +131,13 @@ class Attachment:
         return Place(rank, ranks, group)
 
     def _info(
-        self, worker: Any, place: Place, launch_k: int, candidates: tuple[int, ...], granularity: Granularity
-    ) -> EngineInfo:
+        self, worker: Any, place: Place, launch_k: int, candidates: tuple[int, ...], granularity: Granularity,
+        allowed_from: tuple[tuple[int, tuple[int, ...]], ...] = (),
+    ) -> EngineInfo:  # fmt: skip
         return EngineInfo(
             name="sglang", model=Path(str(worker.server_args.model_path)).name, gpu=_device_name(str(worker.device)),
             tp=place.ranks, launch_k=launch_k, candidates=candidates, max_batch=max_batch(worker), granularity=granularity,
-            holds_batch=False, pid=os.getpid(),
+            holds_batch=False, pid=os.getpid(), allowed_from=allowed_from,
         )  # fmt: skip
 
     def _open_tap(self, info: EngineInfo, place: Place) -> EngineTap:
@@ -150,6 +151,15 @@ class Attachment:
         return RankedTap(settings.runtime_dir, info, ring, self._rendezvous, settings.max_age_s)
 
     # -- every decode step ---------------------------------------------------------------------------------------------
+
+    def _tap_for(self, worker: Any, batch: Any) -> EngineTap | None:
+        """The tap, for a decode step of the attached worker; else None. Any other batch interrupts the steps in flight."""
+        if self._tap is None or worker is not self._worker:
+            return None
+        if not decodes(batch):
+            self._in_flight.interrupt()
+            return None
+        return self._tap
 
     def draft_before(self, *args: Any, **kwargs: Any) -> Any:
         return self._clock.now() if self._step is not None else None

@@ -80,12 +80,18 @@ NEEDS = (
     Need(COUNTS_AND_K, _CONTROLLER + ".activate_step_by_batch", ("self", "batch_size"), calls=("get_steps_for_batch",)),
     Need(COUNTS_AND_K, _CONTROLLER + ".on_verify_complete", calls=("on_verify_complete",)),
     Need(COUNTS_AND_K, _SPECULATIVE + "adaptive_runtime_state.AdaptiveSpecPolicy", attributes=_POLICY_METHODS),
-    Need(COUNTS_AND_K, _SPECULATIVE + "adaptive_spec_params.AdaptiveSpeculativeParams", attributes=_POLICY_METHODS),
+    Need(COUNTS_AND_K, _SPECULATIVE + "adaptive_spec_params.AdaptiveSpeculativeParams", attributes=(
+        *_POLICY_METHODS, "_route",
+    )),
+    Need(COUNTS_AND_K, _SPECULATIVE + "adaptive_spec_params.AdaptiveStepSlot", attributes=("candidate_steps", "current_steps")),
     Need(COUNTS_AND_K, _WORKER + ".init_cuda_graphs", ("self",), calls=("init_states",), hook="attach"),
     Need(
         COUNTS_AND_K, _WORKER + ".forward_batch_generation", ("self", "batch"),
         calls=("activate_step_by_batch", "draft", "verify", "_draft_extend_for_decode"), hook="step",
     ),
+    Need(COUNTS_AND_K, _WORKER + ".apply_runtime_state", ("self", "state"), calls=("override",), hook="switch"),
+    Need(COUNTS_AND_K, _SRT + "runtime_context.get_context", called=True),
+    Need(COUNTS_AND_K, _SRT + "runtime_context.RuntimeContext", attributes=("_overrides_log",)),
     Need(COUNTS_AND_K, _WORKER + ".__init__", calls=("AdaptiveController",)),
     Need(COUNTS_AND_K, _WORKER, attributes=(
         "adaptive_controller", "speculative_num_steps", "device", "server_args", "_target_worker", "_draft_worker",

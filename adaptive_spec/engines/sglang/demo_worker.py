@@ -253,7 +253,7 @@ class Demonstration:
             os.replace(temporary, self._status_file)
         except OSError as error:
             if done:
-                click.echo(f"status {self._status_file} cannot be written: {error.strerror}", err=True)
+                click.echo(f"status {self._status_file}: cannot be written: {error.strerror}", err=True)
 
 
 @click.command(help=__doc__)

@@ -92,11 +92,8 @@ class DSparkAttachment(Attachment):
 
     def step_before(self, worker: Any, batch: Any, *args: Any, **kwargs: Any) -> OpenStep | None:
         self._step = None
-        tap = self._tap
-        if tap is None or worker is not self._worker:
-            return None
-        if not decodes(batch):
-            self._in_flight.interrupt()
+        tap = self._tap_for(worker, batch)
+        if tap is None:
             return None
         started = self._clock.now() if self._guard.closed is None else None
         begun = self._begun[1] if self._begun is not None and self._begun[0] is batch else self._meet(tap, batch)

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from adaptive_spec.domain.arrays import Floats
 from adaptive_spec.domain.policy import Mode, Policy
 from adaptive_spec.domain.survival import GRID_POINTS, LOGIT_LIMIT, SurvivalMap
+from adaptive_spec.errors import one_line
 
 TEMPERATURE_RANGE = (0.05, 20.0)
 STRAIGHT = 1e-6
@@ -170,7 +171,7 @@ class DSparkSwap:
         try:
             prepared, reason = self._prepare(policy, kv_per_request), ""
         except Exception as error:
-            prepared, reason = None, " ".join(str(error).split()) or type(error).__name__
+            prepared, reason = None, one_line(error)
         if self._unanimous is not None and not self._agreed(prepared is not None):
             prepared, reason = None, reason or "another rank refused it"
         if prepared is None:

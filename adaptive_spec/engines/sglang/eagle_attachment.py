@@ -15,16 +15,18 @@ from typing import Any
 import numpy as np
 
 from adaptive_spec.domain.policy import Granularity
+from adaptive_spec.domain.step_record import StepFlag
 from adaptive_spec.engine_side.step_choice import REQUESTS_REMEMBERED, AcceptanceHistory, refined_k
 from adaptive_spec.engine_side.tap import BegunStep
-from adaptive_spec.engines.sglang.attachment import Attachment, Place, decodes, kv_tokens_of, max_batch, request_id
-from adaptive_spec.engines.sglang.eagle_draft_policy import SidecarDraftPolicy
+from adaptive_spec.engines.sglang.attachment import Attachment, Place, kv_tokens_of, max_batch, request_id
+from adaptive_spec.engines.sglang.eagle_draft_policy import LAUNCH, SidecarDraftPolicy
 from adaptive_spec.engines.sglang.hook_guard import Guard
 from adaptive_spec.engines.sglang.plugin_settings import PluginSettings
 from adaptive_spec.engines.sglang.stage_clock import clock_for
 from adaptive_spec.engines.sglang.steps_in_flight import OpenStep
+from adaptive_spec.engines.sglang.switch_upkeep import SwitchUpkeep, limit_lines
 
-LAUNCH = -1
+_TRIAL, _STEP_CHOICE, _LIMITED = int(StepFlag.TRIAL), int(StepFlag.STEP_CHOICE), int(StepFlag.LIMITED)
 
 log = logging.getLogger("sglang.adaptive_spec")
 
@@ -38,7 +40,10 @@ class EagleAttachment(Attachment):
         self._policy: SidecarDraftPolicy | None = None
         self._history: AcceptanceHistory | None = None
         self._confidences: Any = None
-        self._decided: int | None = None
+        self._undecided: int | None = LAUNCH if settings.fallback == "launch" else None
+        """Who chooses K of a step on which no policy of the sidecar acts; see `SidecarDraftPolicy`."""
+        self._decided = self._undecided
+        self._upkeep: SwitchUpkeep | None = None
 
     # -- once ----------------------------------------------------------------------------------------------------------
 
@@ -61,6 +66,9 @@ class EagleAttachment(Attachment):
         if self._guard.closed is not None or not self._supported:
             return stock
         self._guard.fault("controller")
+        if self._settings.mode == "active":
+            limit_lines()
+            self._upkeep = SwitchUpkeep()
         self._policy = SidecarDraftPolicy(stock, int(worker.speculative_num_steps), self._k_decided)
         return self._policy
 
@@ -82,7 +90,8 @@ class EagleAttachment(Attachment):
         candidates = tuple(sorted(int(k) for k in controller._states)) if controller is not None else (launch_k,)
         if self._policy is not None:
             self._policy.captured = candidates
-        info = self._info(worker, place, launch_k, candidates, Granularity.BATCH)
+        allowed_from = self._policy.allowed_from(max_batch(worker)) if self._policy is not None else ()
+        info = self._info(worker, place, launch_k, candidates, Granularity.BATCH, allowed_from)
         self._first_rank = place.rank == 0
         scores = self._settings.batch_scores
         if scores == "on" or (scores == "auto" and place.ranks == 1):
@@ -103,12 +112,9 @@ class EagleAttachment(Attachment):
     # -- every decode step ---------------------------------------------------------------------------------------------
 
     def step_before(self, worker: Any, batch: Any, *args: Any, **kwargs: Any) -> OpenStep | None:
-        self._step = self._decided = None
-        tap = self._tap
-        if tap is None or worker is not self._worker:
-            return None
-        if not decodes(batch):
-            self._in_flight.interrupt()
+        self._step, self._decided = None, self._undecided
+        tap = self._tap_for(worker, batch)
+        if tap is None:
             return None
         rows, kv_tokens = len(batch.reqs), kv_tokens_of(batch)
         self._fall_back_if_closed()
@@ -118,13 +124,11 @@ class EagleAttachment(Attachment):
         begun = tap.begun
         policy = self._policy
         ids = [request_id(request) for request in batch.reqs]
-        if policy is not None and self._settings.mode == "active":
-            self._decided = k = policy.nearest(rows, k)
-            if begun.policy_version:
-                self._decided = k = self._by_scores(policy, ids, batch, k, kv_tokens)
-        else:
+        if policy is None or self._settings.mode != "active":
             # The policy does not act on this step, so the record names none.
             begun = BegunStep(begun.step, k, rows, kv_tokens, 0, 0)
+        elif begun.policy_version:
+            begun = self._decide(policy, begun, ids, batch)
         if started is None:
             return None
         padded = policy.padded_rows(rows) if policy is not None else rows
@@ -134,6 +138,9 @@ class EagleAttachment(Attachment):
 
     def _ran(self, step: OpenStep, worker: Any) -> None:
         step.k = int(worker.speculative_num_steps)
+        if self._decided is not None and self._decided not in (LAUNCH, step.k):
+            step.begun = step.begun._replace(flags=step.begun.flags & ~(_TRIAL | _STEP_CHOICE) | _LIMITED)
+        self._decided = self._undecided
 
     def draft_after(self, started: Any, verify_input: Any, draft_worker: Any, batch: Any, *args: Any, **kwargs: Any) -> None:
         step = self._step
@@ -172,14 +179,29 @@ class EagleAttachment(Attachment):
         if self._history is not None and step.accept_len is not None and step.counted is not None:
             self._history.observe(step.request_ids[step.counted].tolist(), step.accept_len[step.counted], step.k)
 
+    def switch_after(self, note: None, result: None, worker: Any, state: Any) -> None:
+        """K was switched, by whichever policy."""
+        if self._upkeep is not None:
+            self._upkeep()
+
     # -- inside --------------------------------------------------------------------------------------------------------
 
     def _k_decided(self) -> int | None:
         """See `SidecarDraftPolicy`. Never raises."""
         if self._policy is None or self._tap is None or self._settings.mode != "active":
             return None
-        ours = self._decided is not None and (self._guard.closed is None or self._guard.lockstep)
-        return self._decided if ours else LAUNCH
+        if self._guard.closed is not None and not self._guard.lockstep:
+            return self._undecided
+        return self._decided
+
+    def _decide(self, policy: SidecarDraftPolicy, begun: BegunStep, ids: list[int], batch: Any) -> BegunStep:
+        """Decide K of a step on which the sidecar's policy acts: never one that is not allowed at its batch size."""
+        k = policy.nearest(begun.batch_size, begun.k)
+        flags = begun.flags if k == begun.k else begun.flags & ~_TRIAL | _LIMITED
+        self._decided = k
+        chosen = self._by_scores(policy, ids, batch, k, begun.kv_tokens)
+        self._decided = chosen
+        return begun._replace(k=chosen, flags=flags if chosen == k else flags | _STEP_CHOICE)
 
     def _by_scores(self, policy: SidecarDraftPolicy, ids: list[int], batch: Any, k: int, kv_tokens: int) -> int:
         """The step choice: K of this step from the acceptance history and the known scores of its requests."""

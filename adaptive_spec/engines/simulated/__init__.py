@@ -1,4 +1,4 @@
 """A simulated server: a step-level model in virtual time, from measured latency curves, with a known optimum.
 
-For benchmarks of hours of drift in seconds. It is fed no prompt and runs no model; everything it prints says "simulated".
+For benchmarks of hours of drift in seconds. It needs neither prompts nor a model. All its output is marked "simulated".
 """

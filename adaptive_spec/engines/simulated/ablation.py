@@ -1,4 +1,4 @@
-"""The adaptive policy with one part taken out, to see what the part is worth."""
+"""The adaptive policy without one of its parts, to measure the gain of the part."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from adaptive_spec.engines.simulated.scenario import Scenario
 
 PREFIX = "without-"
 FROZEN_AFTER_S = 20.0
-"""What is "fitted once" is fitted to the sweep and the first seconds of traffic."""
+"""A part that is fitted once learns from the sweep and this many seconds of traffic."""
 
 
 class Part(StrEnum):
-    """Parts that can be taken out."""
+    """Parts that can be removed."""
 
     ONLINE_COST = "online-cost"
     ONLINE_CALIBRATION = "online-calibration"
@@ -32,7 +32,7 @@ class Part(StrEnum):
 
 
 def settings_without(part: Part) -> ControllerSettings:
-    """Default settings but for the part."""
+    """Default settings without the part."""
     if part is Part.PROBING:
         return ControllerSettings(policy=PolicySettings(probe_budget=0.0))
     if part is Part.GUARDS:
@@ -41,10 +41,10 @@ def settings_without(part: Part) -> ControllerSettings:
 
 
 class AdaptiveWithout(Adaptive):
-    """Adaptive, with records or abilities that hide the part from it.
+    """Adaptive, with records or an EngineInfo changed so that the part has no effect.
 
     Online cost: times after the first 20 s are marked as disturbed. Online calibration: outcomes after the first 20 s are
-    marked as censored. Context: KV tokens are said to be 0. Slots: one K for all even where verify_len may differ.
+    marked as censored. Context: KV tokens are reported as 0. Slots: one K for all even where verify_len may differ.
     Probing, guards: by the controller's settings.
     """
 

@@ -21,13 +21,13 @@ from adaptive_spec.engines.simulated.plans import padded_sizes
 from adaptive_spec.engines.simulated.scenario import Scenario
 
 DELAY_STEPS = 1
-"""Decode steps a decision is on its way: the sidecar sees a record after its step, the engine is in the next one by then."""
+"""Decode steps between a decision and its effect: the sidecar reads a record while the engine runs the next step."""
 
 Profile = tuple[Mapping[str, NDArray[Any]], Mapping[str, NDArray[Any]]]
 
 
 def engine_info(scenario: Scenario) -> EngineInfo:
-    """What the simulated server says of itself. It serves whoever comes: it cannot hold a batch for a trial."""
+    """The EngineInfo of the simulated server. It cannot hold a batch for a trial."""
     launch_k = min(LAUNCH_K, scenario.max_k)
     return EngineInfo(
         "simulated", scenario.name, "simulated", 1, launch_k, tuple(range(scenario.max_k + 1)), scenario.max_batch,
@@ -36,7 +36,7 @@ def engine_info(scenario: Scenario) -> EngineInfo:
 
 
 class Adaptive:
-    """Controller and planner with one step between decision and engine_response; the cold-start sweep is in the clock.
+    """Controller and planner with one step between decision and effect. The cold-start sweep counts as run time.
 
     At batch granularity K of a step is refined by the requests' own history, as in a server on a GPU, where the confidence
     of the first draft token is not known in time.
@@ -109,7 +109,7 @@ class Adaptive:
             self._publish(self._guarded(lambda: self.controller.refit(now_s)))
 
     def _guarded(self, call: Callable[[], Policy | None]) -> Policy | None:
-        """What the sidecar's session does around every call of the controller."""
+        """Handle exceptions of the controller as the sidecar's session does."""
         try:
             return call()
         except Exception:

@@ -22,7 +22,7 @@ Progress = Callable[[float], None]
 
 
 def run_policy(name: str, scenario: Scenario, seed: int, warm: bool = False, each: Progress | None = None) -> Run:
-    """Run one policy through a scenario. each: called now and then with the simulated time."""
+    """Run one policy through a scenario. each: called every 1024 steps with the simulated time."""
     server = SimulatedServer(scenario, seed)
     return server.run(build(name, scenario, server, seed, warm), each=each)
 
@@ -30,7 +30,7 @@ def run_policy(name: str, scenario: Scenario, seed: int, warm: bool = False, eac
 def run_scenarios(
     scenarios: Sequence[Scenario], asked: str, seed: int | None, warm: bool, jobs: int, advance: Progress | None = None
 ) -> list[Result]:
-    """Run the policies asked for, and the oracle to measure them by.
+    """Run the given policies and the oracle.
 
     seed: in place of the scenarios' own. jobs: processes; the results do not depend on it. advance: called with simulated
     seconds that are done.
@@ -41,7 +41,7 @@ def run_scenarios(
         for index, scenario in enumerate(scenarios)
         for name in dict.fromkeys([*names[index], "oracle"])
     ]
-    # The longest first, so that no process is left alone with one at the end.
+    # Longest first, so that no long task runs alone at the end.
     tasks.sort(key=lambda task: task[1] != "adaptive")
     runs: dict[tuple[int, str], Run] = {}
     if jobs == 1:
@@ -83,13 +83,13 @@ def bench(paths: Sequence[Path], policies: str, seed: int | None, json_file: Pat
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    # One run is one core's work: threads of linear algebra would only fight over it. Before numpy's first use in a child.
+    # One run uses one core. Linear algebra threads would compete for it. Must be set before a child loads numpy.
     for variable in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(variable, "1")
     scenarios = [load_scenario(path) for path in paths]
     names = [policy_names(policies, scenario) for scenario in scenarios]
     if json_file is not None and not json_file.absolute().parent.is_dir():
-        raise BadInput(f"--json: {str(json_file)!r} cannot be written: there is no such folder")
+        raise BadInput(f"--json: {str(json_file)!r} cannot be written: no such folder")
     errors = Console(stderr=True)
     progress = Progress(
         TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:,.0f} of {task.total:,.0f} simulated s"),

@@ -1,4 +1,4 @@
-"""The policies `adaptive-spec bench` knows, by name."""
+"""The policies of `adaptive-spec bench`, by name."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ WARM_S = 60.0
 
 
 def policy_names(asked: str, scenario: Scenario) -> list[str]:
-    """Names asked for, groups ("static", "peers", "ablations") written out. Raises BadInput for a name there is not."""
+    """The names in `asked`, with groups ("static", "peers", "ablations") expanded. Raises BadInput for an unknown name."""
     statics = tuple(f"static-{k}" for k in range(scenario.max_k + 1))
     groups = {**GROUPS, "static": statics}
     single = ("adaptive", "oracle", *statics, *PEERS, *ABLATIONS)
@@ -41,7 +41,7 @@ def policy_names(asked: str, scenario: Scenario) -> list[str]:
             found.append(name)
         else:
             known = ", ".join(["adaptive", "oracle", "static", f"static-0 .. {statics[-1]}", *PEERS, "peers", "ablations"])
-            raise BadInput(f"--policies: {name!r} is not allowed: must be of {known}")
+            raise BadInput(f"--policies: must be of {known}, got {name!r}")
     return list(dict.fromkeys(found))
 
 
@@ -59,7 +59,7 @@ def build(name: str, scenario: Scenario, server: SimulatedServer, seed: int, war
 
 
 def first_phase_profile(scenario: Scenario, seed: int) -> Profile:
-    """Profile of a cold run of the scenario's first phase, a minute of it at most, on other requests: where --warm starts."""
+    """Profile of a cold run of the scenario's first phase, at most a minute of it, on other requests; used by --warm."""
     end_s = min([*scenario.phase_starts[1:2], scenario.file.duration_s, WARM_S])
     learnt = Adaptive(scenario)
     SimulatedServer(scenario, seed + 1_000_003).run(learnt, end_s)

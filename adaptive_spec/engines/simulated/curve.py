@@ -1,4 +1,4 @@
-"""Verify latency by token count, as a scenario gives it.
+"""Verify latency by token count, as defined in a scenario.
 
 latency(t) = ms of the smallest listed token count >= t; beyond the last point the line through the last two continues
 """
@@ -36,7 +36,7 @@ class Curve(NamedTuple):
 def read_curve(given: str | Sequence[Sequence[float]], folder: Path, field: str) -> Curve:
     """Make a curve of a CSV file's name (relative to `folder`) or of a list [[tokens, ms], ...].
 
-    Raises BadInput: `field`, what is there, what is allowed.
+    Raises BadInput: `field`, what is allowed, what was given.
     """
     if isinstance(given, str):
         try:
@@ -48,15 +48,15 @@ def read_curve(given: str | Sequence[Sequence[float]], folder: Path, field: str)
         for index, point in enumerate(given):
             count, latency = point
             if not (float(count).is_integer() and 1 <= count <= MAX_NUM_TOKENS):
-                raise BadInput(f"{field}.{index}: {count:g} tokens is not allowed: must be a whole number in 1..{MAX_NUM_TOKENS}")
+                raise BadInput(f"{field}.{index}: tokens: must be a whole number in 1..{MAX_NUM_TOKENS}, got {count:g}")
             if not latency > 0.0:
-                raise BadInput(f"{field}.{index}: {latency:g} ms is not allowed: must be > 0")
+                raise BadInput(f"{field}.{index}: ms: must be > 0, got {latency:g}")
         tokens = np.array([int(point[0]) for point in given], dtype=np.int64)
         ms = np.array([point[1] for point in given], dtype=np.float64)
     if len(tokens) < 2:
-        raise BadInput(f"{field}: {len(tokens)} point(s) is not allowed: must be at least 2")
+        raise BadInput(f"{field}: must have at least 2 points, got {len(tokens)}")
     unsorted = np.flatnonzero(np.diff(tokens) <= 0)
     if len(unsorted):
         at = int(unsorted[0])
-        raise BadInput(f"{field}: {int(tokens[at + 1])} tokens after {int(tokens[at])} is not allowed: token counts must ascend")
+        raise BadInput(f"{field}: token counts must ascend, got {int(tokens[at + 1])} after {int(tokens[at])}")
     return Curve(tokens, ms)

@@ -1,7 +1,7 @@
-"""Who decides K: the port every policy under test stands behind, and the plain ones.
+"""The interface of every policy under test, and policies that learn nothing.
 
 A decider sees what a server sees: batch size and KV tokens before a step, the confidences of what was drafted, and the
-StepRecord afterwards. Only the oracle looks into the server itself.
+StepRecord afterwards. Only the oracle reads the server's state.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Decider(Protocol):
     """One policy in one run.
 
     reads_scores: wants the confidences (drawing them costs time). reads_records: `observe` is called. version, flags: go
-    into the next record. swaps: how often it changed its mind. failures: calls inside it that raised and were caught.
+    into the next record. swaps: how often its decision changed. failures: calls inside it that raised and were caught.
     """
 
     reads_scores: bool
@@ -56,7 +56,7 @@ class Decider(Protocol):
 
 
 class PlainDecider:
-    """What most deciders share: no scores, no records, no swaps, everything drafted is verified."""
+    """Defaults: reads no scores and no records, verifies all drafted tokens."""
 
     reads_scores = False
     reads_records = False
@@ -79,7 +79,7 @@ class PlainDecider:
 
 
 class Static(PlainDecider):
-    """One K, whatever happens: what people configure today."""
+    """A fixed K, as servers are configured without adaptive K."""
 
     def __init__(self, k: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""How many requests run at each moment: the same path for every policy, from a random stream of its own."""
+"""The number of running requests over time: the same for every policy, from its own random stream."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The policy no other can beat: it knows the simulated server from inside."""
+"""The upper bound of all policies: it reads the state of the simulated server."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from adaptive_spec.engines.simulated.server import SimulatedServer
 
 class Oracle(PlainDecider):
     """Knows curve, classes, every quality u and, at request granularity, every q; takes the plan of most expected tokens per
-    expected second at each step. No policy can beat it but by luck, at request granularity none at all on average.
+    expected second at each step. No policy can exceed it in expectation.
     """
 
     reads_scores = True

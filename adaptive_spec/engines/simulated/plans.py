@@ -1,4 +1,4 @@
-"""What every plan would give, for somebody who knows the server: the measure of all policies, and the oracle's choice.
+"""Expected goodput of every plan from the server's true state: for the oracle and for the measurement of policies.
 
 goodput(plan) = E[tokens] / E[step time];  step time = (verify + draft + context + overhead) x latency_scale
 """
@@ -14,7 +14,7 @@ from adaptive_spec.engines.simulated.scenario import Scenario
 
 
 class Costs:
-    """Mean step times in ms under the curve and scale of now.
+    """Mean step times in ms under the present curve and scale.
 
     draft_ms: [max_k + 1]. overhead_ms. context_ms_per_token. scale. verify_ms: by tokens before padding, [tokens + 1], at
     request granularity; by batch size and K, [max_batch + 1, max_k + 1], at batch granularity.
@@ -33,7 +33,7 @@ class Costs:
         self.use(scenario.curve)
 
     def use(self, curve: Curve) -> None:
-        """Verify by another curve."""
+        """Change the verify curve."""
         if self._ragged:
             self.verify_ms = curve.table(int(self.padded[-1]))[self.padded]
         else:
@@ -97,7 +97,7 @@ def best_ragged(q: Floats, costs: Costs, kv_tokens: int) -> tuple[int, int, floa
         costs.draft_ms[1:, None] + (costs.overhead_ms + costs.context_ms_per_token * kv_tokens)
     )
     goodput = (b - expected) / seconds
-    # More slots than K allows are no plan.
+    # K drafts at most b * K tokens; larger slot counts are not plans.
     goodput[np.arange(b * max_k + 1) > b * np.arange(1, max_k + 1)[:, None]] = 0.0
     row, count = divmod(int(goodput.argmax()), b * max_k + 1)
     best = float(goodput[row, count]) / costs.scale

@@ -1,4 +1,4 @@
-"""What `adaptive-spec bench` prints: one table per scenario."""
+"""The table `adaptive-spec bench` prints for a scenario."""
 
 from __future__ import annotations
 

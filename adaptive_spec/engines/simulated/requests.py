@@ -1,10 +1,10 @@
-"""The requests of the simulated server: who arrives, how well they can be drafted for, and when they leave.
+"""The requests of the simulated server: their arrival, acceptance and length.
 
     quality u ~ Normal(0, request_spread) at arrival; position j of class c: m_j = sigmoid(logit(accept[j]) + u)
     q_j ~ Beta(m_j kappa, (1 - m_j) kappa) anew each step; confidence p_j = sigmoid((logit(q_j) - score_bias) / score_slope)
 
-The n-th arrival on a seat is the same for every policy: its quality, its length, which share of the mix it falls in, and how
-lucky it is at its m-th step. What policies differ by is what they decide, not whom they meet.
+The n-th arrival on a seat is the same for every policy: its quality, length, class, and the uniform number that decides
+acceptance at its m-th step. Policies therefore differ only by their decisions.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from adaptive_spec.domain.arrays import Floats
 from adaptive_spec.engines.simulated.scenario import DriftEvent, RequestClass, ScenarioFile
 
 AHEAD = 16
-"""Arrivals of a seat made ready in one go."""
+"""Arrivals of a seat generated at once."""
 LUCK_TABLE = 1 << 18
-"""Uniform numbers; every request reads them from a place of its own on."""
+"""Number of uniform numbers; every request reads them from its own offset."""
 ARRIVALS, LUCK = 1, 2
 """Names of random streams."""
 FAR = 1e-12
@@ -30,7 +30,7 @@ def _sigmoid(x: Floats) -> Floats:
 
 
 class Classes:
-    """Parameters by class, as they are now: accept_logit [classes, max_k], the others [classes]."""
+    """Present parameters by class: accept_logit [classes, max_k], the others [classes]."""
 
     def __init__(self, file: ScenarioFile) -> None:
         kinds: list[RequestClass] = list(file.classes.values())
@@ -82,7 +82,7 @@ class Requests:
         self._next_id = 1
         self._luck = np.random.default_rng([seed, LUCK]).random(LUCK_TABLE)
         self._luck_at = np.zeros(capacity, dtype=np.int64)
-        # Arrivals made ready for every seat, [capacity, AHEAD, ...], and how many of them have come.
+        # Generated arrivals of every seat, [capacity, AHEAD, ...], and how many of them have started.
         self._come = np.full(capacity, AHEAD)
         self._block = np.full(capacity, -1)
         self._ready_share, self._ready_normal = np.zeros((capacity, AHEAD)), np.zeros((capacity, AHEAD))
@@ -91,7 +91,7 @@ class Requests:
         self._ready_mean = np.zeros((capacity, AHEAD, k))
 
     def change(self, event: DriftEvent) -> None:
-        """Apply a drift event of a class, to those who run and those who come."""
+        """Apply a drift event of a class to running and future requests."""
         if self.classes.change(event):
             n = self.count
             self.mean[:n] = self._acceptance(self.kind[:n], self.quality[:n])
@@ -106,14 +106,14 @@ class Requests:
         self._prepare(np.flatnonzero(self._block >= 0))
 
     def resize(self, count: int) -> None:
-        """Let the last ones leave, or new ones arrive, until `count` run."""
+        """Remove the last requests, or add new ones, until `count` run."""
         if count > self.count:
             self._seat(np.arange(self.count, count))
         self.count = count
         self.context_tokens = int(self.classes.context[self.kind[:count]].sum())
 
     def generate(self, tokens: NDArray[np.int64]) -> None:
-        """Give every running request its tokens [count]; who is done leaves and another takes the seat."""
+        """Give every running request its tokens [count]; a finished request is replaced by the next arrival of its seat."""
         remaining = self.remaining[: self.count]
         remaining -= tokens
         done = np.flatnonzero(remaining <= 0)
@@ -122,7 +122,7 @@ class Requests:
             self.context_tokens = int(self.classes.context[self.kind[: self.count]].sum())
 
     def luck(self) -> Floats:
-        """A uniform number per running request, its own for each of its steps: [count]."""
+        """A uniform number per running request and step: [count]."""
         at = self._luck_at[: self.count]
         at += 1
         return np.asarray(self._luck[at & (LUCK_TABLE - 1)])
@@ -137,7 +137,7 @@ class Requests:
         """The same of the first k positions for a step whose outcome accept_len [count] is known: q [count, k].
 
         A Beta prior after one Bernoulli draw: Beta(a + 1, b) where accepted, Beta(a, b + 1) at the first rejection, the prior
-        behind it. Outcome first and q after it is the same distribution as q first, and spares the outcome q's noise.
+        behind it. Outcome first and q after it has the same distribution as q first, with less variance of the outcome.
         """
         kappa = self.classes.concentration[self.kind[: self.count]][:, None]
         a = self.mean[: self.count, :k] * kappa
@@ -147,7 +147,7 @@ class Requests:
         return np.asarray(rng.beta(np.maximum(a, FAR), np.maximum(b, FAR)))
 
     def confidences(self, q: Floats) -> NDArray[np.float32]:
-        """What the draft model says of q [count, k]: float32 in (0, 1]."""
+        """The draft model's confidences for q [count, k]: float32 in (0, 1]."""
         kind = self.kind[: self.count]
         inside = np.clip(q, FAR, 1.0 - FAR)
         x = np.log(inside / (1.0 - inside))
@@ -160,7 +160,7 @@ class Requests:
         return _sigmoid(self.classes.accept_logit[kind] + quality[..., None])
 
     def _seat(self, seats: NDArray[np.int64]) -> None:
-        """Put the next arrival of each of these seats on it."""
+        """Start the next arrival of each of these seats."""
         empty = seats[self._come[seats] == AHEAD]
         if len(empty):
             self._fill(empty)
@@ -177,7 +177,7 @@ class Requests:
         self._come[seats] += 1
 
     def _fill(self, seats: NDArray[np.int64]) -> None:
-        """Make the next block of arrivals of these seats."""
+        """Generate the next block of arrivals of these seats."""
         self._block[seats] += 1
         self._come[seats] = 0
         for seat, block in zip(seats.tolist(), self._block[seats].tolist(), strict=True):
@@ -189,7 +189,7 @@ class Requests:
         self._prepare(seats)
 
     def _prepare(self, seats: NDArray[np.int64]) -> None:
-        """What the classes and the mix of now make of the arrivals that are ready."""
+        """Apply the present classes and mix to the generated arrivals."""
         kind = np.searchsorted(self._mix, self._ready_share[seats], side="right")
         quality = self._ready_normal[seats] * self.classes.spread[kind]
         self._ready_kind[seats], self._ready_quality[seats] = kind, quality

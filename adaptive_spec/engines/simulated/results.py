@@ -1,4 +1,4 @@
-"""What a run of a policy gave: by phase, as a whole, and against the oracle's run of the same scenario."""
+"""Results of a run: by phase, in total, and relative to the oracle's run of the same scenario."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from adaptive_spec.engines.simulated.scenario import Scenario
 
 WINDOW_STEPS = 50
 GOOD = 0.95
+"""A phase is good after the first window of WINDOW_STEPS steps whose goodput reaches this share of the oracle's."""
 
 
 @dataclass
 class Phase:
-    """What happened between two events. tokens, seconds: of the steps begun in it. good_after: decode steps until the
+    """The steps between two events. tokens, seconds: of the steps begun in it. good_after: decode steps until the
     50-step mean of the chosen plans' expected goodput reached 95 % of the oracle's in the same states, None if never.
     """
 
@@ -43,7 +44,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class Run:
-    """What a policy made of a scenario. probe_share: of decode time lost to trials, None where that is not known.
+    """One policy in one scenario. probe_share: share of decode time lost to trials, None where it is not known.
     failures: calls inside the policy that raised and were caught.
     """
 
@@ -63,7 +64,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Result:
-    """Runs of one scenario by policy, in the order asked for. oracle: the measure, asked for or not."""
+    """Runs of one scenario by policy, in the order given. oracle: the reference, also when it was not among the policies."""
 
     scenario: Scenario
     runs: dict[str, Run]

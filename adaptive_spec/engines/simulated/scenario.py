@@ -1,4 +1,4 @@
-"""Scenario files: a server, its traffic and what changes under way. Unknown keys are errors; every fault is one line.
+"""Scenario files: a server, its traffic and its drift events. Unknown keys are errors; every error is one line.
 
 The keys are described in docs/scenarios.md. Durations are simulated seconds.
 """
@@ -58,7 +58,7 @@ class _Part(BaseModel):
 
 
 class Noise(_Part):
-    """Step times vary: lognormal with mean 1, and now and then a spike that multiplies one step."""
+    """Noise of step times: lognormal with mean 1; with probability spike_rate a step is multiplied by spike_factor."""
 
     sigma: float = Field(0.0, ge=0.0, le=2.0)
     spike_rate: float = Field(0.0, ge=0.0, le=1.0)
@@ -66,7 +66,7 @@ class Noise(_Part):
 
 
 class Latency(_Part):
-    """What a step costs. graph_batch_sizes counts at batch granularity, token_buckets at request granularity."""
+    """Step times. graph_batch_sizes applies at batch granularity, token_buckets at request granularity."""
 
     verify_curve: CurveField
     graph_batch_sizes: list[int] | None = None
@@ -143,9 +143,11 @@ class DriftEvent(_Part):
         if of_class and self.class_name is None:
             raise PydanticCustomError("drift", "must name the class whose accept, score_slope or score_bias changes")
         if self.class_name is not None and not of_class:
-            raise PydanticCustomError("drift", "must say what changes of the class: accept, score_slope or score_bias")
+            raise PydanticCustomError("drift", "must change accept, score_slope or score_bias of the class")
         if not of_class and self.latency_scale is None and self.verify_curve is None:
-            raise PydanticCustomError("drift", "must be one of latency_scale, verify_curve, or a class with what changes")
+            raise PydanticCustomError(
+                "drift", "must have latency_scale, verify_curve, or class with accept, score_slope or score_bias"
+            )
         return self
 
 
@@ -207,7 +209,7 @@ def load_scenario(path: Path) -> Scenario:
 def scenario_from(data: object, name: str, folder: Path) -> Scenario:
     """Check a parsed scenario; `name` begins the line of a BadInput, `folder` is where its curves' names start."""
     if data is None:
-        raise BadInput(f"{name}: is empty: must be a scenario")
+        raise BadInput(f"{name}: must be a scenario, got an empty file")
     file = validated(ScenarioFile, data, name)
     _check_timeline(file, name)
     _check_classes(file, name)
@@ -223,7 +225,7 @@ def scenario_from(data: object, name: str, folder: Path) -> Scenario:
     for field, one in zip(fields, (curve, *curves), strict=True):
         if one is not None and (lowest := float(one.table(largest).min())) <= 0.0:
             raise BadInput(
-                f"{name}: {field}: {lowest:.3g} ms at some count up to {largest} tokens is not allowed: must stay > 0; "
+                f"{name}: {field}: must be > 0 ms up to {largest} tokens, got {lowest:.3g}: "
                 "the line through the last two points falls"
             )
     return scenario
@@ -231,28 +233,28 @@ def scenario_from(data: object, name: str, folder: Path) -> Scenario:
 
 def _check_timeline(file: ScenarioFile, name: str) -> None:
     if not file.timeline:
-        raise BadInput(f"{name}: timeline: [] is not allowed: must have an entry at at_s 0")
+        raise BadInput(f"{name}: timeline: must have an entry with at_s 0, got []")
     if file.timeline[0].at_s != 0.0:
-        raise BadInput(f"{name}: timeline.0.at_s: {file.timeline[0].at_s:g} is not allowed: must be 0, where the run starts")
+        raise BadInput(f"{name}: timeline.0.at_s: must be 0, got {file.timeline[0].at_s:g}")
     for index in range(1, len(file.timeline)):
         at_s, before_s = file.timeline[index].at_s, file.timeline[index - 1].at_s
         if at_s <= before_s:
-            raise BadInput(f"{name}: timeline.{index}.at_s: {at_s:g} is not allowed: must be > {before_s:g}, the entry before")
+            raise BadInput(f"{name}: timeline.{index}.at_s: must be > {before_s:g}, that of the entry before, got {at_s:g}")
 
 
 def _check_classes(file: ScenarioFile, name: str) -> None:
     known = ", ".join(file.classes)
     if not file.classes:
-        raise BadInput(f"{name}: classes: {{}} is not allowed: must have at least one class")
+        raise BadInput(f"{name}: classes: must have at least one class, got {{}}")
     lengths = {f"classes.{key}.accept": kind.accept for key, kind in file.classes.items()}
     lengths |= {f"drift.{i}.accept": event.accept for i, event in enumerate(file.drift or []) if event.accept is not None}
     for field, accept in lengths.items():
         if len(accept) < file.max_k:
-            raise BadInput(f"{name}: {field}: {len(accept)} values is not allowed: must be one for each of max_k = {file.max_k}")
+            raise BadInput(f"{name}: {field}: must have at least max_k = {file.max_k} values, got {len(accept)}")
     for index, entry in enumerate(file.timeline):
         for key in entry.mix:
             if key not in file.classes:
                 raise BadInput(f"{name}: timeline.{index}.mix.{key}: unknown class: must be one of {known}")
     for index, event in enumerate(file.drift or []):
         if event.class_name is not None and event.class_name not in file.classes:
-            raise BadInput(f"{name}: drift.{index}.class: {event.class_name!r} is not allowed: must be one of {known}")
+            raise BadInput(f"{name}: drift.{index}.class: must be one of {known}, got {event.class_name!r}")

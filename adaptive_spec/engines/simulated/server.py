@@ -24,10 +24,10 @@ NO_SCORES = np.zeros((0, 0), dtype=np.float32)
 
 
 class SimulatedServer:
-    """Decode steps in virtual time. Load path, arrivals, drafts, luck and noise have random streams of their own.
+    """Decode steps in virtual time. Load path, arrivals, drafts, acceptance and noise have separate random streams.
 
     time_s: simulated seconds. q: true conditional acceptance [b, max_k] of the coming step (request granularity).
-    costs, requests: the truth, for the oracle.
+    costs, requests: the true state, for the oracle.
     """
 
     def __init__(self, scenario: Scenario, seed: int) -> None:
@@ -46,7 +46,7 @@ class SimulatedServer:
         self.phases: list[Phase] = []
 
     def run(self, decider: Decider, until_s: float | None = None, each: Callable[[float], None] | None = None) -> Run:
-        """Serve until `until_s` (default: the scenario's duration). each: called now and then with the simulated time."""
+        """Serve until `until_s` (default: the scenario's duration). each: called every 1024 steps with the simulated time."""
         end_s = self.scenario.file.duration_s if until_s is None else until_s
         step = self._ragged_step if self.ragged else self._batch_step
         while self.time_s < end_s:
@@ -143,7 +143,7 @@ class SimulatedServer:
         self, decider: Decider, kv: int, num_tokens: int, padded: int, k: int, verify_s: float, scale: float, step_s: float,
         confidences: NDArray[np.float32], verify_len: NDArray[np.uint8], accepted: NDArray[np.int64],
     ) -> StepRecord:  # fmt: skip
-        """What the engine would write: draft, verify with its context share, and the overhead as the rest of the step."""
+        """The record an engine would write: draft, verify with its context share, and the overhead as the rest of the step."""
         b = len(verify_len)
         return StepRecord(
             self.steps, int(self.time_s * 1e9), kv, decider.version, num_tokens, padded, b, k, decider.flags,
@@ -161,7 +161,7 @@ class SimulatedServer:
         return self._noise.pop()
 
     def _pass_events(self) -> None:
-        """Let everything happen that is due: new load and mix, drift; a phase begins."""
+        """Apply all due timeline entries and drift events; each begins a phase."""
         timeline, scenario = self.scenario.file.timeline, self.scenario
         while self._entry < len(timeline) and timeline[self._entry].at_s <= self.time_s:
             self._begin_phase(timeline[self._entry].at_s)

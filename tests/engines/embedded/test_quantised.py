@@ -89,7 +89,7 @@ def test_both_forms_approximate_the_trained_network() -> None:
 
 
 def test_a_cache_needs_whole_context_blocks(target: ExactModel) -> None:
-    with pytest.raises(ValueError, match="max_context 100"):
+    with pytest.raises(ValueError, match="max_context: must be a multiple of 32, got 100"):
         KVCache(SHAPE, 1, 100, torch.device("cpu"))
 
 

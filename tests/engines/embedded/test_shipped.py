@@ -67,5 +67,5 @@ def test_the_engine_describes_itself(models: Models) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
 def test_a_device_that_is_not_there_is_bad_input() -> None:
-    with pytest.raises(BadInput, match="device cuda"):
+    with pytest.raises(BadInput, match="device: must be cpu, got cuda"):
         load_models("cuda")

@@ -107,8 +107,8 @@ def test_compare_runs_every_fixed_k_on_the_same_prompts(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--concurrency", "0"), "concurrency '0'"),
-        (("--concurrency", "1,x"), "concurrency '1,x'"),
+        (("--concurrency", "0"), "--concurrency: must be numbers in 1..16 such as 1,4,16, got '0'"),
+        (("--concurrency", "1,x"), "--concurrency: must be numbers in 1..16 such as 1,4,16, got '1,x'"),
         (("--concurrency", "99"), "1..16"),
     ],
 )

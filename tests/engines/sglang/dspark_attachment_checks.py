@@ -8,7 +8,6 @@ import inspect
 import itertools
 import pkgutil
 import textwrap
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -58,7 +57,7 @@ from tests.engines.sglang.dspark_stand_in import (
     verify_seconds,
 )
 from tests.engines.sglang.dspark_swap_checks import policy
-from tests.engines.sglang.thread_group import ThreadGroup
+from tests.engines.sglang.thread_group import ThreadGroup, together
 
 SERVER_ARGS = {
     "device": "cuda", "attn_dp_size": 1, "ep_join_mode": None, "pp_size": 1, "dp_size": 1, "disaggregation_mode": "null",
@@ -536,21 +535,6 @@ class Rank:
                 planner._budget_planner.forced_budget_frac,
             ))  # fmt: skip
         return found
-
-
-def together(ranks: list[Rank], call: Any) -> list[Any]:
-    results: list[Any] = [None] * len(ranks)
-
-    def run(index: int) -> None:
-        results[index] = call(ranks[index])
-
-    threads = [threading.Thread(target=run, args=(i,)) for i in range(len(ranks))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-        assert not thread.is_alive(), "deadlock"
-    return results
 
 
 @pytest.fixture

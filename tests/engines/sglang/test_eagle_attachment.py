@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import random
-import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 import torch
 
+from adaptive_spec.domain.policy import Mode, Trial
+from adaptive_spec.domain.step_record import StepFlag
 from adaptive_spec.engine_side.tap import PAGE_NAME, RING_NAME
-from adaptive_spec.engines.sglang.attachment import Place
+from adaptive_spec.engines.sglang.attachment import STEP_ATTRIBUTE, Place
 from adaptive_spec.engines.sglang.eagle_attachment import EagleAttachment
 from adaptive_spec.engines.sglang.hook_guard import FAILURES_IN_A_ROW, Guard
 from adaptive_spec.engines.sglang.plugin_settings import PluginSettings
@@ -22,7 +24,8 @@ from adaptive_spec.wire.engine_report import read_report
 from adaptive_spec.wire.policy_page import PolicyPage, payload_bytes
 from adaptive_spec.wire.ring import RingReader
 from tests.engines.sglang.rank_policies import CANDIDATES, MAX_BATCH, MAX_K, random_policy
-from tests.engines.sglang.thread_group import ThreadGroup
+from tests.engines.sglang.slots import Slots
+from tests.engines.sglang.thread_group import ThreadGroup, together
 
 RANKS = 3
 INTERVAL = 4
@@ -43,9 +46,12 @@ class Stock:
 class Rank:
     """An attachment with as much of a worker as it touches."""
 
-    def __init__(self, rank: int, folder: Path, group: ThreadGroup | None, faults: str = "", mode: Any = "active") -> None:
+    def __init__(
+        self, rank: int, folder: Path, group: ThreadGroup | None, faults: str = "", mode: Any = "active", fallback: Any = "stock",
+        stock: Any = None,
+    ) -> None:  # fmt: skip
         self.guard = Guard(faults)
-        settings = PluginSettings(mode, folder, 30.0, rendezvous_steps=INTERVAL)
+        settings = PluginSettings(mode, folder, 30.0, rendezvous_steps=INTERVAL, fallback=fallback)
         self.attachment = EagleAttachment(settings, self.guard, "sglang test")
         self.attachment._supported = True
         member = group.member(rank) if group is not None else None
@@ -58,10 +64,10 @@ class Rank:
         runner = SimpleNamespace(model_runner=SimpleNamespace(max_running_requests=MAX_BATCH))
         self.worker = SimpleNamespace(
             device="cpu", speculative_num_steps=3, _draft_worker=draft, _target_worker=runner,
-            adaptive_controller=SimpleNamespace(_states=dict.fromkeys(CANDIDATES)),
+            adaptive_controller=SimpleNamespace(_states=dict.fromkeys(stock.candidate_steps if stock else CANDIDATES)),
             server_args=SimpleNamespace(model_path="/m/x"),
         )  # fmt: skip
-        self.policy = self.attachment.draft_policy(self.worker, Stock())
+        self.policy = self.attachment.draft_policy(self.worker, stock or Stock())
         self.captured = False
         self._step = self.guard.around("step", self.attachment.step_before, self.attachment.step_after)
 
@@ -71,8 +77,8 @@ class Rank:
 
         self.attachment.attach(original, self.worker)
 
-    def step(self, rows: int, kv_tokens: int) -> int:
-        """K the draft policy says in a decode step."""
+    def step(self, rows: int, kv_tokens: int, run: Callable[[int], None] = lambda k: None) -> int:
+        """K the draft policy says in a decode step; run: runs it."""
         mode = SimpleNamespace(is_extend=lambda: False, is_idle=lambda: False)
         requests = [SimpleNamespace(rid=f"r{i}") for i in range(rows)]
         batch = SimpleNamespace(
@@ -83,25 +89,13 @@ class Rank:
 
         def forward(worker: Any, batch: Any) -> Any:
             found.append(self.policy.get_steps_for_batch(rows))
+            run(found[0])
             return SimpleNamespace()
 
-        self._step(forward, self.worker, batch)
+        result = self._step(forward, self.worker, batch)
+        if hasattr(result, STEP_ATTRIBUTE):
+            self.last_begun = getattr(result, STEP_ATTRIBUTE).begun
         return found[0]
-
-
-def _together(ranks: list[Rank], call: Callable[[Rank], Any]) -> list[Any]:
-    results: list[Any] = [None] * len(ranks)
-
-    def run(index: int) -> None:
-        results[index] = call(ranks[index])
-
-    threads = [threading.Thread(target=run, args=(i,)) for i in range(len(ranks))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-        assert not thread.is_alive(), "deadlock"
-    return results
 
 
 def _steps(rank: Rank, count: int, seed: int) -> list[int]:
@@ -122,9 +116,9 @@ def page(tmp_path: Path) -> Any:
 def test_all_ranks_draft_alike(tmp_path: Path, page: PolicyPage) -> None:
     group = ThreadGroup(RANKS)
     ranks = [Rank(i, tmp_path, group) for i in range(RANKS)]
-    _together(ranks, Rank.attach)
+    together(ranks, Rank.attach)
     assert all(rank.captured and rank.guard.closed is None and rank.guard.lockstep for rank in ranks)
-    found = _together(ranks, lambda rank: _steps(rank, 60, 1))
+    found = together(ranks, lambda rank: _steps(rank, 60, 1))
     assert found[0] == found[1] == found[2]
     assert len(set(found[0])) > 1
     report = read_report(tmp_path)
@@ -133,37 +127,38 @@ def test_all_ranks_draft_alike(tmp_path: Path, page: PolicyPage) -> None:
     assert all(rank.attachment._history is None for rank in ranks), "no floats of one's own decide among ranks"
 
 
-def test_a_rank_that_detaches_takes_all_back_to_the_launch_k(tmp_path: Path, page: PolicyPage) -> None:
+@pytest.mark.parametrize(("fallback", "k"), [("stock", 1), ("launch", 3)])
+def test_a_rank_that_detaches_takes_all_back(tmp_path: Path, page: PolicyPage, fallback: str, k: int) -> None:
     group = ThreadGroup(RANKS)
-    ranks = [Rank(i, tmp_path, group) for i in range(RANKS)]
-    _together(ranks, Rank.attach)
-    before = _together(ranks, lambda rank: _steps(rank, 2 * INTERVAL, 2))
+    ranks = [Rank(i, tmp_path, group, fallback=fallback) for i in range(RANKS)]
+    together(ranks, Rank.attach)
+    before = together(ranks, lambda rank: _steps(rank, 2 * INTERVAL, 2))
     failing = ranks[1].guard.around("verify", lambda: {"a": 1}["x"], None)
     for _ in range(FAILURES_IN_A_ROW):
         failing(lambda: None)
     assert ranks[1].guard.closed
-    after = _together(ranks, lambda rank: _steps(rank, 10 * INTERVAL, 3))
+    after = together(ranks, lambda rank: _steps(rank, 10 * INTERVAL, 3))
     assert before[0] == before[1] == before[2]
     assert after[0] == after[1] == after[2], "also until the meeting"
-    assert set(after[0][INTERVAL:]) == {3}
+    assert set(after[0][INTERVAL:]) == {k}
 
 
 @pytest.mark.parametrize("fault", ["attach", "attach/after"])
 def test_a_rank_that_cannot_attach_leaves_all_to_sglang(tmp_path: Path, page: PolicyPage, fault: str) -> None:
     group = ThreadGroup(RANKS)
     ranks = [Rank(i, tmp_path, group, fault if i == 2 else "") for i in range(RANKS)]
-    _together(ranks, Rank.attach)
+    together(ranks, Rank.attach)
     assert all(rank.captured and rank.guard.closed for rank in ranks)
-    found = _together(ranks, lambda rank: _steps(rank, 3 * INTERVAL, 4))
+    found = together(ranks, lambda rank: _steps(rank, 3 * INTERVAL, 4))
     assert found == [[1] * (3 * INTERVAL)] * RANKS, "SGLang's own policy"
 
 
 def test_ranks_told_different_things_leave_all_to_sglang(tmp_path: Path, page: PolicyPage) -> None:
     group = ThreadGroup(RANKS)
     ranks = [Rank(i, tmp_path, group, mode="shadow" if i == 1 else "active") for i in range(RANKS)]
-    _together(ranks, Rank.attach)
+    together(ranks, Rank.attach)
     assert all("do not agree" in str(rank.guard.closed) for rank in ranks)
-    assert _together(ranks, lambda rank: rank.step(4, 100)) == [1] * RANKS
+    assert together(ranks, lambda rank: rank.step(4, 100)) == [1] * RANKS
 
 
 def test_one_rank_alone_asks_nobody(tmp_path: Path, page: PolicyPage) -> None:
@@ -176,7 +171,46 @@ def test_one_rank_alone_asks_nobody(tmp_path: Path, page: PolicyPage) -> None:
     assert set(found) <= set(CANDIDATES)
     assert len(set(found)) > 1
     rank.guard.close("enough")
-    assert _steps(rank, 10, 6) == [3] * 10, "the launch K"
+    assert _steps(rank, 10, 6) == [1] * 10, "SGLang's own policy"
+
+
+@pytest.mark.parametrize(("fallback", "k"), [("stock", 1), ("launch", 3)])
+def test_without_a_policy_that_acts_the_fallback_decides(tmp_path: Path, fallback: str, k: int) -> None:
+    rank = Rank(0, tmp_path, None, fallback=fallback)
+    rank.attach()
+    assert _steps(rank, 5, 5) == [k] * 5, "no sidecar"
+    with PolicyPage.create_or_open(tmp_path / PAGE_NAME, payload_bytes(MAX_BATCH, MAX_K)) as page:
+        page.publish(replace(random_policy(1, random.Random(3)), acting=False))
+        page.heartbeat(time.monotonic_ns())
+        assert _steps(rank, 100, 5) == [k] * 100, "a policy that does not act"
+        page.publish(replace(random_policy(2, random.Random(3)), acting=True))
+        assert len(set(_steps(rank, 100, 5))) > 1, "one that acts"
+    assert not rank.guard.failures
+
+
+def test_a_step_that_cannot_be_as_asked_is_limited_and_no_trial(tmp_path: Path) -> None:
+    """K 5 is captured, and not listed from 5 requests on."""
+    rank = Rank(0, tmp_path, None, stock=Slots({1: [1, 3, 5], 5: [0, 1]}))
+    rank.policy.set_cuda_graph_bs(None)
+    rank.attach()
+    side = rank.attachment
+    assert side._tap is not None
+    assert side._tap.info.allowed_from == ((1, (1, 3, 5)), (5, (0, 1, 3)))
+    policy = replace(random_policy(1, random.Random(3)), mode=Mode.ACTIVE, acting=True, trials=(Trial(0, 5, 0, 4),))
+    policy.k_table[:] = 5
+    with PolicyPage.create_or_open(tmp_path / PAGE_NAME, payload_bytes(MAX_BATCH, MAX_K)) as page:
+        page.publish(policy)
+        page.heartbeat(time.monotonic_ns())
+        seen = []
+        for rows in (2, 6, 2, 6, 6, 2):
+            ran = rank.step(rows, 100, lambda k: setattr(rank.worker, "speculative_num_steps", k))
+            seen.append((ran, StepFlag(rank.last_begun.flags)))
+    limited, trial = StepFlag.LIMITED, StepFlag.TRIAL
+    assert seen == [(5, trial), (3, limited), (5, trial), (3, limited), (3, limited), (5, StepFlag(0))]
+    # A worker that ran something else, whatever the reason.
+    rank.step(2, 100, lambda k: setattr(rank.worker, "speculative_num_steps", 1))
+    assert rank.last_begun.flags == StepFlag.LIMITED
+    assert not rank.guard.failures
 
 
 def test_results_reach_the_ring_with_their_own_step(tmp_path: Path, page: PolicyPage) -> None:

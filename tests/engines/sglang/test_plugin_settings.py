@@ -16,10 +16,14 @@ def test_inert_unless_asked() -> None:
 
 def test_environment_and_configuration(tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
-    config.write_text("runtime_dir: /dev/shm/here\ncontroller: {mode: shadow, policy: {k_min: 1, k_max: 3, max_age_s: 5}}\n")
+    policy = "{k_min: 1, k_max: 3, max_age_s: 5, fallback: launch}"
+    config.write_text(f"runtime_dir: /dev/shm/here\ncontroller: {{mode: shadow, policy: {policy}}}\n")
     settings = plugin_settings({"ADAPTIVE_SPEC_CONFIG": str(config)})
     assert (settings.mode, settings.runtime_dir) == ("shadow", Path("/dev/shm/here"))
     assert (settings.k_min, settings.k_max, settings.max_age_s) == (1, 3, 5.0)
+    assert settings.fallback == "launch"
+    assert plugin_settings({"ADAPTIVE_SPEC_CONFIG": str(config), "ADAPTIVE_SPEC_FALLBACK": "stock"}).fallback == "stock"
+    assert plugin_settings({"ADAPTIVE_SPEC_MODE": "active"}).fallback == "stock"
     settings = plugin_settings({
         "ADAPTIVE_SPEC_CONFIG": str(config), "ADAPTIVE_SPEC_MODE": "Active", "ADAPTIVE_SPEC_RUNTIME_DIR": "/dev/shm/there",
         "ADAPTIVE_SPEC_RENDEZVOUS_STEPS": "4", "ADAPTIVE_SPEC_BATCH_SCORES": "off", "ADAPTIVE_SPEC_UNTESTED_SGLANG": "1",
@@ -34,6 +38,7 @@ def test_environment_and_configuration(tmp_path: Path) -> None:
     [
         ("MODE", "on", "must be one of off, shadow, active"),
         ("BATCH_SCORES", "yes", "must be one of auto, on, off"),
+        ("FALLBACK", "static", "must be one of stock, launch"),
         ("RENDEZVOUS_STEPS", "0", "must be a whole number in 1..10000"),
         ("RENDEZVOUS_STEPS", "ten", "must be a whole number in 1..10000"),
         ("CONFIG", "/no/such/file", "cannot be read"),

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import threading
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+Rank = TypeVar("Rank")
+
 
 class ThreadGroup:
-    """A group whose ranks are threads; a rank that does not come is a deadlock, seen after some seconds."""
+    """A group whose ranks are threads; a missing rank raises BrokenBarrierError after 20 s."""
 
     def __init__(self, ranks: int) -> None:
         self._barrier = threading.Barrier(ranks, timeout=20)
@@ -40,3 +43,19 @@ class Member:
         found: bytes = self._group.exchange(self._rank, data)[0]
         assert len(found) == size
         return found
+
+
+def together(ranks: Sequence[Rank], call: Callable[[Rank], Any]) -> list[Any]:
+    """Call `call(rank)` of all ranks at once, each in its thread; results in the order of the ranks. Fails on a deadlock."""
+    results: list[Any] = [None] * len(ranks)
+
+    def run(index: int) -> None:
+        results[index] = call(ranks[index])
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(len(ranks))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive(), "deadlock"
+    return results

@@ -243,5 +243,15 @@ def test_names_are_written_out_once_and_in_order(small: Small) -> None:
             policy_names(bad, scenario)
 
 
-def test_a_static_policy_never_changes_its_mind(small: Small) -> None:
-    assert SimulatedServer(small(), 1).run(Static(2)).swaps == 0
+def test_a_static_policy_keeps_its_k(small: Small) -> None:
+    seen: list[int] = []
+
+    class Recorded(Static):
+        reads_records = True
+
+        def observe(self, record: Any) -> None:
+            seen.append(record.k)
+
+    assert SimulatedServer(small(), 1).run(Recorded(2)).swaps == 0
+    assert len(seen) > 100
+    assert set(seen) == {2}

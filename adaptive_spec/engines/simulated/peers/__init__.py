@@ -1,1 +1,1 @@
-"""What people would otherwise use: small, honest versions of other ways to choose K, each saying what it stands for."""
+"""Other policies to compare with: small implementations of existing ways to choose K, each named in its module."""

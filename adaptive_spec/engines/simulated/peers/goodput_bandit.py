@@ -3,7 +3,7 @@
     value[bucket, K] = running tokens / running seconds of steps with K at batch sizes of that bucket (1, 2, 3-4, 5-8, ...)
 
 K is held for 8 steps. Every K of a bucket is tried once, then the best one is taken; in one turn of twenty a neighbour of it is
-tried instead. Its memory is 20 turns. It needs nothing to be known, and pays for that with exploration in every bucket.
+tried instead. Its memory is 20 turns. It needs no model, at the price of exploration in every bucket.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 The cost table is the scenario's own curve at its start, without error; the calibration is fitted to 400 recorded steps of the
 first phase at the longest draft. Both are taken from files and never change. Batch granularity: K of most expected tokens
 per second for each batch size, from the recorded mean acceptance. Request granularity: the whole block is drafted and the
-slots of most expected tokens per second are verified. The best a careful engineer can do by hand for the first hour.
+slots of most expected tokens per second are verified. This is the best configuration one can make by hand for the first phase.
 """
 
 from __future__ import annotations

@@ -4,11 +4,11 @@ The rule (sglang/srt/speculative/adaptive_spec_params.py, version 0.5.23, read a
 are routed to slots, the one with the largest key not above the batch size after padding to a graph. A slot has candidate K
 and an exponential mean of accept_len (weight 0.2 for the newest step), begun at K - 1. Every 5 steps after the first 10:
 
-    K = 0                                   -> the next larger candidate, to see whether drafting pays again
+    K = 0                                   -> the next larger candidate, to measure whether drafting pays again
     mean <= next smaller K - 0.5 + down     -> that one (0.5 + down if it is 0), again and again
     else mean > K - 0.5 + up                -> the next larger one, again and again
 
-It knows no cost: where the draft is good K rises even if the step gets slower by more than it gains.
+It does not know cost: with high acceptance K rises even where the longer step costs more than it gains.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ DEFAULT_CONFIG: dict[str, dict[str, Any]] = {
 
 
 class AdaptiveParams(Protocol):
-    """The part of SGLang's class that is used: both the class and the stand-in are this."""
+    """The methods used of SGLang's class; the stand-in has them too."""
 
     def set_cuda_graph_bs(self, cuda_graph_bs: list[int] | None) -> None: ...
 
@@ -116,7 +116,7 @@ class StandIn:
 
 
 def configuration(max_k: int, wide: bool) -> dict[str, dict[str, Any]]:
-    """SGLang's default without the K there are not, or, wide, every K at every batch size."""
+    """SGLang's default candidates up to max_k, or, wide, every K at every batch size."""
     every = list(range(max_k + 1))
     return {
         key: {**entry, "candidate_steps": every if wide else [k for k in entry["candidate_steps"] if k <= max_k]}
@@ -149,7 +149,7 @@ def build_params(max_k: int, wide: bool) -> tuple[AdaptiveParams, str]:
         return StandIn(launch_k, config), "stand-in of SGLang 0.5.23's rule: sglang is not installed"
     try:
         return _real(launch_k, config)
-    except Exception as error:  # whatever an sglang without its GPU raises
+    except Exception as error:  # sglang without its GPU raises various exceptions
         return StandIn(launch_k, config), f"stand-in of SGLang 0.5.23's rule: sglang cannot be loaded ({type(error).__name__})"
 
 

@@ -5,7 +5,7 @@ proposal for SGLang do.
     the slots of most expected tokens per profiled second                 request granularity
 
 a_j is a running rate of acceptance at position j (memory 200 steps). The profile is measured once, before the first request
-(median of 5 noisy runs per plan, no context, not in the clock), and never again: it knows nothing of drift.
+(median of 5 noisy runs per plan, no context, not in the clock), and never again; drift is not followed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from adaptive_spec.engines.simulated.scenario import Scenario
 RUNS = 5
 RATE = 1.0 / 200.0
 LOOK_STEPS = 100
-"""Steps without drafting after which one is drafted for, to see whether the draft has become better."""
+"""After this many steps with K = 0 one step runs K = 1, to measure acceptance again."""
 
 
 def profiled(mean_ms: Floats, scenario: Scenario, rng: np.random.Generator) -> Floats:
@@ -49,14 +49,14 @@ class StartupProfile(PlainDecider):
         self._padded = costs.padded
         # Tokens accepted and tokens at risk, by position; begins as "three of four are accepted".
         self._accepted, self._at_risk = np.full(self._max_k, 0.75), np.ones(self._max_k)
-        # Request granularity: accepted tokens and what the draft's scores promised, by position.
-        self._hits, self._promised = np.full(self._max_k, 1.0), np.full(self._max_k, 1.0)
+        # Request granularity: accepted tokens and those expected from the draft's scores, by position.
+        self._hits, self._expected = np.full(self._max_k, 1.0), np.full(self._max_k, 1.0)
         self._k = -1
         self._idle = 0
 
     def draft_length(self, batch_size: int, kv_tokens: int) -> int:
         if self._ragged:
-            return self._max_k  # one block is drafted, verification is what adapts
+            return self._max_k  # a whole block is always drafted; only verification adapts
         expected = batch_size * (1.0 + np.concatenate(([0.0], np.cumsum(np.cumprod(self._accepted / self._at_risk)))))
         k = int((expected / (self._verify_ms[batch_size] + self._fixed_ms)).argmax())
         self._idle = self._idle + 1 if k == 0 else 0
@@ -68,7 +68,7 @@ class StartupProfile(PlainDecider):
 
     def verify_lengths(self, confidences: NDArray[np.float32]) -> NDArray[np.uint8] | None:
         scores = np.cumprod(confidences, axis=1, dtype=np.float64)
-        survival = np.minimum(scores * (self._hits / self._promised), 1.0)
+        survival = np.minimum(scores * (self._hits / self._expected), 1.0)
         survival = np.minimum.accumulate(survival, axis=1)
         b, k = confidences.shape
         return best_lengths(survival, float(self._fixed_ms[k]), self._verify_ms[: b * (k + 1) + 1])
@@ -84,6 +84,6 @@ class StartupProfile(PlainDecider):
         self._at_risk[:k] = self._at_risk[:k] * keep + RATE * at_risk
         if self._ragged and k:
             verified = position < record.verify_len[:, None]
-            promised = (np.cumprod(record.confidences, axis=1, dtype=np.float64) * verified).mean(axis=0)
+            expected = (np.cumprod(record.confidences, axis=1, dtype=np.float64) * verified).mean(axis=0)
             self._hits[:k] = self._hits[:k] * keep + RATE * accepted
-            self._promised[:k] = self._promised[:k] * keep + RATE * promised
+            self._expected[:k] = self._expected[:k] * keep + RATE * expected

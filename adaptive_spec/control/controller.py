@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from adaptive_spec.config.settings import ControllerSettings
 from adaptive_spec.control.checkpoint import ControllerState
-from adaptive_spec.control.counters import Histogram
+from adaptive_spec.control.counters import Counters, Histogram
 from adaptive_spec.control.engine_response import WATCHED, EngineResponse, PendingTrials
 from adaptive_spec.control.guard_rails import SwapWatch, Table, allowed, better_table, table_for
 from adaptive_spec.control.probing import ProbeBudget, probe_plans
@@ -31,7 +31,7 @@ from adaptive_spec.domain.engine_info import EngineInfo
 from adaptive_spec.domain.policy import Granularity, Mode, Policy, Trial
 from adaptive_spec.domain.step_record import StepFlag, StepRecord
 from adaptive_spec.models.goodput import Forecast
-from adaptive_spec.models.model_set import DriftNotice, ModelSet, Stopwatch
+from adaptive_spec.models.model_set import Findings, ModelSet, Stopwatch
 
 ROLLBACK_HOLD_S = 30.0
 TRIAL_PATIENCE_S = 5.0
@@ -45,7 +45,7 @@ class Controller:
     def __init__(self, settings: ControllerSettings, info: EngineInfo) -> None:
         self.settings, self.info = settings, info
         self.models = ModelSet(settings, info)
-        self.counters = self.models.counters
+        self.counters = Counters(info.max_k)
         self.mode = Mode.SWEEP if settings.mode == "active" else Mode.SHADOW
         self.reason = "cold start"
         self.latest_policy: Policy | None = None
@@ -73,8 +73,10 @@ class Controller:
         """Learn one step. now_s: seconds on any steadily rising clock. Returns a policy when one must be adopted at once."""
         trial = bool(record.flags & StepFlag.TRIAL)
         self._budget.earn(record.step_s)
-        self._heed(self.models.observe(record), now_s)
-        lost_s = self.models.judge(record)
+        self.counters.count(record)
+        self._take_findings(self.models.observe(record), now_s)
+        self.counters.compare(record, self.models.compare(record))
+        lost_s = self.models.trial_loss_s(record)
         if self.mode is not Mode.SWEEP:
             self.counters.probe_lost_s += lost_s
             self._budget.spend(lost_s)
@@ -84,11 +86,12 @@ class Controller:
             or self._follow_swap(record, now_s, trial)
         )
 
-    def _heed(self, noticed: list[DriftNotice], now_s: float) -> None:
-        """Act on what the models noticed: refit soon, judge no swap by the old world, allow a few probes."""
-        for signal, words in noticed:
+    def _take_findings(self, findings: Findings, now_s: float) -> None:
+        """Count what the models found. After a drift: refit soon, stop the watch over the last swap, allow a few probes."""
+        self.counters.count_scores(findings.scores)
+        for signal, text in findings.drifts:
             self.counters.drift[signal] += 1
-            self.counters.event(now_s, "drift", f"{signal} drift: {words}")
+            self.counters.event(now_s, "drift", f"{signal} drift: {text}")
             self._drift_time_s = now_s
             self._next_refit_s = min(self._next_refit_s, now_s)
             self._watch = None
@@ -136,17 +139,15 @@ class Controller:
             return None  # token counts depend on the batch: wait for the first step
         if self._sweep_started_s is None:
             self._sweep_started_s = now_s
-        table = self.models.verify.table
-        padded_to = self.models.padding.seen_tokens(self.info.candidates)
-        trials = self._sweep.next_round(table.cells, table.sigma, self.models.batch_size, padded_to)
+        trials = self._sweep.next_round(self.models.measured_counts(), self.models.batch_size)
         if trials:
-            self._heed(self.models.learn_acceptance(), now_s)
+            self._take_findings(self.models.learn_acceptance(), now_s)
             self.models.acceptance.refit()
             return self._publish(now_s, trials)
         self.counters.sweep_s += now_s - self._sweep_started_s
         self._swept = True
         self._set_mode(Mode.ACTIVE, "sweep done", now_s)
-        self._heed(self.models.fit(), now_s)
+        self._take_findings(self.models.fit(), now_s)
         return self._decide(now_s, first=True) or self._publish(now_s)
 
     # -- deciding ------------------------------------------------------------------------------------------------------
@@ -163,7 +164,7 @@ class Controller:
     def refit(self, now_s: float, stopwatch: Stopwatch = nullcontext) -> Policy | None:
         """Fit all models to what was learnt and decide anew. stopwatch: see `ModelSet.fit`."""
         self._next_refit_s = now_s + self.settings.refit_interval_s
-        self._heed(self.models.fit(stopwatch), now_s)
+        self._take_findings(self.models.fit(stopwatch), now_s)
         if self.mode is Mode.FALLBACK:
             self._set_mode(self._trusted_mode, "models fitted again", now_s)
         if self.mode in (Mode.SWEEP, Mode.PAUSED, Mode.PINNED):
@@ -318,7 +319,7 @@ class Controller:
             self._set_mode(Mode.SWEEP, "cold start", now_s)
             return self._next_sweep_round(now_s)
         self._set_mode(Mode(modes[name]), f"{name} by command", now_s)
-        self._heed(self.models.fit(), now_s)
+        self._take_findings(self.models.fit(), now_s)
         return self._decide(now_s, first=True) or self._publish(now_s)
 
     def fail(self, reason: str, now_s: float) -> Policy:
@@ -407,7 +408,7 @@ class Controller:
         """Immutable view for metrics and pages."""
         counters, fit, quality = self.counters, self.models.verify.fit, self.models.acceptance.reliability
         predicted_gain, measured_gain = counters.gains()
-        share = self._sweep.steps / (self._sweep.steps + 6.0 * self._sweep.FIRST_LOOK * max(self._sweep.open_intervals, 1))
+        share = self._sweep.steps / (self._sweep.steps + 6.0 * self._sweep.FIRST_SAMPLES * max(self._sweep.open_intervals, 1))
         return Snapshot(
             time_s=now_s, mode=Mode.SHADOW if self.watched_only else self.mode, watched_only=self.watched_only,
             reason=WATCHED if self.watched_only else self.reason, engine=self.info.name, launch_k=self.info.launch_k,

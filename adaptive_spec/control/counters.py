@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter, deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
 from adaptive_spec.control.snapshot import Event, HistogramData
 from adaptive_spec.domain.step_record import StepRecord
+from adaptive_spec.models.acceptance.online import StepScore
+from adaptive_spec.models.model_set import StepComparison
 
 STEP_EDGES_S = (*tuple(round(m * 10.0**e, 10) for e in range(-5, 1) for m in (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)), 10.0)
 STAGES = ("draft", "verify", "draft_extend", "step")
@@ -76,6 +78,20 @@ class Counters:
             self.stages["draft_extend"].add(record.draft_extend_s)
         self.stages["verify"].add(record.verify_s)
         self.stages["step"].add(record.step_s)
+
+    def count_scores(self, scores: Iterable[StepScore]) -> None:
+        """Count the draft tokens that the calibration expected to be accepted."""
+        for score in scores:
+            self.expected_accepted += score.expected
+
+    def compare(self, record: StepRecord, comparison: StepComparison | None) -> None:
+        """Count an ordinary step against its forecast; None counts nothing."""
+        if comparison is None:
+            return
+        self.window.append((record.output_tokens, record.step_s, comparison.goodput, comparison.launch_goodput))
+        if comparison.predicted_s is not None:
+            self.predicted_s += comparison.predicted_s
+            self.measured_s += record.step_s
 
     def event(self, now_s: float, kind: str, text: str) -> None:
         self.events.append(Event(now_s, kind, text))

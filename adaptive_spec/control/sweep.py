@@ -1,16 +1,15 @@
 """The cold-start sweep: which token counts to measure next, so that few steps find every tile boundary.
 
-Rounds of trials. The first measures 1, 2, 4, ... tokens; every later one halves each interval between measured counts whose
-latencies differ by more than the jump threshold, until such intervals are one token wide. A staircase with s boundaries up to
-T tokens costs about log2(T) + s log2(T) token counts instead of T: the steps are spent where the curve bends. Draft lengths
-and batch sizes are varied along the way, so that the same steps teach the draft's cost and the calibration.
+The sweep runs in rounds of trials. The first round measures 1, 2, 4, ... tokens; every later one halves each interval between
+measured counts whose latencies differ by more than the jump threshold, until such intervals are one token wide. A staircase
+with s boundaries up to T tokens needs about log2(T) + s log2(T) token counts instead of T. K and batch size are varied along
+the way, so that the same steps measure the draft's cost and the calibration.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,27 +17,28 @@ from numpy.typing import NDArray
 from adaptive_spec.config.settings import SweepSettings
 from adaptive_spec.domain.engine_info import EngineInfo
 from adaptive_spec.domain.policy import Granularity, Trial
-from adaptive_spec.models.latency.robust_mean import RobustMean
+from adaptive_spec.models.latency.measured_counts import MeasuredCounts
 
-EVEN_LOOKS = 32
+EVEN_COUNTS = 32
 """Evenly spaced token counts of the first round."""
 WIDE_TOKENS = 16
 
 
 class Sweep:
-    """Plans one sweep. Each token count is asked for at most `MAX_ASKS` times: an engine may be unable to reach it.
+    """Plans one sweep. Each token count is requested at most `MAX_REQUESTS` times: an engine may be unable to run it.
 
-    On a noisy machine every count is measured until its standard error is a quarter of the jump threshold, or `MOST_LOOKS`.
+    On a noisy machine every count gets samples until its standard error is a quarter of the jump threshold, at most
+    `MAX_SAMPLES`.
     """
 
-    MAX_ASKS = 4
-    FIRST_LOOK = 2
-    """Samples of a first look: one may be a first replay, and that is never too short."""
-    MOST_LOOKS = 12
+    MAX_REQUESTS = 4
+    FIRST_SAMPLES = 2
+    """Samples of a count when it is first measured: a first replay of a captured graph may take too long, never too short."""
+    MAX_SAMPLES = 12
 
     def __init__(self, settings: SweepSettings, info: EngineInfo, jump_threshold: float) -> None:
         self._settings, self._info, self._threshold = settings, info, jump_threshold
-        self._asked: dict[int, int] = {}
+        self._requested: dict[int, int] = {}
         self._turn = 0
         self.steps = 0
         """Trial steps planned so far."""
@@ -55,61 +55,53 @@ class Sweep:
             counts = np.unique([b * (k + 1) for b in batches for k in info.candidates])
         return counts[counts <= max(self._settings.max_tokens, int(counts[0]))]
 
-    def next_round(
-        self, cells: Mapping[int, RobustMean], sigma: float, batch_size: int, padded_to: Mapping[int, int]
-    ) -> tuple[Trial, ...]:
-        """Trials of the next round, empty when the sweep is over.
-
-        cells: what is measured, by padded token count. sigma: relative noise of one sample. padded_to: where num_tokens and
-        padded tokens were seen to differ.
-        """
+    def next_round(self, measured: MeasuredCounts, batch_size: int) -> tuple[Trial, ...]:
+        """Trials of the next round, empty when the sweep is over. batch_size: what the engine serves now."""
         counts = self.reachable(batch_size)
-        looks = int(min(max(math.ceil((sigma / (0.25 * self._threshold)) ** 2), self.FIRST_LOOK), self.MOST_LOOKS))
-        wanted = self._refinement(counts, cells, looks, padded_to) if self._asked else self._first_round(counts)
+        samples = int(min(max(math.ceil((measured.noise / (0.25 * self._threshold)) ** 2), self.FIRST_SAMPLES), self.MAX_SAMPLES))
+        wanted = self._refinement(counts, measured, samples) if self._requested else self._first_round(counts)
         trials: list[Trial] = []
         for tokens, steps in wanted:
             if self.steps + steps > self._settings.max_steps:
                 break
             trial = self._trial(tokens, steps, batch_size)
             if trial is not None:
-                self._asked[tokens] = self._asked.get(tokens, 0) + 1
+                self._requested[tokens] = self._requested.get(tokens, 0) + 1
                 self.steps += steps
                 trials.append(trial)
         return tuple(sorted(trials))
 
     def _first_round(self, counts: NDArray[np.int64]) -> list[tuple[int, int]]:
-        # Doublings, and even steps besides: a curve may rise and fall again between two doublings.
-        grid = np.concatenate((2.0 ** np.arange(0, np.log2(counts[-1]) + 1), np.linspace(0, counts[-1], EVEN_LOOKS + 1)[1:]))
+        # Doublings and evenly spaced counts: a curve may rise and fall again between two doublings.
+        grid = np.concatenate((2.0 ** np.arange(0, np.log2(counts[-1]) + 1), np.linspace(0, counts[-1], EVEN_COUNTS + 1)[1:]))
         if self._info.granularity is Granularity.BATCH and not self._info.holds_batch:
-            chosen = counts  # only a handful: every K at the present batch size
+            chosen = counts  # every K at the present batch size
         else:
             chosen = np.unique(counts[np.minimum(np.searchsorted(counts, grid), len(counts) - 1)])
-        return [(int(t), self.FIRST_LOOK) for t in chosen]
+        return [(int(t), self.FIRST_SAMPLES) for t in chosen]
 
-    def _refinement(
-        self, counts: NDArray[np.int64], cells: Mapping[int, RobustMean], looks: int, padded_to: Mapping[int, int]
-    ) -> list[tuple[int, int]]:
-        measured = [int(t) for t in counts if _measured(cells, padded_to.get(int(t), int(t)))]
-        mean = {t: cells[padded_to.get(t, t)].mean_y for t in measured}
-        wanted = {t: looks - n for t in measured if (n := cells[padded_to.get(t, t)].samples) < looks}
+    def _refinement(self, counts: NDArray[np.int64], measured: MeasuredCounts, samples: int) -> list[tuple[int, int]]:
+        """(token count, trial steps) of a later round. samples: wanted of every count."""
+        known = {t: found for t in counts.tolist() if (found := measured.get(t)) is not None}
+        wanted = {t: samples - found.samples for t, found in known.items() if found.samples < samples}
         self.open_intervals = 0
-        for low, high in itertools.pairwise(measured):
-            ratio = mean[high] / mean[low]
-            # In a wide interval a jump may be half hidden by a slope the other way.
+        for low, high in itertools.pairwise(known):
+            ratio = known[high].mean_s / known[low].mean_s
+            # In a wide interval a falling slope may hide half of a jump.
             bend = self._threshold * (0.6 if high - low > WIDE_TOKENS else 1.0)
             if max(ratio, 1.0 / ratio) < 1.0 + bend:
                 continue
             inside = counts[(counts > low) & (counts < high)]
             if len(inside):
                 self.open_intervals += 1
-                wanted[int(inside[np.argmin(np.abs(inside - (low + high) / 2))])] = looks
+                wanted[int(inside[np.argmin(np.abs(inside - (low + high) / 2))])] = samples
             else:
-                # A boundary, to the token: make both its sides sure.
+                # A boundary, to the token: measure both its sides well.
                 for t in (low, high):
-                    missing = max(self._settings.samples_per_count, looks) - cells[padded_to.get(t, t)].samples
+                    missing = max(self._settings.samples_per_count, samples) - known[t].samples
                     if missing > 0:
                         wanted[t] = missing
-        return [(t, n) for t, n in sorted(wanted.items()) if self._asked.get(t, 0) < self.MAX_ASKS]
+        return [(t, n) for t, n in sorted(wanted.items()) if self._requested.get(t, 0) < self.MAX_REQUESTS]
 
     def _trial(self, tokens: int, steps: int, batch_size: int) -> Trial | None:
         info = self._info
@@ -131,7 +123,3 @@ class Sweep:
         if k is None or batch > tokens:
             return None
         return Trial(batch if info.holds_batch else 0, k, tokens if info.granularity is Granularity.REQUEST else 0, steps)
-
-
-def _measured(cells: Mapping[int, RobustMean], padded: int) -> bool:
-    return padded in cells and cells[padded].weight > 0.0

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from adaptive_spec.domain.arrays import Floats
 from adaptive_spec.models.latency.robust_mean import RobustMean
-from adaptive_spec.models.latency.staircase import LatencyFit, fit_cells
+from adaptive_spec.models.latency.staircase import LatencyFit, fit_staircase
 
 
 def fit_samples(num_tokens: NDArray[np.int64], latency_s: Floats, jump_threshold: float) -> LatencyFit:
@@ -26,7 +26,7 @@ def fit_samples(num_tokens: NDArray[np.int64], latency_s: Floats, jump_threshold
         if len(values) >= 3:
             spreads.append(spread)
         kept = np.clip(values, middle * (1 - 3 * max(spread, 0.01)), middle * (1 + 3 * max(spread, 0.01)))
-        cell = RobustMean.from_weighted(np.zeros(len(kept)), kept, np.ones(len(kept)))
-        rows[i] = (token, cell.weight, 0.0, cell.mean_y, len(values), 0.0, 0.0)
+        mean = RobustMean.from_weighted(np.zeros(len(kept)), kept, np.ones(len(kept)))
+        rows[i] = (token, mean.weight, 0.0, mean.mean_y, len(values), 0.0, 0.0)
     sigma = float(np.clip(np.median(spreads), 0.002, 0.25)) if spreads else 0.02
-    return fit_cells(rows, sigma, 0.0, jump_threshold)
+    return fit_staircase(rows, sigma, 0.0, jump_threshold)

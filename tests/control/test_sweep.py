@@ -7,6 +7,7 @@ from adaptive_spec.config.settings import ControllerSettings, SweepSettings
 from adaptive_spec.control.sweep import Sweep
 from adaptive_spec.domain.engine_info import EngineInfo
 from adaptive_spec.domain.policy import Granularity
+from adaptive_spec.models.latency.measured_counts import MeasuredCounts
 from tests.curves import load
 from tests.support.simulated_server import SimulatedServer, engine_info, staircase
 
@@ -56,7 +57,7 @@ def test_without_control_of_the_batch_only_its_own_plans_are_measured() -> None:
     server = SimulatedServer(engine_info(Granularity.BATCH), staircase(), batch_size=6)
     steps = sweep(server)
     assert steps < 40
-    assert set(server.controller.models.verify.table.cells) == {6 * (k + 1) for k in range(8)}
+    assert set(server.controller.models.measured_counts().by_padded) == {6 * (k + 1) for k in range(8)}
 
 
 def test_the_sweep_keeps_to_its_budget_and_ends() -> None:
@@ -70,7 +71,7 @@ def test_the_sweep_keeps_to_its_budget_and_ends() -> None:
 def test_trials_are_always_plans_the_engine_can_run() -> None:
     info = EngineInfo("simulated", "m", "g", 1, 2, (0, 1, 3, 5), 24, Granularity.BATCH, True, 1)
     planner = Sweep(SweepSettings(), info, 0.15)
-    trials = planner.next_round({}, 0.02, 0, {})
+    trials = planner.next_round(MeasuredCounts({}, {}, 0.02), 0)
     assert trials
     for trial in trials:
         assert trial.k in info.candidates

@@ -93,7 +93,7 @@ def models_anew(
         "calibration_log_loss": {(): quality.log_loss},
         "calibration_curve_probability": {(("score", score),): calibrated for score, (calibrated, _) in curve.items()},
         "calibration_observed_probability": {(("score", score),): observed for score, (_, observed) in curve.items()},
-        "expected_accepted_tokens_total": {(): models.counters.expected_accepted},
+        "expected_accepted_tokens_total": {(): controller.counters.expected_accepted},
     }
     return {name: {labels: value for labels, value in rows.items() if value is not None} for name, rows in found.items() if rows}
 

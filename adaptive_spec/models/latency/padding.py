@@ -14,8 +14,8 @@ from adaptive_spec.domain.step_record import StepRecord
 class Padding:
     """Learns the buckets: of batch sizes at batch granularity (padded = bucket (K + 1)), of token counts at request granularity.
 
-    A size that was seen maps to what it was padded to; another to the smallest known bucket that holds it, if that is no more
-    padding than the engine was ever seen to add; else to itself: a smaller bucket may well lie in between.
+    A size that was seen maps to what it was padded to. Another maps to the smallest known bucket that holds it, unless that is
+    more padding than the engine was ever seen to add: then to itself, because an unknown smaller bucket may lie between.
     """
 
     def __init__(self, granularity: Granularity) -> None:
@@ -31,8 +31,8 @@ class Padding:
         self.seen[size] = max(bucket, size)
         self.pads |= bucket > size
 
-    def seen_tokens(self, candidates: Iterable[int]) -> dict[int, int]:
-        """Padded token counts by token counts, as far as seen; candidates: K there are."""
+    def padded_to(self, candidates: Iterable[int]) -> dict[int, int]:
+        """Padded token count of every token count that was seen. candidates: the K the engine can run."""
         if self._per_request:
             return dict(self.seen)
         return {b * (k + 1): bucket * (k + 1) for b, bucket in self.seen.items() for k in candidates}
@@ -55,7 +55,7 @@ class Padding:
         return np.array(sorted(self.seen.items()), dtype=np.float64).reshape(-1, 2)
 
     def restore(self, state: NDArray[np.float64]) -> None:
-        """Raise ValueError unless rows are (size, bucket >= size >= 0)."""
+        """Take over `state()`. Raises ValueError unless rows are (size, bucket) with bucket >= size >= 0."""
         rows = np.asarray(state, dtype=np.float64)
         if (
             rows.ndim != 2
@@ -64,6 +64,6 @@ class Padding:
             or (rows[:, 1] < rows[:, 0]).any()
             or (rows < 0).any()
         ):
-            raise ValueError("padding rows must be (size, bucket) with bucket >= size >= 0")
+            raise ValueError("padding: must be rows of (size, bucket) with bucket >= size >= 0")
         self.seen = {int(size): int(bucket) for size, bucket in rows}
         self.pads = bool((rows[:, 1] > rows[:, 0]).any())

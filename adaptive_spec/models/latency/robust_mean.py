@@ -5,12 +5,13 @@
 
 A mean covers about the last `memory` samples, each divided by the speed factor it was measured at (`speed_factor.py`). Regimes:
 
-- Young: the first samples are kept one by one and the small ones count. First replays run up to twice too long, never too short.
+- Young: the first samples are kept one by one, and the mean is that of the small ones. A first replay of a captured graph takes
+  up to twice too long and never too short.
 - Settled: a sample is clipped to a few standard deviations around the expected value, so that a spike hardly moves the mean.
-- Doubtful: a mean last measured at another speed factor gets a larger standard error, in proportion to the difference, until it
-  is measured again or the old speed factor returns.
-- Changed: several outliers in a row on one side start the mean again, and make every mean doubtful that was not measured since,
-  because the curve may have another shape.
+- Measured elsewhere: a mean last measured at another speed factor gets a larger standard error, in proportion to the
+  difference, until it is measured again or the old speed factor returns.
+- Changed: several outliers in a row on one side restart the mean, and enlarge the standard error of every mean not measured
+  since, because the shape of the curve may have changed.
 """
 
 from __future__ import annotations
@@ -23,39 +24,39 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adaptive_spec.domain.arrays import Floats
-from adaptive_spec.models.latency.speed_factor import LEAST_JUMP, MAX_SIGMA, MIN_SIGMA, Shift, SpeedFactor, running_median
+from adaptive_spec.models.latency.speed_factor import MAX_SIGMA, MIN_JUMP, MIN_SIGMA, SpeedFactor, running_median
 
-HELD_BACK = 8
-"""Samples of a young cell that are kept one by one."""
-COMPARABLE = 3
-"""Samples from which on a cell tells something about the speed factor."""
-OUTLIERS, UNSURE_OUTLIERS = 10, 4
-"""Samples of one cell in a row, all on one side and all outliers, after which it begins again; the same of an unsure one."""
-UNSURE_WEIGHT = 12.0
+YOUNG_SAMPLES = 8
+"""Samples of a new mean that are kept one by one."""
+MIN_COMPARABLE = 3
+"""Samples from which on a mean tells something about the speed factor."""
+MAX_OUTLIERS, MAX_OUTLIERS_LIGHT = 10, 4
+"""Outliers of one mean in a row, all on one side, after which it restarts; the same for one of weight <= `LIGHT_WEIGHT`."""
+LIGHT_WEIGHT = 12.0
 STALE_STEPS = 40_000
-"""Age at which a cell counts as unknown."""
-UNSEEN_DOUBT = 0.5
-"""Relative standard error of a cell per unit of speed factor since it was measured: a curve rarely moves all as one."""
-JUMP_DOUBT = 0.1
-"""Relative standard error of a mean after a jump of the speed factor that it did not see: a kernel may have changed."""
-MOST_DOUBT = 0.3
-MOST_MOVED, FAR = 0.7, 1.5
-"""Change of speed factor (log) that a cell is believed to have followed unseen, and the one after which it begins again."""
-CHANGES = 8
-"""Late changes of the curve's shape that are remembered."""
+"""Age in decode steps at which a mean counts as unknown."""
+ERROR_PER_LOG_SPEED = 0.5
+"""Relative standard error of a mean per unit of log speed factor since it was measured: a curve rarely moves all as one."""
+JUMP_ERROR = 0.1
+"""Relative standard error of a mean after a jump of the speed factor since it was measured: a kernel may have changed."""
+MAX_UNSEEN_ERROR = 0.3
+MAX_FOLLOWED, FAR = 0.7, 1.5
+"""Change of the log speed factor that a mean is assumed to follow unmeasured, and the one beyond which it restarts."""
+MAX_SHAPE_CHANGES = 8
+"""Latest changes of the curve's shape that are remembered."""
 CLIP_SIGMAS = 4.0
 
 
 class RobustMean:
     """Forgetting means of a covariate x (total KV tokens) and of seconds y. weight: effective samples.
 
-    speed factor: at the last sample. last_x, last_y: that sample as it was measured.
+    mean_y: at speed factor 0. log_speed: speed factor at the last sample. last_x, last_y: that sample as it was measured.
     """
 
-    __slots__ = ("first", "last_step", "last_x", "last_y", "mean_x", "mean_y", "outliers", "samples", "speed_factor", "weight")
+    __slots__ = ("first", "last_step", "last_x", "last_y", "log_speed", "mean_x", "mean_y", "outliers", "samples", "weight")
 
     def __init__(self) -> None:
-        self.weight = self.mean_x = self.mean_y = self.last_x = self.last_y = self.speed_factor = 0.0
+        self.weight = self.mean_x = self.mean_y = self.last_x = self.last_y = self.log_speed = 0.0
         self.samples = self.last_step = self.outliers = 0
         self.first: list[tuple[float, float]] = []
 
@@ -65,28 +66,28 @@ class RobustMean:
         self.mean_x += (x - self.mean_x) / self.weight
         self.mean_y += (y - self.mean_y) / self.weight
 
-    def begin(self) -> None:
-        """Forget everything: the next sample is the first."""
+    def restart(self) -> None:
+        """Forget everything: the next sample is the first. Until then the old mean stands."""
         self.samples = self.outliers = 0
         self.first.clear()
 
     @classmethod
     def from_weighted(cls, x: Floats, y: Floats, weight: Floats) -> RobustMean:
         """The same means from all samples at once: x, y, weight [n], n >= 1."""
-        cell = cls()
-        cell.weight = float(weight.sum())
-        cell.mean_x, cell.mean_y = float(weight @ x) / cell.weight, float(weight @ y) / cell.weight
-        cell.samples = len(x)
-        return cell
+        mean = cls()
+        mean.weight = float(weight.sum())
+        mean.mean_x, mean.mean_y = float(weight @ x) / mean.weight, float(weight @ y) / mean.weight
+        mean.samples = len(x)
+        return mean
 
 
 class Slope:
-    """Seconds per unit of x, from differences between neighbouring samples of one cell.
+    """Seconds per unit of x, from differences between successive samples of one mean.
 
         relative slope = max(sum(dx dy / y) - 2 sqrt(2 sigma^2 sum(dx^2)), 0) / sum(dx^2)
 
-    Differences over at most `NEAR_STEPS` steps cancel whatever else drifts. Two standard errors are taken off, so that
-    nothing is claimed from little variation.
+    Differences over at most `NEAR_STEPS` steps cancel all other drift. Two standard errors are subtracted, so that little
+    variation of x gives slope 0.
     """
 
     NEAR_STEPS = 64
@@ -101,137 +102,128 @@ class Slope:
         self.xy = self.xy * self.DECAY + dx * min(max(relative_dy, -limit), limit)
 
     def relative(self, sigma: float, typical_x: float) -> float:
-        """Slope relative to y, per unit of x, >= 0. sigma: noise of one sample; typical_x > 0."""
+        """Slope relative to y, per unit of x, 0..0.8 / typical_x. sigma: noise of one sample; typical_x > 0."""
         if self.xx <= 0.0:
             return 0.0
-        sure = self.xy - 2.0 * math.sqrt(2.0 * self.xx) * sigma
-        return min(max(sure / self.xx, 0.0), 0.8 / typical_x)
+        lower_bound = self.xy - 2.0 * math.sqrt(2.0 * self.xx) * sigma
+        return min(max(lower_bound / self.xx, 0.0), 0.8 / typical_x)
 
 
 class RobustMeans:
-    """Cells by integer key. memory_samples: samples a cell remembers, >= 1 (inf: forgets nothing).
+    """Robust means by integer key, divided by a speed factor that others move.
 
-    speed factor: one that another table follows, to be shared; None: this table follows one of its own.
+    memory_samples: samples a mean remembers, >= 1 (inf: forgets nothing). `LeadingMeans` are those that move the speed factor.
     """
 
-    def __init__(self, memory_samples: float, speed_factor: SpeedFactor | None = None) -> None:
+    def __init__(self, memory_samples: float, speed_factor: SpeedFactor) -> None:
         self.decay = 1.0 - 1.0 / memory_samples
-        self.cells: dict[int, RobustMean] = {}
+        self.means: dict[int, RobustMean] = {}
         self.median_noise = 0.01
-        """Running median of |log(sample / the one before it in its cell)|, which no error of a mean can inflate."""
+        """Running median of |log(sample / the one before it of the same key)|, which no error of a mean can inflate."""
         self.slope = Slope()
-        self.speed_factor = speed_factor or SpeedFactor()
-        self._leads = speed_factor is None
-        self._changes: deque[tuple[int, float]] = deque(maxlen=CHANGES)
-        """(step, relative standard error it leaves in cells not measured since) of what told that the shape may have changed."""
+        self.speed_factor = speed_factor
+        self._shape_changes: deque[tuple[int, float]] = deque(maxlen=MAX_SHAPE_CHANGES)
+        """(step, relative standard error it leaves in means not measured since)."""
 
     @property
     def sigma(self) -> float:
         """Relative standard deviation of one sample."""
         return min(max(self.median_noise / 0.9539, MIN_SIGMA), MAX_SIGMA)  # median |N(0, 2 sigma^2)| = 0.9539 sigma
 
-    def observe(self, key: int, x: float, y: float, step: int, slope: float = 0.0) -> Shift | None:
-        """Take one sample: covariate x, y > 0 seconds, at decode step `step`; slope: seconds per unit of x.
-
-        Returns a Shift when with this sample a new speed factor has lasted long enough to be called one.
-        """
-        cell = self.cells.get(key)
-        if cell is None:
-            cell = self.cells[key] = RobustMean()
-        if step - cell.last_step >= STALE_STEPS // 2 or abs(self.speed_factor.value - cell.speed_factor) > FAR:
-            cell.begin()  # too old, or of another world
-        if cell.samples and cell.last_y > 0.0:
-            self._neighbours(cell, x, y, step)
-        comparable = cell.samples >= COMPARABLE
-        usual_y = y * math.exp(-self.speed_factor.value)
-        if comparable and self._leads:
-            residual = math.log(usual_y / self._expected(cell, x, slope))
-            moved = self.speed_factor.follow(residual, self.sigma)
-            usual_y *= math.exp(-moved)
-            if abs(moved) >= LEAST_JUMP:
-                self._changes.append((step, JUMP_DOUBT))
-                for other in self.cells.values():
-                    other.outliers = 0
-        if cell.samples < HELD_BACK:
-            cell.first.append((x, usual_y))
-            self._hold_back(cell)
+    def observe(self, key: int, x: float, y: float, step: int, slope: float = 0.0) -> None:
+        """Take one sample: covariate x, y > 0 seconds, at decode step `step`; slope: seconds per unit of x."""
+        mean = self.means.get(key)
+        if mean is None:
+            mean = self.means[key] = RobustMean()
+        if step - mean.last_step >= STALE_STEPS // 2 or abs(self.speed_factor.value - mean.log_speed) > FAR:
+            mean.restart()
+        if mean.samples and mean.last_y > 0.0:
+            self._learn_noise_and_slope(mean, x, y, step)
+        y0 = y * math.exp(-self.speed_factor.value)
+        if mean.samples >= MIN_COMPARABLE:
+            y0 *= math.exp(-self._move_speed_factor(mean, x, y0, step, slope))
+        if mean.samples < YOUNG_SAMPLES:
+            mean.first.append((x, y0))
+            self._rebuild_young(mean)
         else:
-            self._learn(cell, x, self._expected(cell, x, slope), usual_y, step)
-        cell.samples += 1
-        cell.last_step, cell.last_x, cell.last_y, cell.speed_factor = step, x, y, self.speed_factor.value
-        return self.speed_factor.news() if self._leads else None
+            self._learn(mean, x, self._expected(mean, x, slope), y0, step)
+        mean.samples += 1
+        mean.last_step, mean.last_x, mean.last_y, mean.log_speed = step, x, y, self.speed_factor.value
 
-    def doubt(self, cell: RobustMean) -> float:
-        """Relative standard error of a cell from having been measured at another speed factor or before a change of shape."""
-        moved = abs(self.speed_factor.value - cell.speed_factor) - 0.5 * self.sigma  # the speed_factor itself is known no better
-        changed = max((doubt for step, doubt in self._changes if step > cell.last_step), default=0.0)
-        return min(math.hypot(UNSEEN_DOUBT * max(moved, 0.0), changed), MOST_DOUBT)
+    def _move_speed_factor(self, mean: RobustMean, x: float, y0: float, step: int, slope: float) -> float:
+        """Move the speed factor by one sample, y0 seconds at its present value; return the change. Followers never do."""
+        return 0.0
 
-    def _believed(self, cell: RobustMean, doubt: float) -> float:
-        """Effective samples that a doubtful cell is worth."""
-        return 1.0 / (1.0 / cell.weight + (doubt / self.sigma) ** 2)
+    def unseen_error(self, mean: RobustMean) -> float:
+        """Relative standard error of a mean from changes since it was measured: of the speed factor, or of the curve's shape."""
+        # The speed factor itself is known to half a standard deviation of a sample.
+        moved = abs(self.speed_factor.value - mean.log_speed) - 0.5 * self.sigma
+        changed = max((error for step, error in self._shape_changes if step > mean.last_step), default=0.0)
+        return min(math.hypot(ERROR_PER_LOG_SPEED * max(moved, 0.0), changed), MAX_UNSEEN_ERROR)
 
-    def _expected(self, cell: RobustMean, x: float, slope: float) -> float:
-        """Seconds at the usual speed factor; the covariate moves them by half at most. slope: at the present speed factor."""
-        expected = cell.mean_y + slope * math.exp(-self.speed_factor.value) * (x - cell.mean_x)
-        return min(max(expected, 0.5 * cell.mean_y), 2.0 * cell.mean_y)
+    def _expected(self, mean: RobustMean, x: float, slope: float) -> float:
+        """Seconds at speed factor 0; the covariate moves them by half at most. slope: at the present speed factor."""
+        expected = mean.mean_y + slope * math.exp(-self.speed_factor.value) * (x - mean.mean_x)
+        return min(max(expected, 0.5 * mean.mean_y), 2.0 * mean.mean_y)
 
-    def _neighbours(self, cell: RobustMean, x: float, y: float, step: int) -> None:
-        """Learn noise and slope from the difference to the last sample of the cell."""
-        change = math.log(y / cell.last_y)
+    def _learn_noise_and_slope(self, mean: RobustMean, x: float, y: float, step: int) -> None:
+        """Learn from the difference to the last sample of the same key."""
+        change = math.log(y / mean.last_y)
         self.median_noise = running_median(self.median_noise, abs(change), 1.02)
-        if step - cell.last_step <= Slope.NEAR_STEPS:
-            self.slope.add(x - cell.last_x, change, CLIP_SIGMAS * self.sigma)
+        if step - mean.last_step <= Slope.NEAR_STEPS:
+            self.slope.add(x - mean.last_x, change, CLIP_SIGMAS * self.sigma)
 
-    def _learn(self, cell: RobustMean, x: float, expected: float, usual_y: float, step: int) -> None:
-        residual = math.log(usual_y / expected)
-        doubt = self.doubt(cell)
-        limit = CLIP_SIGMAS * math.hypot(self.sigma, doubt)
-        cell.weight = self._believed(cell, doubt)
-        cell.add(x, expected * math.exp(min(max(residual, -limit), limit)), self.decay)
+    def _learn(self, mean: RobustMean, x: float, expected: float, y0: float, step: int) -> None:
+        """Add a clipped sample to a settled mean, whose weight first falls to what its unseen error leaves of it."""
+        residual = math.log(y0 / expected)
+        error = self.unseen_error(mean)
+        limit = CLIP_SIGMAS * math.hypot(self.sigma, error)
+        mean.weight = 1.0 / (1.0 / mean.weight + (error / self.sigma) ** 2)
+        mean.add(x, expected * math.exp(min(max(residual, -limit), limit)), self.decay)
         if abs(residual) < limit:
-            cell.outliers = 0
+            mean.outliers = 0
             return
         side = 1 if residual > 0.0 else -1
-        cell.outliers = cell.outliers + side if cell.outliers * side > 0 else side
-        if abs(cell.outliers) >= (OUTLIERS if cell.weight > UNSURE_WEIGHT else UNSURE_OUTLIERS):
-            cell.begin()  # this one has changed and the speed_factor has not: who knows what of the others
-            self._changes.append((step, min(UNSEEN_DOUBT * abs(residual), MOST_DOUBT)))
+        mean.outliers = mean.outliers + side if mean.outliers * side > 0 else side
+        if abs(mean.outliers) >= (MAX_OUTLIERS if mean.weight > LIGHT_WEIGHT else MAX_OUTLIERS_LIGHT):
+            mean.restart()  # this mean changed and the speed factor did not: others may have changed too
+            self._shape_changes.append((step, min(ERROR_PER_LOG_SPEED * abs(residual), MAX_UNSEEN_ERROR)))
 
-    def _hold_back(self, cell: RobustMean) -> None:
-        """Rebuild a young cell from its samples: those within the noise of a small one."""
-        ordered = sorted(y for _, y in cell.first)
+    def _rebuild_young(self, mean: RobustMean) -> None:
+        """Compute a young mean from its kept samples: those within the noise of a small one."""
+        ordered = sorted(y for _, y in mean.first)
         small = ordered[(len(ordered) - 1) // 3]
         margin = CLIP_SIGMAS * self.sigma
-        cell.weight = cell.mean_x = cell.mean_y = 0.0
-        for x, y in cell.first:
+        mean.weight = mean.mean_x = mean.mean_y = 0.0
+        for x, y in mean.first:
             if small * (1.0 - margin) <= y <= small * (1.0 + margin):
-                cell.add(x, y, self.decay)
+                mean.add(x, y, self.decay)
 
     def rows(self) -> Floats:
-        """Measured cells at the present speed factor, float64 [cells, 7], by key; not those of another world (`FAR`).
+        """Means at the present speed factor, float64 [means, 7], by key; without those more than `FAR` from it.
 
-        Columns: key, weight (as believed at this speed factor), mean_x, mean_y, samples, age in steps, `doubt`.
+        Columns: key, weight (what `unseen_error` leaves of it), mean_x, mean_y, samples, age in steps, `unseen_error`.
         """
-        # The same arithmetic as for one cell, on all of them: there may be thousands.
-        cells = [
-            (k, c.weight, c.mean_x, c.mean_y, c.samples, c.last_step, c.speed_factor)
-            for k, c in self.cells.items()
-            if c.weight > 0.0
+        # The same arithmetic as `unseen_error`, vectorised: there may be thousands of means.
+        table = [
+            (key, m.weight, m.mean_x, m.mean_y, m.samples, m.last_step, m.log_speed)
+            for key, m in self.means.items()
+            if m.weight > 0.0
         ]
-        rows = np.array(cells, dtype=np.float64).reshape(-1, 7)
-        # Of the speed_factor of now and the one that has lasted: a burst that passes makes no other world.
+        rows = np.array(table, dtype=np.float64).reshape(-1, 7)
+        # Distance to the present factor or to the announced one: a short burst must not discard the means.
         nearest = np.minimum(np.abs(self.speed_factor.value - rows[:, 6]), np.abs(self.speed_factor.announced - rows[:, 6]))
         rows = rows[nearest <= FAR]
-        last_step, speed_factor, sigma = rows[:, 5], rows[:, 6], self.sigma
-        moved = self.speed_factor.value - speed_factor
+        last_step, log_speed, sigma = rows[:, 5], rows[:, 6], self.sigma
+        moved = self.speed_factor.value - log_speed
         changed = np.zeros(len(rows))
-        for step, doubt in self._changes:
-            np.maximum(changed, doubt, out=changed, where=last_step < step)
-        doubts = np.minimum(np.hypot(UNSEEN_DOUBT * np.maximum(np.abs(moved) - 0.5 * sigma, 0.0), changed), MOST_DOUBT)
-        rows[:, 1] = 1.0 / (1.0 / rows[:, 1] + (doubts / sigma) ** 2)
-        rows[:, 3] *= np.exp(speed_factor + np.clip(moved, -MOST_MOVED, MOST_MOVED))
-        rows[:, 6] = doubts
+        for step, error in self._shape_changes:
+            np.maximum(changed, error, out=changed, where=last_step < step)
+        errors = np.hypot(ERROR_PER_LOG_SPEED * np.maximum(np.abs(moved) - 0.5 * sigma, 0.0), changed)
+        errors = np.minimum(errors, MAX_UNSEEN_ERROR)
+        rows[:, 1] = 1.0 / (1.0 / rows[:, 1] + (errors / sigma) ** 2)
+        rows[:, 3] *= np.exp(log_speed + np.clip(moved, -MAX_FOLLOWED, MAX_FOLLOWED))
+        rows[:, 6] = errors
         rows = rows[np.argsort(rows[:, 0])]
         rows[:, 5] = rows[:, 5].max(initial=-np.inf) - rows[:, 5]
         return rows
@@ -240,7 +232,7 @@ class RobustMeans:
         return {"rows": self.rows(), "noise": np.array([self.median_noise, self.slope.xx, self.slope.xy])}
 
     def restore(self, state: Mapping[str, NDArray[np.float64]]) -> None:
-        """Take over `state()`; raise ValueError when it cannot be one."""
+        """Take over `state()` as of step 0 and the present speed factor. Raises ValueError when it cannot be one."""
         rows, noise = np.asarray(state["rows"], dtype=np.float64), np.asarray(state["noise"], dtype=np.float64)
         if (
             rows.ndim != 2
@@ -248,13 +240,25 @@ class RobustMeans:
             or noise.shape != (3,)
             or not (np.isfinite(rows).all() and np.isfinite(noise).all())
         ):
-            raise ValueError("table of cells has the wrong shape or values that are not finite")
+            raise ValueError(f"rows, noise: shapes {rows.shape}, {noise.shape}, must be (n, 7), (3,) and all values finite")
         if (rows[:, 0] < 0).any() or (rows[:, 1] <= 0).any() or (rows[:, 3] <= 0).any() or not 0 < noise[0] < 1:
-            raise ValueError("table of cells holds values no measurement can have")
-        self.cells.clear()
+            raise ValueError("rows, noise: keys must be at least 0, weights and seconds greater than 0, noise between 0 and 1")
+        self.means.clear()
         self.median_noise, self.slope.xx, self.slope.xy = noise.tolist()
         for key, weight, mean_x, mean_y, samples, age, _ in rows.tolist():
-            cell = self.cells[int(key)] = RobustMean()
-            cell.weight, cell.mean_x, cell.mean_y = weight, mean_x, mean_y * math.exp(-self.speed_factor.value)
-            cell.speed_factor = self.speed_factor.value
-            cell.samples, cell.last_step = max(int(samples), HELD_BACK), -int(age)
+            mean = self.means[int(key)] = RobustMean()
+            mean.weight, mean.mean_x, mean.mean_y = weight, mean_x, mean_y * math.exp(-self.speed_factor.value)
+            mean.log_speed = self.speed_factor.value
+            mean.samples, mean.last_step = max(int(samples), YOUNG_SAMPLES), -int(age)
+
+
+class LeadingMeans(RobustMeans):
+    """Robust means whose samples also move the speed factor. There is one such table per speed factor."""
+
+    def _move_speed_factor(self, mean: RobustMean, x: float, y0: float, step: int, slope: float) -> float:
+        moved = self.speed_factor.follow(math.log(y0 / self._expected(mean, x, slope)), self.sigma)
+        if abs(moved) >= MIN_JUMP:
+            self._shape_changes.append((step, JUMP_ERROR))
+            for other in self.means.values():
+                other.outliers = 0
+        return moved

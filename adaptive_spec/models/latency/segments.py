@@ -4,7 +4,7 @@
 
 by dynamic programming over the last break (Jackson et al., 2005, "An algorithm for optimal partitioning of data on an
 interval"), with the pruning rule of PELT (Killick et al., 2012, arXiv:1101.1438), which drops only breaks that can never be
-optimal: the result is the exact minimum. Nothing is assumed about direction: latency may fall where another kernel is picked.
+optimal: the result is the exact minimum. The curve need not rise: latency may fall where another kernel is picked.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def partition(x: Floats, y: Floats, weight: Floats, penalty: float) -> list[int]
 def _residual(sums: Floats, firsts: NDArray[np.int64], ends: NDArray[np.int64]) -> Floats:
     """Weighted squared residual of the best line over points first..end-1: [ends, firsts]; 0 where there is one point.
 
-    Entries with first >= end mean nothing.
+    Entries with first >= end are undefined.
     """
     w, wu, wv, wuu, wuv, wvv = sums[:, ends, None] - sums[:, None, firsts]
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -110,8 +110,8 @@ def find_boundaries(
     """Return the breaks at which latency jumps up by at least `jump_threshold` (relative).
 
     at_first, at_last: [segments] best estimates of the seconds at each segment's first and last token count. Where the
-    counts between two segments were not measured, what the left segment's own slope explains of the difference is no jump:
-    its line is continued to the right one's first count, at most in proportion to the tokens.
+    counts between two segments were not measured, the left segment's line is continued to the right one's first count, at most
+    in proportion to the tokens, and only what exceeds it is a jump.
     """
     found = []
     for i, (left, right) in enumerate(itertools.pairwise(segments)):

@@ -1,21 +1,19 @@
-"""Latency models: verify time against tokens (a staircase), and what a step costs beside it.
+"""Verify latency: time against verified tokens, a staircase.
 
     verify_s(tokens, kv) = staircase(tokens) + context_s_per_token * kv
     staircase(tokens)    = intercept_s + slope_s_per_token * tokens   within the segment of `tokens`
 
-`LatencyModel` keeps one robust forgetting `RobustMean` per token count and partitions their means exactly into segments. The
-prediction for a token count is its segment's line, corrected by what was measured at that very count in proportion to how
-well it was measured. Regimes: measured counts trust themselves; counts between measured ones lie on the line; beyond the
-last measured count the line continues and the standard error grows, so that the policy explores before it believes.
-
-`PlanCostModel` does the same for times that depend on the plan (K, batch size): cells, and a small regression between them.
+`LatencyModel` keeps one robust forgetting mean per token count and partitions the means exactly into segments. The prediction
+for a token count is its segment's line, corrected by the mean of that count in proportion to how precisely it was measured.
+Regimes: a measured count is predicted by its own mean; a count between measured ones by the line; beyond the last measured
+count the line continues and the standard error grows, so that such a count is probed before it is used.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -23,14 +21,15 @@ from numpy.typing import NDArray
 
 from adaptive_spec.domain.arrays import Floats
 from adaptive_spec.domain.staircase import Boundary, Segment
-from adaptive_spec.models.latency.robust_mean import STALE_STEPS, RobustMeans
+from adaptive_spec.models.latency.measured_counts import MeasuredCount, MeasuredCounts
+from adaptive_spec.models.latency.robust_mean import STALE_STEPS, LeadingMeans
 from adaptive_spec.models.latency.segments import find_boundaries, fit_segments
-from adaptive_spec.models.latency.speed_factor import Shift
+from adaptive_spec.models.latency.speed_factor import Shift, SpeedFactor
 
 MISFIT = 0.02
-"""Relative deviation of real tiles from straight lines (1-3 % in published curves): no cell counts as surer than this."""
+"""Relative deviation of real tiles from straight lines (1-3 % in published curves): no mean counts as more precise than this."""
 STALE_ERROR = 0.3
-"""Relative standard error of a cell as old as `cells.STALE_STEPS`; it grows with the square root of age."""
+"""Relative standard error of a mean as old as `STALE_STEPS`; it grows with the square root of age."""
 UNKNOWN_PER_DOUBLING = 0.15
 """Relative standard error added per doubling of the token count, or the batch, away from what was measured."""
 
@@ -42,10 +41,10 @@ Gap = tuple[NDArray[np.int64], Floats, Floats, Floats]
 class LatencyFit:
     """A fitted staircase.
 
-    tokens, mean_s, weight, samples, doubt: [counts] measured token counts, their mean seconds without context, effective
-    and raw samples, relative standard error from age and from changes they did not see. mape: mean absolute relative deviation
-    of mean_s from the lines. sigma: relative noise of one sample. unrest: relative disagreement of neighbouring counts beyond
-    noise and misfit.
+    tokens, mean_s, weight, samples, stale_error: [counts] measured token counts, their mean seconds without context, effective
+    and raw samples, relative standard error from age and from changes since they were measured. mape: mean absolute relative
+    deviation of mean_s from the lines. sigma: relative noise of one sample. excess_spread: relative standard deviation between
+    neighbouring counts beyond noise and misfit.
     """
 
     segments: tuple[Segment, ...]
@@ -54,16 +53,16 @@ class LatencyFit:
     mean_s: Floats
     weight: Floats
     samples: NDArray[np.int64]
-    doubt: Floats
+    stale_error: Floats
     mape: float
     sigma: float
-    unrest: float
+    excess_spread: float
     context_s_per_token: float
 
     def line_s(self, tokens: NDArray[np.int64]) -> Floats:
         """Seconds on the segments' lines, for any token counts >= 0.
 
-        A count between two segments belongs to the right one, as far as that lies between what is known on both sides.
+        A count between two segments takes the right one's line, clipped to the times at the two ends of the gap.
         """
         return self._line_and_gap(tokens)[0]
 
@@ -79,7 +78,7 @@ class LatencyFit:
         beyond = np.asarray(tokens) > last.last
         if beyond.any():
             value = np.where(beyond, at_end + self._outer_slope() * (tokens - last.last), value)
-        # A line through two noisy points may point anywhere: never below half of the nearest measured mean.
+        # A line through two noisy points can have any slope: never below half of the nearest measured mean.
         nearest = np.clip(np.searchsorted(self.tokens, tokens), 0, len(self.tokens) - 1)
         return np.maximum(value, 0.5 * self.mean_s[nearest]), gap
 
@@ -88,7 +87,7 @@ class LatencyFit:
         value, gap = self._line_and_gap(tokens)
         at = np.clip(np.searchsorted(self.tokens, tokens), 0, len(self.tokens) - 1)
         measured = self.tokens[at] == tokens
-        noise = self.sigma**2 / np.maximum(self.weight[at], 1e-9) + self.unrest**2
+        noise = self.sigma**2 / np.maximum(self.weight[at], 1e-9) + self.excess_spread**2
         trust = MISFIT**2 / (MISFIT**2 + noise)
         value = np.where(measured, value + trust * (self.mean_s[at] - value), value)
         distance = np.minimum(
@@ -100,7 +99,7 @@ class LatencyFit:
             # A boundary lies anywhere in the gap: on its left side a count costs the left segment's time.
             inside, low, high, share = gap
             far[inside] += share * (1.0 - share) * ((high - low) / value[inside]) ** 2
-        relative = np.sqrt(np.where(measured, trust * noise, far + noise) + self.doubt[at] ** 2 + 1e-8)
+        relative = np.sqrt(np.where(measured, trust * noise, far + noise) + self.stale_error[at] ** 2 + 1e-8)
         return value, relative * value
 
     def state(self) -> dict[str, NDArray[np.float64]]:
@@ -148,35 +147,34 @@ class LatencyFit:
         return max(float(np.polyfit(x, y, 1)[0]), 0.0)
 
 
-def fit_cells(rows: Floats, sigma: float, context_s_per_token: float, jump_threshold: float) -> LatencyFit:
-    """Fit the staircase to cells: rows [n >= 1, 7] as `RobustMeans.rows()`; a pure function of weighted data."""
+def fit_staircase(rows: Floats, sigma: float, context_s_per_token: float, jump_threshold: float) -> LatencyFit:
+    """Fit the staircase to weighted means: rows [n >= 1, 7] as `RobustMeans.rows()`. A pure function."""
     tokens = rows[:, 0].astype(np.int64)
     mean = np.maximum(rows[:, 3] - context_s_per_token * rows[:, 2], 0.05 * rows[:, 3])
     noise = sigma**2 / rows[:, 1]
-    unrest = _unrest(tokens, mean, noise)
-    doubt = np.hypot(rows[:, 6], STALE_ERROR * np.sqrt(np.minimum(rows[:, 5] / STALE_STEPS, 1.0)))
-    relative_variance = noise + unrest**2 + MISFIT**2
+    excess_spread = _excess_spread(tokens, mean, noise)
+    stale_error = np.hypot(rows[:, 6], STALE_ERROR * np.sqrt(np.minimum(rows[:, 5] / STALE_STEPS, 1.0)))
+    relative_variance = noise + excess_spread**2 + MISFIT**2
     x = tokens.astype(np.float64)
     # Three parameters a segment (a break, an intercept, a slope) at ln(n) each: Schwarz's criterion in units of variance.
     penalty = 3.0 * math.log(max(len(x), 3))
     segments = fit_segments(x, mean, 1.0 / (relative_variance * mean**2), penalty)
-    unjudged = LatencyFit(
-        segments, (), tokens, mean, rows[:, 1], rows[:, 4].astype(np.int64), doubt, 0.0, sigma, unrest, context_s_per_token
+    samples = rows[:, 4].astype(np.int64)
+    fit = LatencyFit(
+        segments, (), tokens, mean, rows[:, 1], samples, stale_error, 0.0, sigma, excess_spread, context_s_per_token
     )  # fmt: skip
-    mape = float(np.mean(np.abs(unjudged.line_s(tokens) / mean - 1.0)))
-    at_first, _ = unjudged.predict(np.array([s.first for s in segments]))
-    at_last, _ = unjudged.predict(np.array([s.last for s in segments]))
+    mape = float(np.mean(np.abs(fit.line_s(tokens) / mean - 1.0)))
+    at_first, _ = fit.predict(np.array([s.first for s in segments]))
+    at_last, _ = fit.predict(np.array([s.last for s in segments]))
     boundaries = find_boundaries(segments, at_first, at_last, jump_threshold)
-    return LatencyFit(
-        segments, boundaries, tokens, mean, rows[:, 1], unjudged.samples, doubt, mape, sigma, unrest, context_s_per_token
-    )  # fmt: skip
+    return replace(fit, boundaries=boundaries, mape=mape)
 
 
-def _unrest(tokens: NDArray[np.int64], mean: Floats, noise: Floats) -> float:
-    """Relative standard deviation between adjacent token counts that neither noise [n] nor real tiles explain.
+def _excess_spread(tokens: NDArray[np.int64], mean: Floats, noise: Floats) -> float:
+    """Relative standard deviation between adjacent token counts beyond noise [n] and the misfit of real tiles.
 
-    Counts measured in different moods of a shared machine disagree even when each was measured often. The median over
-    adjacent pairs is blind to the boundaries among them. Fewer than 8 pairs tell nothing.
+    Counts measured under different background load differ even when each was measured often. The median over adjacent pairs
+    ignores the boundaries among them. 0 with fewer than 8 pairs.
     """
     adjacent = np.diff(tokens) == 1
     if adjacent.sum() < 8:
@@ -188,34 +186,50 @@ def _unrest(tokens: NDArray[np.int64], mean: Floats, noise: Floats) -> float:
 class LatencyModel:
     """Verify latency, learnt online.
 
-    memory_samples: samples a token count remembers. jump_threshold: relative jump that makes a tile boundary.
+    memory_samples: samples a token count remembers. jump_threshold: relative jump that makes a tile boundary. speed_factor: led
+    by the samples of this model.
     """
 
-    def __init__(self, memory_samples: float, jump_threshold: float) -> None:
-        self.table = RobustMeans(memory_samples)
+    def __init__(self, memory_samples: float, jump_threshold: float, speed_factor: SpeedFactor) -> None:
+        self.speed_factor = speed_factor
+        self._means = LeadingMeans(memory_samples, speed_factor)
         self.jump_threshold = jump_threshold
         self.fit: LatencyFit | None = None
         self.context_s_per_token = 0.0
 
     def observe(self, tokens: int, kv_tokens: int, seconds: float, step: int) -> Shift | None:
-        """Learn one verify of `tokens` >= 1 tokens over `kv_tokens` of context; seconds > 0."""
-        return self.table.observe(tokens, float(kv_tokens), seconds, step, self.context_s_per_token)
+        """Learn one verify of `tokens` >= 1 tokens over `kv_tokens` of context; seconds > 0.
+
+        Returns a Shift when with this sample a new speed factor has lasted long enough.
+        """
+        self._means.observe(tokens, float(kv_tokens), seconds, step, self.context_s_per_token)
+        return self.speed_factor.shift()
+
+    @property
+    def noise(self) -> float:
+        """Relative standard deviation of one sample."""
+        return self._means.sigma
+
+    def measured(self, padded_to: Mapping[int, int]) -> MeasuredCounts:
+        """What is measured, by padded token count. padded_to: padded count of those counts that were seen padded."""
+        by_padded = {t: MeasuredCount(m.mean_y, m.samples) for t, m in self._means.means.items() if m.weight > 0.0}
+        return MeasuredCounts(by_padded, padded_to, self.noise)
 
     def refit(self) -> LatencyFit | None:
-        """Fit segments and boundaries to all that is remembered; None before the first sample."""
-        rows = self.table.rows()
+        """Fit segments and boundaries to the present means; None before the first sample."""
+        rows = self._means.rows()
         if not len(rows):
             return None
         typical = max(float(np.average(rows[:, 2], weights=rows[:, 1])), 1.0)
         level = float(np.average(rows[:, 3], weights=rows[:, 1]))
-        self.context_s_per_token = level * self.table.slope.relative(self.table.sigma, typical)
-        self.fit = fit_cells(rows, self.table.sigma, self.context_s_per_token, self.jump_threshold)
+        self.context_s_per_token = level * self._means.slope.relative(self.noise, typical)
+        self.fit = fit_staircase(rows, self.noise, self.context_s_per_token, self.jump_threshold)
         return self.fit
 
     def state(self) -> dict[str, NDArray[np.float64]]:
-        return self.table.state()
+        return self._means.state()
 
     def restore(self, state: Mapping[str, NDArray[np.float64]]) -> None:
-        """Raise ValueError for what cannot be a state."""
-        self.table.restore(state)
+        """Take over `state()` and refit. Raises ValueError when it cannot be one."""
+        self._means.restore(state)
         self.refit()

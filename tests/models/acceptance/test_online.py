@@ -3,16 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from adaptive_spec.models.acceptance.calibration_maps import (
-    GRID_SCORE,
-    ScoreHistogram,
-    binned_map,
-    chain_map,
-    fit_logistic,
-    linear_map,
-)
 from adaptive_spec.models.acceptance.online import KINDS, AcceptanceModel
-from adaptive_spec.offline.fit_pairs import fit_pairs
 from tests.support.simulated_drafts import drafts, full_record, record_of
 
 
@@ -34,9 +25,8 @@ def test_a_miscalibrated_draft_is_calibrated(slope: float, bias: float) -> None:
     survival = model.survival.survival(confidences)
     for j in range(5):
         assert survival[:, j].mean() == pytest.approx((hits > j).mean(), abs=0.02)
-        sure = survival[:, j] > 0.7
-        if sure.sum() > 300:
-            assert (hits > j)[sure].mean() == pytest.approx(survival[sure, j].mean(), abs=0.03)
+        high = survival[:, j] > np.quantile(survival[:, j], 0.9)
+        assert (hits > j)[high].mean() == pytest.approx(survival[high, j].mean(), abs=0.03)
     assert model.reliability.ece is not None
     assert model.reliability.ece < 0.03
 
@@ -51,18 +41,21 @@ def test_the_best_prequential_log_loss_serves() -> None:
 
 def test_positions_that_were_not_verified_carry_no_label() -> None:
     rng = np.random.default_rng(1)
-    model = AcceptanceModel(5, 400)
+    model = AcceptanceModel(5, np.inf)
+    labels = 0
     for _ in range(300):
         confidences, hits = drafts(rng, 32, 5)
         # Verify by score, as a ragged engine does: the long chains are the promising ones.
         verify_len = np.clip((confidences.min(axis=1) * 6).astype(np.uint8), 0, 5)
+        labels += int(verify_len.sum())
         model.observe(record_of(confidences, verify_len, hits))
     model.learn()
     model.refit()
     confidences, hits = drafts(rng, 20_000, 5)
     predicted = model.survival.survival(confidences)[:, 0].mean()
     assert predicted == pytest.approx((hits > 0).mean(), abs=0.02), "labels of unverified tokens would pull this far down"
-    assert model.samples == model.cumulative.verified.sum() or model.samples > 0
+    assert 0 < labels < 300 * 32 * 5, "some tokens are verified and some are not"
+    assert model.samples == model.cumulative.verified.sum() == labels
 
 
 def test_scores_are_taken_before_learning() -> None:
@@ -70,11 +63,11 @@ def test_scores_are_taken_before_learning() -> None:
     rng = np.random.default_rng(2)
     model.observe(full_record(rng, 64, 3, accept=0.2, slope=1.0, bias=-3.0))
     (score,) = model.learn()
-    assert score.expected > score.accepted + 5 * np.sqrt(score.variance), "the untrained model believed the lying draft"
+    assert score.expected > score.accepted + 5 * np.sqrt(score.variance), "the untrained model took the draft at its confidence"
     assert score.tokens == 64 * 3
 
 
-def test_k_zero_steps_teach_nothing_and_break_nothing() -> None:
+def test_steps_of_k_zero_have_no_labels() -> None:
     model = AcceptanceModel(3, 400)
     rng = np.random.default_rng(3)
     record = record_of(np.zeros((4, 0), np.float32), np.zeros(4, np.uint8), np.zeros(4, np.uint8))
@@ -84,7 +77,7 @@ def test_k_zero_steps_teach_nothing_and_break_nothing() -> None:
     assert len(model.learn()) == 1
 
 
-def test_positions_no_longer_drafted_keep_their_rate_but_not_its_certainty() -> None:
+def test_positions_no_longer_drafted_keep_their_rate_with_a_larger_error() -> None:
     model = trained(300, k=5, accept=0.8)
     rates, errors = model.conditional_rates()
     rng = np.random.default_rng(4)
@@ -142,37 +135,3 @@ def test_state_round_trip_and_refusal_of_damage() -> None:
     broken["cumulative"] = -broken["cumulative"]
     with pytest.raises(ValueError, match=">= 0"):
         twin.restore(broken)
-
-
-@pytest.mark.parametrize("power", [1.0, 2.0])
-def test_fit_pairs_recovers_a_curve_and_reports_honest_scores(power: float) -> None:
-    rng = np.random.default_rng(7)
-    score = rng.uniform(0.01, 1.0, 8000)
-    fit = fit_pairs(score, rng.random(8000) < score**power)
-    at = np.array([0.2, 0.5, 0.8, 0.95])
-    np.testing.assert_allclose(fit.predict(at), at**power, atol=0.06)
-    truth = score**power
-    floor = float(-(truth * np.log(truth) + (1 - truth) * np.log(np.maximum(1 - truth, 1e-12))).mean())
-    assert floor - 0.01 < fit.log_loss < floor + 0.03
-    assert fit.samples == 8000
-
-
-def test_fit_pairs_of_a_single_pair() -> None:
-    fit = fit_pairs(np.array([0.5]), np.array([True]))
-    assert 0.0 < fit.predict(np.array([0.5]))[0] < 1.0
-
-
-def test_every_map_is_a_probability_and_rises_with_the_score() -> None:
-    rng = np.random.default_rng(8)
-    histogram = ScoreHistogram(3)
-    index = rng.integers(0, 81, 3000)
-    histogram.add(rng.integers(0, 3, 3000), index, rng.random(3000) < GRID_SCORE[index])
-    for candidate in (linear_map(histogram), binned_map(histogram), chain_map(histogram)):
-        assert ((candidate.table > 0) & (candidate.table < 1)).all()
-        assert (np.diff(candidate.table, axis=1) >= -1e-6).all()
-
-
-def test_logistic_regression_without_data_is_its_prior() -> None:
-    prior = np.array([[0.3, 0.9]])
-    empty = np.zeros((1, 81))
-    np.testing.assert_allclose(fit_logistic(empty, empty, prior, 8.0), prior)

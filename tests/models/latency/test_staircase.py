@@ -2,13 +2,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from adaptive_spec.models.latency.plan_cost import PlanCostModel, non_negative_least_squares
-from adaptive_spec.models.latency.robust_mean import STALE_STEPS, RobustMean, RobustMeans
-from adaptive_spec.models.latency.staircase import LatencyModel, fit_cells
-from adaptive_spec.offline.fit_samples import fit_samples
+from adaptive_spec.models.latency.robust_mean import RobustMean
+from adaptive_spec.models.latency.speed_factor import SpeedFactor
+from adaptive_spec.models.latency.staircase import LatencyModel, fit_staircase
 from tests.support.simulated_server import staircase
 
 
@@ -22,47 +21,133 @@ def feed(
     return shifts
 
 
-@given(
-    samples=st.lists(
-        st.tuples(st.sampled_from([1, 2, 3, 5, 8, 13, 21, 34, 55]), st.floats(0.0, 1e5), st.floats(0.8, 1.2)),
-        min_size=1,
-        max_size=80,
-    ),
-    memory=st.floats(2.0, 500.0),
-)
-def test_incremental_refit_equals_batch_refit_on_the_same_weighted_data(
-    samples: list[tuple[int, float, float]], memory: float
-) -> None:
-    decay = 1.0 - 1.0 / memory
-    cells: dict[int, RobustMean] = {}
-    history: dict[int, list[tuple[float, float]]] = {}
-    for key, x, factor in samples:
-        y = factor * 0.01 * (1 + key // 8)
-        cells.setdefault(key, RobustMean()).add(x, y, decay)
-        history.setdefault(key, []).append((x, y))
-    batch = {}
-    for key, values in history.items():
-        weight = np.power(decay, np.arange(len(values) - 1, -1, -1.0))
-        batch[key] = RobustMean.from_weighted(np.array([v[0] for v in values]), np.array([v[1] for v in values]), weight)
+class Reference:
+    """The rules of `robust_mean.py` in batch form: every sample is kept with its weight, and every mean is a weighted average.
 
-    def rows(source: dict[int, RobustMean]) -> np.ndarray:
-        return np.array([[k, c.weight, c.mean_x, c.mean_y, len(history[k]), 0.0, 0.0] for k, c in sorted(source.items())])
+    Only the noise and the speed factor, which have tests of their own, are read from the model.
+    """
 
-    one, other = rows(cells), rows(batch)
-    np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-300)  # subnormal numbers round to 0 or not
+    def __init__(self, memory: float) -> None:
+        self.decay = 1.0 - 1.0 / memory
+        self.x: dict[int, list[float]] = {}
+        self.y: dict[int, list[float]] = {}
+        self.weight: dict[int, list[float]] = {}
+        self.young: dict[int, list[tuple[float, float]]] = {}
+        self.samples: dict[int, int] = {}
+        self.outliers: dict[int, int] = {}
+        self.last: dict[int, tuple[int, float]] = {}
+        """Step and speed factor of the last sample."""
+        self.changes: list[tuple[int, float]] = []
+        self.clipped = self.rewritten = self.restarted = 0
+
+    def mean(self, key: int) -> RobustMean:
+        return RobustMean.from_weighted(np.array(self.x[key]), np.array(self.y[key]), np.array(self.weight[key]))
+
+    def error(self, key: int, now: float, sigma: float) -> float:
+        step, then = self.last[key]
+        changed = max((error for at, error in self.changes[-8:] if at > step), default=0.0)
+        return min(float(np.hypot(0.5 * max(abs(now - then) - 0.5 * sigma, 0.0), changed)), 0.3)
+
+    def add(self, key: int, x: float, y: float) -> None:
+        self.weight[key] = [*(w * self.decay for w in self.weight[key]), 1.0]
+        self.x[key].append(x)
+        self.y[key].append(y)
+
+    def observe(self, key: int, x: float, y: float, step: int, slope: float, before: float, now: float, sigma: float) -> None:
+        """before, now: the speed factor before and after this sample."""
+        samples = self.samples.setdefault(key, 0)
+        y0 = y * float(np.exp(-now))
+        if abs(now - before) >= 0.04:
+            self.changes.append((step, 0.1))
+            self.outliers.clear()
+        if samples < 8:
+            first = self.young.setdefault(key, [])
+            first.append((x, y0))
+            small = sorted(value for _, value in first)[(len(first) - 1) // 3]
+            self.x[key], self.y[key], self.weight[key] = [], [], []
+            for xi, yi in first:
+                if abs(yi / small - 1.0) <= 4.0 * sigma:
+                    self.add(key, xi, yi)
+        else:
+            old = self.mean(key)
+            expected = old.mean_y + slope * float(np.exp(-now)) * (x - old.mean_x)
+            expected = float(np.clip(expected, 0.5 * old.mean_y, 2.0 * old.mean_y))
+            error = self.error(key, now, sigma)
+            kept = 1.0 / (1.0 + old.weight * (error / sigma) ** 2)
+            self.rewritten += kept < 0.9
+            self.weight[key] = [w * kept for w in self.weight[key]]
+            residual, limit = float(np.log(y0 / expected)), 4.0 * float(np.hypot(sigma, error))
+            self.add(key, x, expected * float(np.exp(np.clip(residual, -limit, limit))))
+            if abs(residual) < limit:
+                self.outliers[key] = 0
+            else:
+                self.clipped += 1
+                side, run = int(np.sign(residual)), self.outliers.get(key, 0)
+                self.outliers[key] = run + side if run * side > 0 else side
+                if abs(self.outliers[key]) >= (10 if sum(self.weight[key]) > 12.0 else 4):
+                    self.restarted += 1
+                    self.samples[key], self.outliers[key] = 0, 0
+                    self.young[key].clear()
+                    self.changes.append((step, min(0.5 * abs(residual), 0.3)))
+        self.samples[key] += 1
+        self.last[key] = step, now
+
+    def rows(self, now: float, sigma: float) -> np.ndarray:
+        newest = max(step for step, _ in self.last.values())
+        rows = []
+        for key in sorted(self.x):
+            mean, error, (step, then) = self.mean(key), self.error(key, now, sigma), self.last[key]
+            weight = 1.0 / (1.0 / mean.weight + (error / sigma) ** 2)
+            seconds = mean.mean_y * np.exp(then + np.clip(now - then, -0.7, 0.7))
+            rows.append((key, weight, mean.mean_x, seconds, self.samples[key], newest - step, error))
+        return np.array(rows)
+
+
+def through_both(seed: int, memory: float, steps: int = 900) -> tuple[LatencyModel, Reference]:
+    """The same noisy samples, with spikes, a jump of all times and a change of one count alone, through model and reference."""
+    rng = np.random.default_rng(seed)
+    speed_factor = SpeedFactor()
+    model, reference = LatencyModel(memory, 0.15, speed_factor), Reference(memory)
+    counts = [1, 2, 3, 5, 8, 13, 21, 34, 55]
+    for step in range(steps):
+        # Some counts are not measured for a while, so that the jump finds them elsewhere.
+        key = int(rng.choice(counts if not 300 <= step < 500 else counts[:4]))
+        seconds = 0.01 * (1 + key // 8) * float(rng.lognormal(0.0, 0.02)) * (5.0 if rng.random() < 0.02 else 1.0)
+        seconds *= (1.0 if step < 350 else 1.25) * (1.5 if key == 13 and step >= 650 else 1.0)
+        kv, slope, before = int(rng.integers(1000, 5000)), model.context_s_per_token, speed_factor.value
+        model.observe(key, kv, seconds, step)
+        reference.observe(key, float(kv), seconds, step, slope, before, speed_factor.value, model.noise)
+        if step % 150 == 149:
+            model.refit()
+    return model, reference
+
+
+@settings(max_examples=15, deadline=None, phases=[Phase.generate])  # a smaller seed is not a simpler case
+@given(seed=st.integers(0, 2**32 - 1), memory=st.floats(4.0, 200.0))
+def test_incremental_refit_equals_batch_refit_on_the_same_weighted_data(seed: int, memory: float) -> None:
+    model, reference = through_both(seed, memory)
+    fit = model.refit()
+    assert fit is not None
+    rows = reference.rows(model.speed_factor.value, model.noise)
+    np.testing.assert_allclose(model.state()["rows"], rows, rtol=1e-9, atol=1e-12)
+    batch = fit_staircase(rows, model.noise, model.context_s_per_token, 0.15)
     at = np.arange(1, 80)
-    a, b = fit_cells(one, 0.02, 0.0, 0.15), fit_cells(other, 0.02, 0.0, 0.15)
-    if [s.first for s in a.segments] == [s.first for s in b.segments]:
-        np.testing.assert_allclose(a.predict(at), b.predict(at), rtol=1e-9)
-    else:
-        # Two partitions of equal cost: rounding may pick either, but then both must be equally good.
-        assert len(a.segments) == len(b.segments) or a.mape == pytest.approx(b.mape, abs=0.02)
+    assert [(s.first, s.last) for s in fit.segments] == [(s.first, s.last) for s in batch.segments]
+    np.testing.assert_allclose(fit.predict(at), batch.predict(at), rtol=1e-9)
+
+
+def test_the_samples_of_the_batch_comparison_meet_every_rule() -> None:
+    _, reference = through_both(0, 64.0)
+    assert reference.clipped > 10
+    assert reference.rewritten > 3
+    assert reference.restarted > 0
+    assert reference.changes
 
 
 def test_the_model_finds_the_staircase_in_noise_and_spikes() -> None:
     rng = np.random.default_rng(0)
     curve = staircase(tile=16)
-    model = LatencyModel(64, 0.15)
+    model = LatencyModel(64, 0.15, SpeedFactor())
     for step in range(6000):
         tokens = int(rng.integers(1, 65))
         spike = 5.0 if rng.random() < 0.01 else 1.0
@@ -77,7 +162,7 @@ def test_the_model_finds_the_staircase_in_noise_and_spikes() -> None:
 
 
 def test_first_replays_do_not_move_the_summary() -> None:
-    model = LatencyModel(64, 0.15)
+    model = LatencyModel(64, 0.15, SpeedFactor())
     for step, seconds in enumerate([0.020, 0.0101, 0.0100, 0.0099, 0.0102]):
         model.observe(32, 0, seconds, step)
     fit = model.refit()
@@ -86,7 +171,7 @@ def test_first_replays_do_not_move_the_summary() -> None:
 
 
 def test_one_sample_is_enough_to_predict_and_says_how_little_it_knows() -> None:
-    model = LatencyModel(64, 0.15)
+    model = LatencyModel(64, 0.15, SpeedFactor())
     assert model.refit() is None
     model.observe(8, 0, 0.01, 0)
     fit = model.refit()
@@ -96,10 +181,10 @@ def test_one_sample_is_enough_to_predict_and_says_how_little_it_knows() -> None:
     assert far[1][0] / far[0][0] > 5 * near[1][0] / near[0][0]
 
 
-def test_a_shift_moves_cells_that_were_not_visited_and_makes_them_doubtful() -> None:
+def test_a_shift_moves_unmeasured_counts_and_enlarges_their_error() -> None:
     rng = np.random.default_rng(1)
     curve = staircase(tile=16)
-    model = LatencyModel(64, 0.15)
+    model = LatencyModel(64, 0.15, SpeedFactor())
     feed(model, rng.integers(1, 65, 3000), curve, rng)
     before = model.refit()
     assert before is not None
@@ -115,7 +200,7 @@ def test_a_shift_moves_cells_that_were_not_visited_and_makes_them_doubtful() -> 
 
 def test_a_curve_that_changes_under_it_is_followed() -> None:
     rng = np.random.default_rng(2)
-    model = LatencyModel(64, 0.15)
+    model = LatencyModel(64, 0.15, SpeedFactor())
     feed(model, rng.integers(1, 65, 4000), staircase(tile=16), rng)
     assert model.refit() is not None
     new = staircase(tile=24, base_s=0.008)
@@ -129,22 +214,13 @@ def test_a_curve_that_changes_under_it_is_followed() -> None:
 
 def test_no_shift_is_seen_in_noise_alone() -> None:
     rng = np.random.default_rng(3)
-    model = LatencyModel(64, 0.15)
+    model = LatencyModel(64, 0.15, SpeedFactor())
     assert feed(model, rng.integers(1, 65, 20_000), staircase(tile=16), rng, noise=0.03) == 0
-
-
-def test_old_cells_begin_again_when_they_are_measured_again() -> None:
-    table = RobustMeans(64)
-    for step in range(20):
-        table.observe(8, 0.0, 0.020, step)
-    for step in range(STALE_STEPS, STALE_STEPS + 3):
-        table.observe(8, 0.0, 0.010, step)
-    assert table.cells[8].mean_y == pytest.approx(0.010), "a count that once measured badly is believed when measured again"
 
 
 def test_context_term_is_recovered_from_neighbouring_steps() -> None:
     rng = np.random.default_rng(4)
-    model = LatencyModel(64, 0.15)
+    model = LatencyModel(64, 0.15, SpeedFactor())
     per_token, kv = 2e-8, 50_000.0
     for step in range(8000):
         kv = kv + 60 if rng.random() > 0.02 else float(rng.integers(20_000, 120_000))
@@ -157,51 +233,16 @@ def test_context_term_is_recovered_from_neighbouring_steps() -> None:
 
 def test_no_context_term_is_claimed_where_there_is_none() -> None:
     rng = np.random.default_rng(5)
-    model = LatencyModel(64, 0.15)
+    model = LatencyModel(64, 0.15, SpeedFactor())
     for step in range(4000):
         model.observe(16, int(rng.integers(1000, 50_000)), 0.01 * float(np.exp(rng.normal(0, 0.02))), step)
     model.refit()
     assert model.context_s_per_token * 25_000 < 0.02 * 0.01
 
 
-def test_plan_costs_generalise_to_plans_never_run() -> None:
-    rng = np.random.default_rng(6)
-    model = PlanCostModel(64, 64)
-    for step in range(3000):
-        k, b = int(rng.choice([1, 3, 5])), int(rng.choice([1, 4, 16, 32]))
-        model.observe(k, b, (0.0002 + 0.0004 * k + 1e-5 * k * b) * float(np.exp(rng.normal(0, 0.03))), step)
-    model.refit()
-    seconds, error = model.predict(7, 64)
-    assert seconds[7, 24] == pytest.approx(0.0002 + 0.0028 + 1e-5 * 7 * 24, rel=0.1)
-    assert error[7, 24] == pytest.approx(np.hypot(0.08, 0.15 * np.log2(32 / 24)))
-    assert error[3, 4] < 0.03
-    assert error[3, 64] > error[3, 32] + 0.05
-
-
-def test_a_large_batch_is_not_charged_for_what_small_ones_cannot_tell() -> None:
-    rng = np.random.default_rng(9)
-    model = PlanCostModel(64, 256)
-    for step in range(600):
-        k = int(rng.integers(1, 4))
-        model.observe(k, 2, (0.0002 + 0.0017 * k) * float(np.exp(rng.normal(0, 0.03))), step)
-    model.refit()
-    seconds, error = model.predict(3, 256)
-    assert seconds[3, 2] == pytest.approx(0.0053, rel=0.03)
-    assert seconds[3, 128] < 2.5 * seconds[3, 2]
-    assert error[3, 128] > 0.5
-
-
-def test_an_absent_stage_costs_nothing() -> None:
-    model = PlanCostModel(64, 8)
-    for step in range(50):
-        model.observe(step % 4, 2, 0.0, step)
-    model.refit()
-    assert model.predict(7, 8)[0].max() < 1e-5
-
-
 def test_counts_between_two_tiles_lie_between_their_ends_and_are_unsure() -> None:
     rng = np.random.default_rng(10)
-    model = LatencyModel(64, 0.15)
+    model = LatencyModel(64, 0.15, SpeedFactor())
     # A falling tile on the right: its line, continued to the left, would climb above everything measured.
     measured = {8: 0.0140, 16: 0.0142, 32: 0.0145, 48: 0.0149, 288: 0.0312, 336: 0.0294, 384: 0.0294}
     for step in range(700):
@@ -218,10 +259,10 @@ def test_counts_between_two_tiles_lie_between_their_ends_and_are_unsure() -> Non
 
 def test_state_round_trip_and_refusal() -> None:
     rng = np.random.default_rng(7)
-    model = LatencyModel(64, 0.15)
+    model = LatencyModel(64, 0.15, SpeedFactor())
     feed(model, rng.integers(1, 65, 2000), staircase(tile=16), rng)
     model.refit()
-    twin = LatencyModel(64, 0.15)
+    twin = LatencyModel(64, 0.15, SpeedFactor())
     twin.restore(model.state())
     assert twin.fit is not None
     assert model.fit is not None
@@ -230,19 +271,5 @@ def test_state_round_trip_and_refusal() -> None:
     broken = dict(model.state())
     broken["rows"] = broken["rows"].copy()
     broken["rows"][0, 3] = np.nan
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(ValueError, match="all values finite"):
         twin.restore(broken)
-
-
-def test_fit_samples_ignores_the_first_replays_and_spikes_of_repeated_counts() -> None:
-    tokens = np.repeat([8, 16, 24, 32], 9)
-    seconds = np.where(tokens <= 16, 0.010, 0.015)
-    seconds[::9] *= 2.0
-    fit = fit_samples(tokens, seconds, 0.15)
-    assert [b.tokens for b in fit.boundaries] == [16]
-    assert fit.boundaries[0].jump_ratio == pytest.approx(1.5, rel=0.02)
-
-
-def test_non_negative_least_squares_matches_projection() -> None:
-    system = np.array([[1.0, 1.0], [1.0, 2.0], [1.0, 3.0]])
-    assert non_negative_least_squares(system, np.array([3.0, 2.0, 1.0])) == pytest.approx([2.0, 0.0], abs=1e-9)

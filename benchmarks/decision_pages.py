@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from adaptive_spec.engines.simulated.bench import Result
 from adaptive_spec.engines.simulated.catalogue import ABLATIONS, PEERS, build
 from adaptive_spec.engines.simulated.peers.sglang_ema import build_params
+from adaptive_spec.engines.simulated.results import Result
 from adaptive_spec.engines.simulated.scenario import Scenario, load_scenario
 from adaptive_spec.engines.simulated.server import SimulatedServer
 from adaptive_spec.storage.archive import write_atomically

@@ -17,7 +17,8 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from adaptive_spec.engines.simulated.bench import Result, run_scenarios
+from adaptive_spec.engines.simulated.bench import run_scenarios
+from adaptive_spec.engines.simulated.results import Result
 from adaptive_spec.engines.simulated.scenario import Scenario, load_scenario
 from benchmarks.goals import Summary, goal_rows, summarise
 

@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 from adaptive_spec.engines.embedded.compare import Comparison, fixed_arms
 from adaptive_spec.engines.embedded.decoder import Decoder, StepOutcome
 from adaptive_spec.engines.embedded.load import PromptSource
-from adaptive_spec.engines.embedded.models import MAX_K, device_name, load_models
+from adaptive_spec.engines.embedded.models import MAX_K, load_models
 from adaptive_spec.engines.embedded.requests import PrefixCache
 from adaptive_spec.engines.embedded.text import KINDS
 from adaptive_spec.engines.embedded.weights import load_prompts
+from adaptive_spec.engines.torch_device import device_name
 from adaptive_spec.errors import BadInput
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import fmean, median
 from typing import NamedTuple
 
-from adaptive_spec.engines.simulated.bench import Result
+from adaptive_spec.engines.simulated.results import Result
 
 LONG_PHASE_S = 20.0
 

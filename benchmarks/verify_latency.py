@@ -19,7 +19,8 @@ import torch
 from numpy.typing import NDArray
 
 from adaptive_spec.engines.embedded.kv_cache import PackedRows
-from adaptive_spec.engines.embedded.models import MAX_K, Models, device_name, load_models
+from adaptive_spec.engines.embedded.models import MAX_K, Models, load_models
+from adaptive_spec.engines.torch_device import device_name
 from adaptive_spec.errors import BadInput
 
 

@@ -40,7 +40,7 @@ def test_the_tap_brings_numpy_and_the_standard_library_only() -> None:
 
 def test_the_plugin_brings_numpy_and_the_standard_library_only() -> None:
     """What else it needs (torch, SGLang) is there when a hook runs; nothing of the sidecar's ever is."""
-    for module in ("plugin", "attachment", "dspark_attachment"):
+    for module in ("plugin", "eagle_attachment", "dspark_attachment"):
         extra = _loaded_by(f"adaptive_spec.engines.sglang.{module}") - _loaded_by("numpy") - sys.stdlib_module_names
         assert extra == {"adaptive_spec"}, module
 

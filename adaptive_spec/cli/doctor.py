@@ -105,7 +105,7 @@ def _sglang() -> Iterator[Finding]:
     except metadata.PackageNotFoundError:
         yield Finding("note", "sglang", "not installed: needed only beside an SGLang server")
         return
-    command = [sys.executable, "-m", "adaptive_spec.engines.sglang.examine"]
+    command = [sys.executable, "-m", "adaptive_spec.engines.sglang.doctor_checks"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=SGLANG_PATIENCE_S, check=False)
     lines = (result.stdout if result.returncode == 0 else result.stderr).split("\n")
     last = next((line for line in reversed(lines) if line.strip()), "it said nothing")

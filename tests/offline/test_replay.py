@@ -15,7 +15,7 @@ from adaptive_spec.domain.engine_info import EngineInfo
 from adaptive_spec.domain.policy import Granularity
 from adaptive_spec.domain.step_record import StepRecord
 from adaptive_spec.engines.simulated.adaptive import engine_info
-from adaptive_spec.engines.simulated.deciders import Static
+from adaptive_spec.engines.simulated.decider import Static
 from adaptive_spec.engines.simulated.scenario import Scenario, load_scenario
 from adaptive_spec.engines.simulated.server import SimulatedServer
 from adaptive_spec.offline.replay import Plan, Replay, ReplayedStatic, replay

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +15,7 @@ from adaptive_spec.engines.embedded.kv_cache import PackedRows
 from adaptive_spec.engines.embedded.quantised import ExactModel, FloatModel
 from adaptive_spec.engines.embedded.shape import DRAFT_SHAPE, TARGET_SHAPE
 from adaptive_spec.engines.embedded.weights import load_weights, weights_folder
+from adaptive_spec.engines.torch_device import device_name
 from adaptive_spec.errors import BadInput
 
 MAX_BATCH = 16
@@ -63,18 +62,3 @@ def engine_info(models: Models, max_batch: int = MAX_BATCH, max_k: int = MAX_K, 
         candidates=tuple(range(max_k + 1)), max_batch=max_batch, granularity=Granularity.REQUEST, holds_batch=True,
         pid=os.getpid(),
     )  # fmt: skip
-
-
-def device_name(device: torch.device) -> str:
-    """Short name of the processor that computes: "AMD EPYC 9654", "NVIDIA H200", ..."""
-    if device.type == "cuda":
-        return str(torch.cuda.get_device_name(device))
-    name = platform.processor() or platform.machine()
-    try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
-    except OSError:
-        found = None
-    if found is not None:
-        name = found.group(1)
-    name = re.sub(r"\((R|TM)\)|\bCPU\b|@.*$|\d+-Core|\bProcessor\b", " ", name)
-    return " ".join(name.split()) or "cpu"

@@ -1,6 +1,26 @@
-"""The SGLang plugin; nothing outside this folder imports SGLang. See docs/sglang.md.
+"""The SGLang plugin: chooses K, or the verify lengths of DSpark, inside SGLang's scheduler processes. See docs/sglang.md.
 
-`plugin` is the entry point, `hooks` says where it takes hold and keeps every fault of ours inside, `attachment` is what it holds
-on to in a scheduler process, `draft_policy` decides K by SGLang's own protocol, `step_book` matches steps with their results,
-`confidences` and `stage_clock` are what they measure, `ranks` keeps tensor-parallel ranks at one K, `dspark` swaps SPS tables.
+Loaded by SGLang's processes; they import numpy and the standard library only, and torch and SGLang inside functions:
+
+    plugin                the entry point `register`: decides whether to hook into this SGLang, and registers the hooks
+    plugin_settings       the environment variables that configure the plugin
+    hook_targets          which functions of SGLang are hooked or used, for which versions, and which of them are missing
+    hook_guard            wraps every hook: counts failures, keeps them from SGLang, detaches after too many
+    attachment            what all algorithms share: start-up, the tap, the rank group, results, the engine report
+    eagle_attachment      the hooks of an EAGLE server, which decide K of each step
+    dspark_attachment     the hooks of a DSPARK server, which decide how many draft tokens are verified
+    eagle_draft_policy    gives K to SGLang's AdaptiveController by its protocol `AdaptiveSpecPolicy`
+    dspark_swap           turns a policy into DSpark's SPS cost table and temperatures, and swaps them in the running planner
+    supported_servers     which server arguments the plugin can decide for, observe only, or must refuse
+    steps_in_flight       matches each decode step with its own result and times, and writes the finished step
+    stage_clock           stage times: the host's clock on a CPU, CUDA events on a GPU
+    confidences           draft confidences from the draft model's logits, copied to the host without waiting
+    ranks                 all tensor-parallel ranks adopt a policy in the same step
+
+Not loaded by SGLang's processes:
+
+    doctor_checks         what `adaptive-spec doctor` reports of an installed SGLang
+    cpu_kit               starts a real SGLang server on a CPU (examples/sglang-cpu)
+    demo_worker           the engine process of `adaptive-spec demo --engine sglang`
+    ring_follower         figures of a running server from its record ring, for the demonstration and benchmarks
 """

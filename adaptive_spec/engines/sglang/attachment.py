@@ -1,193 +1,257 @@
-"""What the plugin holds on to in a scheduler process of an EAGLE server: the hooks' bodies, as a decode step meets them.
+"""What all algorithms share: attach on all ranks or on none, open the tap, take results, write the engine report.
 
-    worker, controller, attach      once, while the server starts
-    step -> draft, draft_forward -> verify -> draft_extend -> results      every decode step
+    attach                          once, while the server starts: `_before_capture`, SGLang's own work, `_begin`
+    results                         every decode step, after the algorithm's own hooks
 
-Nothing here guards itself: `hooks.Guard` catches whatever is raised and leaves the step to SGLang.
+Only `attach` and `report` catch their own exceptions. Those of all other hooks are caught by `hook_guard.Guard`.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import time
-from typing import Any
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
+from adaptive_spec import __version__
+from adaptive_spec.domain.engine_info import EngineInfo
 from adaptive_spec.domain.policy import Granularity
-from adaptive_spec.engine_side.step_choice import REQUESTS_REMEMBERED, AcceptanceHistory, refined_k
-from adaptive_spec.engine_side.tap import BegunStep
-from adaptive_spec.engines.sglang.draft_policy import SidecarDraftPolicy
-from adaptive_spec.engines.sglang.engine_side import EngineSide, Place, decodes, kv_tokens_of, max_batch, request_id
-from adaptive_spec.engines.sglang.hooks import Guard
+from adaptive_spec.engine_side.tap import EngineTap
+from adaptive_spec.engines.sglang.hook_guard import Guard
 from adaptive_spec.engines.sglang.plugin_settings import PluginSettings
-from adaptive_spec.engines.sglang.stage_clock import clock_for
-from adaptive_spec.engines.sglang.step_book import OpenStep
+from adaptive_spec.engines.sglang.ranks import Group, RankedTap, Rendezvous, TorchGroup, agree
+from adaptive_spec.engines.sglang.stage_clock import HostClock, StageClock
+from adaptive_spec.engines.sglang.steps_in_flight import FinishedStep, OpenStep, StepsInFlight
+from adaptive_spec.wire.engine_report import EngineReport, State, write_report
+from adaptive_spec.wire.slot import MAX_BATCH_LIMIT
 
-LAUNCH = -1
+STEP_ATTRIBUTE = "adaptive_spec_step"
+"""Attribute of SGLang's result object that holds its step."""
+REPORT_INTERVAL_S = 1.0
 
 log = logging.getLogger("sglang.adaptive_spec")
 
 
-class Attachment(EngineSide):
-    """One per process. active: decide K; otherwise watch only (shadow, or a server whose K cannot change)."""
+class Place(NamedTuple):
+    """The place of this process among `ranks` tensor-parallel ranks. group: of all ranks, None for a single one."""
+
+    rank: int
+    ranks: int
+    group: Group | None
+
+
+class Attachment:
+    """The plugin's state in one scheduler process. One per process and algorithm; see the module."""
 
     def __init__(self, settings: PluginSettings, guard: Guard, engine: str) -> None:
-        super().__init__(settings, guard, engine)
-        self._supported = False
-        self._policy: SidecarDraftPolicy | None = None
-        self._history: AcceptanceHistory | None = None
-        self._confidences: Any = None
-        self._decided: int | None = None
+        self._settings, self._guard, self._engine = settings, guard, engine
+        guard.on_close = self._closed
+        self._state: State = "refused"
+        self._reason = ""
+        self._refused = False
+        self._rendezvous: Rendezvous | None = None
+        self._worker: Any = None
+        self._tap: EngineTap | None = None
+        self._clock: StageClock = HostClock()
+        self._in_flight = StepsInFlight(self._write)
+        self._step: OpenStep | None = None
+        self._first_rank = True
+        self._report_at_s = 0.0
+        self._reported: EngineReport | None = None
 
     # -- once ----------------------------------------------------------------------------------------------------------
 
-    def worker_after(self, note: None, worker_class: Any, algorithm: Any, server_args: Any) -> None:
-        """SGLang has chosen its speculative worker: say whether K can be decided for it, in SGLang's own words."""
-        from adaptive_spec.engines.sglang.unsupported import can_observe, unsupported_reason
+    def refuse(self, reason: str) -> None:
+        """Do not attach to this server: close the guard and report why."""
+        self._refused = True
+        self._guard.closed = reason
+        self.report("refused", reason)
 
-        reason = unsupported_reason(server_args)
-        self._supported = reason is None
-        if reason is None:
+    def attach(self, original: Callable[..., None], worker: Any) -> None:
+        """Around the capture of all states. Catches its own exceptions: every rank must reach `agree`, whatever failed before."""
+        guard = self._guard
+        well = guard.closed is None and self._guarded("attach", self._before_capture, worker)
+        original(worker)
+        if self._refused:
             return
-        log.warning("adaptive-spec: K is not decided here: %s", reason)
-        if can_observe(server_args):
-            self.report("refused", reason)
-        else:
-            self.refuse(reason)
+        try:
+            place = self._place()
+        except Exception:
+            guard.failed("attach")
+            return
+        well = well and self._guarded("attach/after", self._begin, worker, place)
+        if place.group is None:
+            return
+        try:
+            guard.lockstep = agree(place.group, place.rank, place.ranks, self._terms() if well else 0)
+        except Exception:
+            guard.failed("attach")
+        if not guard.lockstep:
+            self._tap = None
+            guard.close("the ranks do not agree: a hook failed on one of them, or their settings differ")
 
-    def draft_policy(self, worker: Any, stock: Any) -> Any:
-        """The policy AdaptiveController is given in place of SGLang's own."""
-        if self._guard.closed is not None or not self._supported:
-            return stock
-        self._guard.fault("controller")
-        self._policy = SidecarDraftPolicy(stock, int(worker.speculative_num_steps), self._k_decided)
-        return self._policy
+    def _guarded(self, name: str, call: Callable[..., None], *args: Any) -> bool:
+        try:
+            self._guard.fault(name)
+            call(*args)
+        except Exception:
+            self._guard.failed("attach")
+            return False
+        return True
 
     def _before_capture(self, worker: Any) -> None:
-        """Before the CUDA graphs are captured: what computes confidences must become part of them."""
-        import torch
-
-        from adaptive_spec.engines.sglang.confidences import ConfidenceTap
-
-        captured = self._policy.captured if self._policy is not None else (int(worker.speculative_num_steps),)
-        device = torch.device(str(worker.device))
-        self._clock = clock_for(device.type)
-        self._confidences = ConfidenceTap(worker._draft_worker, max_batch(worker), max(captured), device)
+        """Prepare what SGLang's CUDA graphs must contain, before they are captured."""
 
     def _begin(self, worker: Any, place: Place) -> None:
-        """All states are captured: tell the sidecar what this engine can do, and begin."""
-        controller = worker.adaptive_controller
-        launch_k = int(worker.speculative_num_steps)
-        candidates = tuple(sorted(int(k) for k in controller._states)) if controller is not None else (launch_k,)
-        if self._policy is not None:
-            self._policy.captured = candidates
-        info = self._info(worker, place, launch_k, candidates, Granularity.BATCH)
-        self._first_rank = place.rank == 0
-        scores = self._settings.batch_scores
-        if scores == "on" or (scores == "auto" and place.ranks == 1):
-            self._history = AcceptanceHistory(max(candidates[-1], 1), REQUESTS_REMEMBERED)
-        self._tap = self._open_tap(info, place)
-        self._worker = worker
-        if self._policy is not None:
-            self.report("attached", "")
-            log.info("adaptive-spec: attached, mode %s, K %d at launch, candidates %s", self._settings.mode, launch_k, candidates)
-        else:
-            self.report("observing", self._reason)
+        """SGLang is ready: publish the engine's abilities and open the tap."""
+        raise NotImplementedError
 
     def _terms(self) -> int:
-        """A number that says all that K depends on beside the policy; never 0."""
-        policy = self._policy
-        return self._crc(self._history is not None, policy.captured if policy is not None else None)
+        """Checksum of everything beside the policy that the ranks' decisions depend on; never 0."""
+        raise NotImplementedError
+
+    def _crc(self, *terms: object) -> int:
+        settings = self._settings
+        whole = (settings.mode, settings.rendezvous_steps, settings.k_min, settings.k_max, __version__, *terms)
+        return zlib.crc32(repr(whole).encode()) + 1
+
+    def _place(self) -> Place:
+        """Which of the tensor-parallel ranks this is."""
+        from sglang.srt.runtime_context import get_parallel
+
+        parallel = get_parallel()
+        rank, ranks = int(parallel.tp_rank), int(parallel.tp_size)
+        group = TorchGroup(parallel.tp_group.cpu_group, parallel.tp_group.first_rank) if ranks > 1 else None
+        return Place(rank, ranks, group)
+
+    def _info(
+        self, worker: Any, place: Place, launch_k: int, candidates: tuple[int, ...], granularity: Granularity
+    ) -> EngineInfo:
+        return EngineInfo(
+            name="sglang", model=Path(str(worker.server_args.model_path)).name, gpu=_device_name(str(worker.device)),
+            tp=place.ranks, launch_k=launch_k, candidates=candidates, max_batch=max_batch(worker), granularity=granularity,
+            holds_batch=False, pid=os.getpid(),
+        )  # fmt: skip
+
+    def _open_tap(self, info: EngineInfo, place: Place) -> EngineTap:
+        settings = self._settings
+        if place.group is None:
+            return EngineTap.open(settings.runtime_dir, info, settings.max_age_s)
+        self._rendezvous = Rendezvous(place.group, place.rank, settings.rendezvous_steps)
+        # Rank 0 alone writes the ring and reads the page; of its opened tap only the ring is kept.
+        first = EngineTap.open(settings.runtime_dir, info, settings.max_age_s) if place.rank == 0 else None
+        ring = first.detach_ring() if first is not None else None
+        return RankedTap(settings.runtime_dir, info, ring, self._rendezvous, settings.max_age_s)
 
     # -- every decode step ---------------------------------------------------------------------------------------------
 
-    def step_before(self, worker: Any, batch: Any, *args: Any, **kwargs: Any) -> OpenStep | None:
-        self._step = self._decided = None
-        tap = self._tap
-        if tap is None or worker is not self._worker:
-            return None
-        if not decodes(batch):
-            self._book.interrupt()
-            return None
-        rows, kv_tokens = len(batch.reqs), kv_tokens_of(batch)
-        self._fall_back_if_closed()
-        started = self._clock.now() if self._guard.closed is None else None
-        # First of all, and whatever fails later: the ranks meet in here.
-        k = tap.begin_step(rows, kv_tokens, time.monotonic_ns())
-        begun = tap.begun
-        policy = self._policy
-        ids = [request_id(request) for request in batch.reqs]
-        if policy is not None and self._settings.mode == "active":
-            self._decided = k = policy.nearest(rows, k)
-            if begun.policy_version:
-                self._decided = k = self._by_scores(policy, ids, batch, k, kv_tokens)
-        else:
-            # What a policy would do is none of this step's doing.
-            begun = BegunStep(begun.step, k, rows, kv_tokens, 0, 0)
-        if started is None:
-            return None
-        padded = policy.padded_rows(rows) if policy is not None else rows
-        self._step = OpenStep(begun, k, np.array(ids, np.uint32), padded, started)
-        self._book.begin(self._step)
-        return self._step
+    def draft_before(self, *args: Any, **kwargs: Any) -> Any:
+        return self._clock.now() if self._step is not None else None
+
+    def verify_before(self, *args: Any, **kwargs: Any) -> Any:
+        return self._clock.now() if self._step is not None else None
+
+    def step_after(self, step: OpenStep | None, result: Any, worker: Any, *args: Any, **kwargs: Any) -> None:
+        self._step = None
+        if step is None:
+            return
+        self._ran(step, worker)
+        step.ended = self._clock.now()
+        setattr(result, STEP_ATTRIBUTE, step)
+        self._report_when_due()
 
     def _ran(self, step: OpenStep, worker: Any) -> None:
-        step.k = int(worker.speculative_num_steps)
+        """Called when a step was launched."""
 
-    def draft_after(self, started: Any, verify_input: Any, draft_worker: Any, batch: Any, *args: Any, **kwargs: Any) -> None:
-        step = self._step
-        if step is None or started is None:
+    def results_before(self, processor: Any, result: Any, batch: Any) -> list[bool]:
+        """Which requests SGLang counts: those that have not ended since the step was launched."""
+        return [not (request.is_retracted or request.finished()) for request in batch.reqs]
+
+    def results_after(self, counted: list[bool], tokens: Any, processor: Any, result: Any, batch: Any) -> None:
+        step = getattr(result, STEP_ATTRIBUTE, None)
+        if step is None:
             return
-        step.stages["draft"] = (started, self._clock.now())
-        step.confidences = self._confidences.after_draft(batch.spec_info.topk_p, int(draft_worker.speculative_num_steps))
+        delattr(result, STEP_ATTRIBUTE)
+        self._in_flight.result(step, result.num_correct_drafts_per_req_cpu, counted, self._verified(result))
+        self._took(step)
 
-    def draft_forward_before(self, draft_worker: Any, forward_batch: Any) -> None:
-        if self._confidences is not None:
-            self._confidences.before_draft_forward()
-
-    def draft_forward_after(self, note: None, result: Any, draft_worker: Any, forward_batch: Any) -> None:
-        if self._confidences is not None and not forward_batch.forward_mode.is_idle():
-            self._confidences.after_draft_forward()
-
-    def verify_after(self, started: Any, *args: Any, **kwargs: Any) -> None:
-        if self._step is not None and started is not None:
-            self._step.stages["verify"] = (started, self._clock.now())
-
-    def draft_extend_before(self, *args: Any, **kwargs: Any) -> Any:
-        if self._step is None:
-            return None
-        self._confidences.before_extend()
-        return self._clock.now()
-
-    def draft_extend_after(
-        self, started: Any, result: Any, draft_worker: Any, batch: Any, batch_result: Any, *args: Any, **kwargs: Any
-    ) -> None:
-        if self._step is None or started is None:
-            return
-        self._step.stages["draft_extend"] = (started, self._clock.now())
-        self._confidences.after_extend(batch_result.next_draft_input)
+    def _verified(self, result: Any) -> NDArray[np.int64] | None:
+        """Draft tokens verified by row [b]; None for all that were drafted."""
+        return None
 
     def _took(self, step: OpenStep) -> None:
-        if self._history is not None and step.accept_len is not None and step.counted is not None:
-            self._history.observe(step.request_ids[step.counted].tolist(), step.accept_len[step.counted], step.k)
+        """Called when the result of a step was taken."""
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
-    def _k_decided(self) -> int | None:
-        """See `SidecarDraftPolicy`. Never raises."""
-        if self._policy is None or self._tap is None or self._settings.mode != "active":
-            return None
-        ours = self._decided is not None and (self._guard.closed is None or self._guard.lockstep)
-        return self._decided if ours else LAUNCH
+    def _fall_back_if_closed(self) -> None:
+        """Once this rank is detached, make all ranks fall back to the launch K at the next rendezvous."""
+        if self._guard.closed is not None and self._rendezvous is not None:
+            self._rendezvous.failed = True
 
-    def _by_scores(self, policy: SidecarDraftPolicy, ids: list[int], batch: Any, k: int, kv_tokens: int) -> int:
-        """K of this step from the batch's own scores, where the policy leaves the choice open."""
-        if self._history is None or self._tap is None:
-            return k
-        settings = self._settings
-        candidates = [c for c in policy.allowed(len(ids)) if c == k or settings.k_min <= c <= settings.k_max]
-        first = batch.spec_info.topk_p
-        # On a GPU the host would have to wait for it: there the history decides alone.
-        known = first.reshape(-1).numpy() if first is not None and first.device.type == "cpu" and len(first) == len(ids) else None
-        return refined_k(self._history, self._tap.planner, ids, known, k, kv_tokens, policy.padded_rows(len(ids)), candidates)
+    def _write(self, step: FinishedStep) -> None:
+        if self._tap is not None and self._first_rank:
+            self._tap.end_step(
+                time.monotonic_ns(), step.num_tokens, step.padded_tokens, step.draft_s, step.verify_s, step.draft_extend_s,
+                step.step_s, step.confidences, step.verify_len, step.accept_len, step.request_ids, step.flags, step.begun,
+            )  # fmt: skip
+
+    def _closed(self) -> None:
+        self.report("detached", self._guard.closed or "")
+
+    def _counters(self) -> dict[str, int]:
+        return {**self._tap.counters._asdict(), "steps_lost": self._in_flight.lost} if self._tap is not None else {}
+
+    def _report_when_due(self) -> None:
+        if time.monotonic() >= self._report_at_s:
+            self.report(self._state, self._reason)
+
+    def report(self, state: State, reason: str) -> None:
+        """Write the engine report if it has changed. Never raises."""
+        self._state, self._reason = state, reason
+        self._report_at_s = time.monotonic() + REPORT_INTERVAL_S
+        if not self._first_rank:
+            return
+        try:
+            report = EngineReport(os.getpid(), self._engine, state, reason, dict(self._guard.failures), self._counters())
+            if report != self._reported:
+                self._settings.runtime_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+                write_report(self._settings.runtime_dir, report)
+                self._reported = report
+        except Exception as error:
+            log.warning("adaptive-spec: the report could not be written: %s", error)
+            self._report_at_s = time.monotonic() + 60.0
+
+
+def decodes(batch: Any) -> bool:
+    """Whether a batch is a decode step: no prefill is in it, and it is not idle."""
+    return not (batch.forward_mode.is_extend() or batch.is_extend_in_batch or batch.forward_mode.is_idle())
+
+
+def request_id(request: Any) -> int:
+    return zlib.crc32(request.rid.encode())
+
+
+def kv_tokens_of(batch: Any) -> int:
+    """Context tokens of the batch, from what the host knows: the same on every rank, and never a wait for the GPU."""
+    if batch.seq_lens_sum is not None:
+        return int(batch.seq_lens_sum)
+    return sum(len(request.origin_input_ids) + len(request.output_ids) for request in batch.reqs)
+
+
+def max_batch(worker: Any) -> int:
+    return min(int(worker._target_worker.model_runner.max_running_requests), MAX_BATCH_LIMIT)
+
+
+def _device_name(device: str) -> str:
+    import torch
+
+    from adaptive_spec.engines.torch_device import device_name
+
+    return device_name(torch.device(device))

@@ -3,7 +3,7 @@
     confidence = max softmax(logits) = exp(max logit - logsumexp(logits))
 
 Positions 2..K come from the logits of the forwards inside `draft_forward`; position 1 from those of draft-extend (or prefill) of
-the step before, carried in `next_draft_input.topk_p`, which SGLang filters and merges with the batch and does not read at
+the step before, carried in `next_draft_input.topk_p`, which SGLang filters and merges with the batch but does not read at
 topk = 1. On a GPU `draft_forward` runs only while a CUDA graph is captured: what is computed there becomes part of the graph and
 is written into a static buffer per K; after each replay buffer and position 1 are copied to pinned memory without waiting.
 """
@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from adaptive_spec.engines.sglang.step_book import MOST_OPEN, Confidences, KnownConfidences
+from adaptive_spec.engines.sglang.steps_in_flight import MOST_OPEN, Confidences, KnownConfidences
 
 
 def top_probability(logits: Tensor) -> Tensor:
@@ -27,8 +27,8 @@ def top_probability(logits: Tensor) -> Tensor:
 
 
 class LogitsTap:
-    """Collects something of what one function of one object returns while somebody listens. The function is shadowed on the
-    instance, once; what it returns is SGLang's as it was.
+    """Collects part of what a method of one object returns, between `listen` and `take`. The method is replaced on the instance
+    once; its return value is not changed.
     """
 
     def __init__(self, owner: Any, name: str) -> None:
@@ -42,7 +42,7 @@ class LogitsTap:
         if self.collected is not None:
             try:
                 self.collected.append(self._pick(result))
-            except Exception:  # then the count of outputs is wrong, which the collector sees
+            except Exception:  # the caller of `take` sees the None
                 self.collected.append(None)
         return result
 
@@ -51,7 +51,7 @@ class LogitsTap:
         self._pick, self.collected = pick, []
 
     def take(self) -> list[Any]:
-        """What was collected since `listen`; nobody listens any more."""
+        """What was collected since `listen`; stops collecting."""
         collected, self.collected = self.collected, None
         return collected or []
 
@@ -77,14 +77,14 @@ def _together(first: Tensor, later: Tensor | None) -> Tensor:
 
 
 class StaticBuffers:
-    """One buffer [max_batch, K - 1] per K, at an address a CUDA graph may keep."""
+    """One buffer [max_batch, K - 1] per K, at a fixed address, which a CUDA graph needs."""
 
     def __init__(self, max_batch: int, device: torch.device) -> None:
         self._max_batch, self._device = max_batch, device
         self._buffers: dict[int, Tensor] = {}
 
     def prepare(self, k: int) -> None:
-        """Make the buffer of K, outside any capture: memory taken inside one belongs to the graph."""
+        """Make the buffer of K, outside any capture: memory allocated inside one belongs to the graph."""
         if k > 1 and k not in self._buffers:
             self._buffers[k] = torch.zeros((self._max_batch, k - 1), dtype=torch.float32, device=self._device)
 
@@ -98,7 +98,7 @@ class StaticBuffers:
 
 
 class PinnedRing:
-    """Pinned host memory for confidences on their way: slots used in turn, never more in flight than there are slots.
+    """Pinned host memory for asynchronous copies of confidences: slots used in turn, one more than steps in flight.
 
     allocate: makes a [rows, columns] host tensor; new_event: an event with record() and query().
     """
@@ -122,7 +122,7 @@ class PinnedRing:
 
 
 class _OnTheWay:
-    """A copy that was started. Taken over at its first `ready`, before its slot is used again."""
+    """A started copy. Its values are copied out at the first `ready`, before the slot is used again."""
 
     def __init__(self, memory: Tensor, event: Any) -> None:
         self._memory, self._event = memory, event
@@ -135,7 +135,7 @@ class _OnTheWay:
 
 
 class LogitConfidences:
-    """Confidences of draft models that give a logit for them: sigmoid(logit / temperature), the same temperatures throughout.
+    """Confidences of draft models that output a confidence logit: sigmoid(logit / temperature), with fixed temperatures.
 
     temperatures: [k], or one for all []. device: of the logits.
     """
@@ -168,7 +168,7 @@ def _pinned(rows: int, columns: int) -> Tensor:
 
 
 class ConfidenceTap:
-    """All of the above for one draft worker. device: of the draft model."""
+    """The confidences of one EAGLE draft worker. device: of the draft model."""
 
     def __init__(self, draft_worker: Any, max_batch: int, max_k: int, device: torch.device) -> None:
         self._worker = draft_worker
@@ -185,7 +185,7 @@ class ConfidenceTap:
     def before_draft_forward(self) -> None:
         if self._static is not None and not torch.cuda.is_current_stream_capturing():
             self._static.prepare(self._worker.speculative_num_steps)
-        # On a GPU at once: a graph may use one logits buffer for all forwards. On a CPU all together, which is quicker.
+        # On a GPU per forward: a graph may reuse one logits buffer for all. On a CPU all together, which is faster.
         self._forward.listen(_logits if self._static is None else _probabilities)
 
     def after_draft_forward(self) -> None:
@@ -219,12 +219,12 @@ class ConfidenceTap:
             self._extend_replay.listen(lambda result: result)
 
     def after_extend(self, next_draft_input: Any) -> None:
-        """Put the confidence of the next step's first token where it travels with its request."""
+        """Store the confidence of the next step's first token in topk_p, which stays with its request."""
         outputs = self._forward.take()
         if self._extend_replay is not None:
             outputs += self._extend_replay.take()
         if not outputs:
-            return  # skipped at K = 0: then it is not known
+            return  # skipped at K = 0: the confidence is unknown
         logits = outputs[-1].next_token_logits
         carried = next_draft_input.topk_p
         if carried is not None and carried.shape == (len(logits), 1):

@@ -1,4 +1,4 @@
-"""The CPU kit of examples/sglang-cpu: how demonstration, tests and benchmarks start a real SGLang server on a CPU."""
+"""Starts a real SGLang server on a CPU, with the kit of examples/sglang-cpu, for the demonstration, tests and benchmarks."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ LAUNCH_K = 3
 
 
 class Prompt(NamedTuple):
-    """Two neighbouring tokens of a region; the target goes on round the region's cycle. region: "a" (every draft token right)
-    to "f" (none). start: 0..127.
+    """Two consecutive tokens of a region; the target model continues the cycle of the region's 128 tokens. region: "a" (every
+    draft token is accepted) to "f" (none is). start: 0..127.
     """
 
     region: str
@@ -34,7 +34,7 @@ class Prompt(NamedTuple):
 
 
 class CpuKit:
-    """The kit of one checkout. Raises BadInput when there is none."""
+    """The kit of a checkout. Raises BadInput when it is not found."""
 
     def __init__(self) -> None:
         given = os.environ.get(KIT_VARIABLE)
@@ -47,14 +47,14 @@ class CpuKit:
         self.home = Path(os.environ.get("ADAPTIVE_SPEC_SGLANG_HOME") or default)
 
     def install(self, *arguments: str) -> None:
-        """Install what is missing; minutes the first time, half a second later. Raises BadInput."""
+        """Install what is missing: minutes the first time, half a second after that. Raises BadInput when it fails."""
         try:
             subprocess.run([str(self.folder / "install.sh"), *arguments], check=True, stdin=subprocess.DEVNULL)
         except (OSError, subprocess.CalledProcessError) as error:
             raise BadInput(f"the SGLang CPU kit could not be installed: {error}; see above") from error
 
     def command(self, *arguments: str) -> list[str]:
-        """The command line that runs `arguments` where SGLang works."""
+        """The command line that runs `arguments` in the kit's environment."""
         return [str(self.folder / "run.sh"), *arguments]
 
     def server_flags(

@@ -2,10 +2,10 @@
 
     python -m adaptive_spec.engines.sglang.demo_worker --runtime-dir DIR --status FILE [--duration S] [--compare]
 
-The server is started with the plugin and ends with this process; requests go through its HTTP API, and every output is compared
-with the target's own, which is known. Half-way the prompts change from ones whose drafts are mostly right to ones whose drafts
-are mostly wrong. With --compare blocks of the same prompts alternate between the adaptive K and every captured K, pinned. The
-duration counts from the first request. It ends after --duration, or on SIGTERM or SIGINT, with a last status.
+The server is started with the plugin and ends with this process. Requests go through its HTTP API, and every output is compared
+with the target model's output, which is known. Half-way the prompts change from high to low acceptance. With --compare, blocks
+of the same prompts alternate between the adaptive K and every captured K, pinned. The duration counts from the first request.
+It ends after --duration, or on SIGTERM or SIGINT, and then writes a last status.
 """
 
 from __future__ import annotations
@@ -42,27 +42,27 @@ KINDS = {"predictable": "aabc", "erratic": "deff"}
 CONCURRENCIES = (1, 4, 8, 2)
 PHASE_S, KIND_S = 4.0, 30.0
 TOKENS = (60, 160)
-START_PATIENCE_S = 180.0
-SWEEP_PATIENCE_S = 30.0
+START_TIMEOUT_S = 180.0
+SWEEP_TIMEOUT_S = 30.0
 STATUS_INTERVAL_S = 0.5
 BLOCK_REQUESTS = 3
 """Requests of a comparison's block, times its concurrency."""
 
 
 class Traffic:
-    """Sends prompts and checks what comes back. failed: requests without an answer; wrong: outputs not the target's own."""
+    """Sends prompts and checks the outputs. failed: requests without an answer. wrong: outputs that differ from the target's."""
 
     def __init__(self, api: ServerApi, seed: int) -> None:
-        self._api, self._dice, self._lock = api, random.Random(seed), threading.Lock()
+        self._api, self._random, self._lock = api, random.Random(seed), threading.Lock()
         self.checked = self.wrong = self.failed = 0
 
     def prompts(self, kind: str, count: int) -> list[tuple[Prompt, int]]:
         with self._lock:
-            dice = self._dice
+            dice = self._random
             return [(Prompt(dice.choice(KINDS[kind]), dice.randrange(128)), dice.randint(*TOKENS)) for _ in range(count)]
 
     def one(self, prompt: Prompt, tokens: int) -> int:
-        """Send one; returns the tokens that came back."""
+        """Send one prompt; return the number of tokens received, 0 when it failed."""
         try:
             ids = self._api.generate(prompt.text, tokens).ids
         except (OSError, http.client.HTTPException, ValueError, KeyError):
@@ -77,7 +77,7 @@ class Traffic:
 
 
 class DemoServer:
-    """The SGLang server of one demonstration. Raises BadInput when it does not come up."""
+    """The SGLang server of one demonstration."""
 
     def __init__(self, runtime_dir: Path, log: Path) -> None:
         kit = CpuKit()
@@ -94,7 +94,7 @@ class DemoServer:
         self.api = ServerApi(f"http://127.0.0.1:{port}")
 
     def wait(self, stopping: threading.Event) -> None:
-        deadline_s = time.monotonic() + START_PATIENCE_S
+        deadline_s = time.monotonic() + START_TIMEOUT_S
         while time.monotonic() < deadline_s and not stopping.is_set():
             self.check()
             with contextlib.suppress(OSError, http.client.HTTPException, ValueError, KeyError):
@@ -102,10 +102,10 @@ class DemoServer:
                     return
             time.sleep(0.25)
         if not stopping.is_set():
-            raise BadInput(f"the SGLang server does not answer within {START_PATIENCE_S:g} s")
+            raise BadInput(f"the SGLang server did not answer within {START_TIMEOUT_S:g} s")
 
     def check(self) -> None:
-        """Raise BadInput when it has died."""
+        """Raise BadInput when the server has ended."""
         if self._process.poll() is not None:
             lines = [line for line in self._log.read_text(errors="replace").splitlines() if line.strip()]
             raise BadInput(f"the SGLang server ended with status {self._process.returncode}: {lines[-1][:300] if lines else ''}")
@@ -134,7 +134,7 @@ class Arms:
         return {name: self._tokens[name] / s for name, s in self._seconds.items() if s > 0.0} if self.blocks else {}
 
     def block(self, traffic: Traffic, prompts: list[tuple[Prompt, int]], concurrency: int, stopping: threading.Event) -> None:
-        """One block on every arm, beginning with another one each time; a block that is cut short counts for none."""
+        """Run one block on every arm, in rotated order; an interrupted block is not counted."""
         names = list(self._names)
         order = names[self.blocks % len(names) :] + names[: self.blocks % len(names)]
         found: dict[str, tuple[int, float]] = {}
@@ -196,7 +196,7 @@ class Demonstration:
         return self.stopping.is_set() or (self._duration_s is not None and self.elapsed_s >= self._duration_s)
 
     def _serve(self, kind: str, concurrency: int, until_s: float) -> None:
-        """Closed-loop traffic: so many requests at once until then."""
+        """Closed-loop traffic: `concurrency` requests at once until `until_s`."""
         self._kind, self._concurrency = kind, concurrency
         self._follower.kind = kind
 
@@ -211,7 +211,7 @@ class Demonstration:
     def _compare(self) -> None:
         client = ControlClient.find(self._runtime_dir, None, None)
         self._stage = "sweep"
-        limit_s = self._duration_s / 4.0 if self._duration_s is not None else SWEEP_PATIENCE_S
+        limit_s = self._duration_s / 4.0 if self._duration_s is not None else SWEEP_TIMEOUT_S
         for index, kind in enumerate(itertools.cycle(KINDS)):
             if self.elapsed_s >= limit_s or self._over():
                 break

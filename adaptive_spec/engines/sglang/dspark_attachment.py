@@ -1,4 +1,4 @@
-"""What the plugin holds on to in a scheduler process of a DSPARK server: the hooks' bodies, as a decode step meets them.
+"""The hooks of a DSPARK server, in the order in which a decode step calls them.
 
     attach                                          once, while the server starts
     plan -> step -> draft -> verify -> results      every decode step; no `plan` without the overlap scheduler
@@ -8,7 +8,7 @@ request, and a policy acts through SGLang's own planner: its SPS table and tempe
 or probe and for a pinned K, the number of draft tokens it verifies. Ranks meet where SGLang plans the budget of a step: in `plan`
 under the overlap scheduler, else in `step`.
 
-Nothing here guards itself: `hooks.Guard` catches whatever is raised and leaves the step to SGLang.
+Exceptions are caught by `hook_guard.Guard`; SGLang then runs the step by itself.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from numpy.typing import NDArray
 from adaptive_spec.domain.policy import Granularity, Mode
 from adaptive_spec.domain.step_record import StepFlag
 from adaptive_spec.engine_side.tap import BegunStep, EngineTap
-from adaptive_spec.engines.sglang.dspark import DSparkSwap, launch_temperatures, nothing_to_swap
-from adaptive_spec.engines.sglang.engine_side import EngineSide, Place, decodes, kv_tokens_of, max_batch, request_id
-from adaptive_spec.engines.sglang.hooks import Guard
+from adaptive_spec.engines.sglang.attachment import Attachment, Place, decodes, kv_tokens_of, max_batch, request_id
+from adaptive_spec.engines.sglang.dspark_swap import DSparkSwap, launch_temperatures, nothing_to_swap
+from adaptive_spec.engines.sglang.hook_guard import Guard
 from adaptive_spec.engines.sglang.plugin_settings import PluginSettings
 from adaptive_spec.engines.sglang.ranks import Group
 from adaptive_spec.engines.sglang.stage_clock import clock_for
-from adaptive_spec.engines.sglang.step_book import OpenStep
+from adaptive_spec.engines.sglang.steps_in_flight import OpenStep
 
 log = logging.getLogger("sglang.adaptive_spec")
 
 
-class DSparkAttachment(EngineSide):
-    """One per process. With mode active and a planner that plans by an SPS table: swap it; otherwise watch only."""
+class DSparkAttachment(Attachment):
+    """One per process. Swaps the SPS table in mode active where the planner uses one; observes otherwise."""
 
     def __init__(self, settings: PluginSettings, guard: Guard, engine: str) -> None:
         super().__init__(settings, guard, engine)
@@ -46,17 +46,17 @@ class DSparkAttachment(EngineSide):
         self._swap: DSparkSwap | None = None
         self._confidences: Any = None
         self._begun: tuple[Any, BegunStep] | None = None
-        """Batch and decision of a step that ranks have met for and that is not launched yet."""
+        """Batch and decision of a step that is decided and not launched yet."""
 
     # -- once ----------------------------------------------------------------------------------------------------------
 
     def worker_after(self, note: None, worker_class: Any, algorithm: Any, server_args: Any) -> None:
-        """SGLang has chosen its DSPARK worker: say whether it can be watched."""
-        from adaptive_spec.engines.sglang.unsupported import dspark_unsupported_reason
+        """SGLang has chosen its DSPARK worker: find out whether it can be observed, and report it if not."""
+        from adaptive_spec.engines.sglang.supported_servers import dspark_unsupported_reason
 
         reason = dspark_unsupported_reason(server_args)
         if reason is not None:
-            log.warning("adaptive-spec: left SGLang alone: %s", reason)
+            log.warning("adaptive-spec: not attached: %s", reason)
             self.refuse(reason)
 
     def _before_capture(self, worker: Any) -> None:
@@ -96,7 +96,7 @@ class DSparkAttachment(EngineSide):
         if tap is None or worker is not self._worker:
             return None
         if not decodes(batch):
-            self._book.interrupt()
+            self._in_flight.interrupt()
             return None
         started = self._clock.now() if self._guard.closed is None else None
         begun = self._begun[1] if self._begun is not None and self._begun[0] is batch else self._meet(tap, batch)
@@ -106,29 +106,29 @@ class DSparkAttachment(EngineSide):
         if started is None:
             return None
         ids = np.array([request_id(request) for request in batch.reqs], np.uint32)
-        # Before it is known how the verify forward is padded: not at all.
+        # The padding of the verify forward is not known yet.
         self._step = OpenStep(begun, self._gamma, ids, len(ids), started, padded_tokens=0)
-        self._book.begin(self._step)
+        self._in_flight.begin(self._step)
         return self._step
 
     def draft_after(self, started: Any, proposal: Any, *args: Any, **kwargs: Any) -> None:
         if self._step is None or started is None:
             return
         self._step.stages["draft"] = (started, self._clock.now())
-        if proposal.confidence_raw is not None:  # static mode has no confidence head: then it is not known
+        if proposal.confidence_raw is not None:  # None in static mode, which has no confidence head
             self._step.confidences = self._confidences.send(proposal.confidence_raw)
 
     def verify_after(self, started: Any, result: Any, executor: Any, *args: Any, **kwargs: Any) -> None:
-        """Of the packed verify forward: num_tokens follows from verify_len, which comes with the result."""
+        """After the packed verify forward. num_tokens follows from verify_len, which comes with the result."""
         if self._step is None or started is None:
             return
         self._step.stages["verify"] = (started, self._clock.now())
         self._step.padded_tokens = int(kwargs["layout"].graph_num_tokens)
 
-    verify_all_before = EngineSide.verify_before
+    verify_all_before = Attachment.verify_before
 
     def verify_all_after(self, started: Any, result: Any, executor: Any, *args: Any, **kwargs: Any) -> None:
-        """Of the verify forward over all drafted tokens, however many of them may then be accepted."""
+        """After the verify forward over all drafted tokens."""
         step = self._step
         if step is None or started is None:
             return
@@ -137,19 +137,19 @@ class DSparkAttachment(EngineSide):
         step.num_tokens, step.padded_tokens = rows * width, _padded_rows(executor, result, rows) * width
 
     def _verified(self, result: Any) -> NDArray[np.int64] | None:
-        # SGLang counts the bonus token in; it has brought these to the host with the accepted lengths.
+        # cap_lens counts the bonus token. SGLang has copied it to the host with the accepted lengths.
         return None if result.cap_lens is None else result.cap_lens.numpy().astype(np.int64) - 1
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
     def _meet(self, tap: EngineTap, batch: Any) -> BegunStep:
-        """Begin a step: the ranks meet in here, and the planner is set for it."""
+        """Begin a step: all ranks meet, then the planner is set for the step."""
         self._fall_back_if_closed()
         rows, kv_tokens = len(batch.reqs), kv_tokens_of(batch)
         tap.begin_step(rows, kv_tokens, time.monotonic_ns())
         begun = tap.begun
         if self._swap is None:
-            # What a policy would do is none of this step's doing.
+            # The policy does not act on this step, so the record names none.
             begun = BegunStep(begun.step, self._gamma, rows, kv_tokens, 0, 0)
         self._begun = batch, begun
         if self._swap is None:
@@ -167,14 +167,14 @@ class DSparkAttachment(EngineSide):
         return begun
 
     def _closed(self) -> None:
-        # With several ranks the planner stays what they agreed on until all of them go back in the same step.
+        # With several ranks the planner keeps the agreed policy until all ranks fall back in the same step.
         if self._swap is not None and not self._guard.lockstep:
             try:
                 self._swap.force(None, 1)
                 self._swap.restore()
                 self._swap.at_forward()
             except Exception as error:
-                log.warning("adaptive-spec: the planner could not be given back: %s", error)
+                log.warning("adaptive-spec: the planner could not be restored: %s", error)
         super()._closed()
 
     def _counters(self) -> dict[str, int]:

@@ -1,7 +1,7 @@
 """The entry point SGLang calls in each of its processes (group `sglang.srt.plugins`): `register`.
 
-Inert unless asked (see `plugin_settings`). SGLang swallows what a plugin raises, so whatever keeps this one from its work is
-said once in the log and written to the engine's report, and SGLang is left as it is.
+It does nothing unless ADAPTIVE_SPEC_MODE or a configuration enables it (see `plugin_settings`). SGLang drops exceptions of a
+plugin, so a reason not to attach is logged once and written to the engine report; SGLang is then not changed.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
-from adaptive_spec.engines.sglang.hooks import (
+from adaptive_spec.engines.sglang.hook_guard import Guard
+from adaptive_spec.engines.sglang.hook_targets import (
     DSPARK_NEEDED,
     DSPARK_TARGETS,
     TARGETS,
     TESTED_VERSIONS,
-    Guard,
     Target,
     missing_targets,
 )
@@ -26,24 +26,24 @@ from adaptive_spec.errors import BadInput
 from adaptive_spec.wire.engine_report import EngineReport, write_report
 
 if TYPE_CHECKING:
-    from adaptive_spec.engines.sglang.engine_side import EngineSide
+    from adaptive_spec.engines.sglang.attachment import Attachment
 
 log = logging.getLogger("sglang.adaptive_spec")
 
 
 def register() -> None:
-    """Hook into SGLang, or say why not."""
+    """Hook into SGLang, or log and report why not."""
     try:
         settings = plugin_settings(os.environ)
     except BadInput as error:
-        log.error("adaptive-spec: left SGLang alone: %s", error)
+        log.error("adaptive-spec: not attached: %s", error)
         return
     if settings.mode == "off":
         return
     version = _sglang_version()
     reason = refusal(settings, version)
     if reason is not None:
-        log.error("adaptive-spec: left SGLang alone: %s", reason)
+        log.error("adaptive-spec: not attached: %s", reason)
         _report_refusal(settings, f"sglang {version}", reason)
         return
     _install(settings, f"sglang {version}")
@@ -61,13 +61,13 @@ def refusal(settings: PluginSettings, version: str) -> str | None:
 
 
 def _install(settings: PluginSettings, engine: str) -> None:
-    """Hook what is EAGLE's and what all algorithms share; DSpark's functions are not even imported before they are needed."""
-    from adaptive_spec.engines.sglang.attachment import Attachment
+    """Hook EAGLE's functions and those all algorithms share. DSpark's are imported only for a DSPARK server."""
+    from adaptive_spec.engines.sglang.eagle_attachment import EagleAttachment
 
     guard = Guard()
-    attachment = Attachment(settings, guard, engine)
-    side: list[EngineSide] = [attachment]
-    """The one in charge: EAGLE's until SGLang has chosen something else."""
+    attachment = EagleAttachment(settings, guard, engine)
+    side: list[Attachment] = [attachment]
+    """The attachment in use: EAGLE's until SGLang has chosen DSPARK."""
 
     def controller(original: Callable[..., None], self: Any, worker: Any, policy: Any) -> None:
         chosen = policy
@@ -97,8 +97,8 @@ def _install(settings: PluginSettings, engine: str) -> None:
 
 def dspark_side(
     settings: PluginSettings, guard: Guard, engine: str, worker_class: Any, algorithm: Any, server_args: Any
-) -> EngineSide:
-    """Hook a DSPARK server, of which no worker has been made yet, or leave it alone and say why."""
+) -> Attachment:
+    """Hook a DSPARK server before its worker is made, or do not attach and report why."""
     from sglang.srt.plugins.hook_registry import HookRegistry
 
     from adaptive_spec.engines.sglang.dspark_attachment import DSparkAttachment
@@ -110,7 +110,7 @@ def dspark_side(
     missing = missing_targets(DSPARK_TARGETS, DSPARK_NEEDED)
     if missing:
         reason = f"{engine} lacks {'; '.join(missing)}"
-        log.error("adaptive-spec: left SGLang alone: %s", reason)
+        log.error("adaptive-spec: not attached: %s", reason)
         side.refuse(reason)
         return side
     _hook(DSPARK_TARGETS, {"attach": side.attach}, guard, side)
@@ -118,8 +118,8 @@ def dspark_side(
     return side
 
 
-def _hook(targets: Sequence[Target], own: Mapping[str, Callable[..., Any]], guard: Guard, side: EngineSide) -> None:
-    """Register hooks: one's own, else the side's methods `{hook}_before` and `{hook}_after`, as far as it has them, guarded."""
+def _hook(targets: Sequence[Target], own: Mapping[str, Callable[..., Any]], guard: Guard, side: Attachment) -> None:
+    """Register a hook per target: that of `own`, else the side's `{hook}_before` and `{hook}_after`, where it has them."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     for target in targets:

@@ -1,13 +1,13 @@
-"""What the plugin is told, by environment: it lives in a process whose command line is SGLang's.
+"""The plugin's settings, from environment variables: the command line of its process is SGLang's.
 
 | variable | meaning |
 |---|---|
 | ADAPTIVE_SPEC_MODE | off (default), shadow (observe and report) or active (decide K) |
 | ADAPTIVE_SPEC_CONFIG | the sidecar's YAML: its runtime_dir, and its controller.mode where ADAPTIVE_SPEC_MODE is not set |
-| ADAPTIVE_SPEC_RUNTIME_DIR | folder shared with the sidecar; beats the configuration |
-| ADAPTIVE_SPEC_BATCH_SCORES | auto (default: one rank only), on, off: K of a step from the batch's own scores |
+| ADAPTIVE_SPEC_RUNTIME_DIR | folder shared with the sidecar; takes precedence over the configuration |
+| ADAPTIVE_SPEC_BATCH_SCORES | step choice from the batch's own scores: auto (default: with one rank only), on, off |
 | ADAPTIVE_SPEC_RENDEZVOUS_STEPS | decode steps between meetings of the ranks, 1..10000, default 16. Larger: later swaps |
-| ADAPTIVE_SPEC_UNTESTED_SGLANG | 1: try another SGLang than the tested ones when all hook targets are there |
+| ADAPTIVE_SPEC_UNTESTED_SGLANG | 1: also attach to an untested SGLang version if all hook targets are found |
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ MODES = ("off", "shadow", "active")
 
 @dataclass(frozen=True)
 class PluginSettings:
-    """See the module. k_min, k_max: the configuration's guard rails, for the choice of each step too."""
+    """See the module. k_min, k_max: the configuration's K range, applied to the step choice too."""
 
     mode: Literal["off", "shadow", "active"] = "off"
     runtime_dir: Path = DEFAULT_RUNTIME_DIR

@@ -1,10 +1,9 @@
-"""Tensor-parallel ranks at one K: a new policy is adopted by all of them in the same decode step.
+"""Tensor-parallel ranks run the same K: all adopt a new policy in the same decode step.
 
-Every rank runs the same decode steps in the same order. Every `interval_steps` of them they meet on the CPU group: rank 0 says
-which policy it has and whether its sidecar lives, everybody says whether something failed. A policy nobody has yet is broadcast
-whole, so it does not matter that the page holds something newer by now or that a rank runs on another host; it is adopted only
-if every rank could read it. Between two meetings K follows from the policy, the step count, batch size and KV tokens, which are
-the same everywhere.
+Every rank runs the same decode steps in the same order. Every `interval_steps` steps they meet on the CPU group. Rank 0 states
+its policy version and whether its sidecar is alive; every rank states whether something failed. A new policy is broadcast whole,
+so ranks need neither the page nor the same host. It is adopted only if every rank could decode it. Between two meetings K
+follows from the policy, the step count, batch size and KV tokens, which are equal on all ranks.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ _VERSION, _BYTES, _LIVE, _FAILED = range(4)
 
 
 class Group(Protocol):
-    """What all ranks do together; each call blocks until every rank has made it."""
+    """Collective operations; each call blocks until every rank has made it."""
 
     def total(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
         """Sum over the ranks of int64 arrays of one shape."""
@@ -59,7 +58,7 @@ class TorchGroup:
 
 
 def agree(group: Group, rank: int, ranks: int, mine: int) -> bool:
-    """Whether all ranks gave the same number and none gave 0; each of them must ask."""
+    """Whether all ranks passed the same number and it is not 0. Every rank must call it."""
     numbers = np.zeros(ranks, np.int64)
     numbers[rank] = mine
     found = group.total(numbers)
@@ -67,11 +66,14 @@ def agree(group: Group, rank: int, ranks: int, mine: int) -> bool:
 
 
 class Rendezvous:
-    """One rank's end. policy: what all ranks act on, None for the launch K. swaps: policies adopted. failures: refused ones."""
+    """One rank's part of the rendezvous.
+
+    policy: what all ranks act on, None for the launch K. swaps: policies adopted. failures: policies refused.
+    """
 
     def __init__(self, group: Group, rank: int, interval_steps: int) -> None:
         if interval_steps < 1:
-            raise ValueError(f"interval_steps {interval_steps} is not at least 1")
+            raise ValueError(f"interval_steps: must be at least 1, got {interval_steps}")
         self._group, self._rank, self._interval_steps = group, rank, interval_steps
         self._step = 0
         self._held: Policy | None = None
@@ -79,7 +81,7 @@ class Rendezvous:
         self.swaps = 0
         self.failures = 0
         self.failed = False
-        """Set by whoever saw a failure on this rank; all ranks then run the launch K until a meeting without one."""
+        """Set after a failure on this rank; all ranks then run the launch K until a meeting without a failure."""
 
     def at_step(self, newest: Callable[[], Policy | None]) -> Policy | None:
         """Call once per decode step on every rank; newest is asked on rank 0 only, at meetings. Returns the policy to act on."""
@@ -107,7 +109,7 @@ class Rendezvous:
         self.policy = self._held if head[_LIVE] and not head[_FAILED] else None
 
     def _take(self, payload: bytes | None, size: int) -> bool:
-        """Receive a policy; whether every rank could read it."""
+        """Receive a policy; return whether every rank could decode it."""
         data = self._group.from_first(payload, size)
         try:
             received, bad = decode_policy(data), 0
@@ -122,7 +124,7 @@ class Rendezvous:
 
 
 class RankedTap(EngineTap):
-    """The tap of one rank; rank 0 has ring and page, the others follow it."""
+    """The tap of one rank. Rank 0 writes the ring and reads the page; the others use its policy."""
 
     def __init__(
         self, runtime_dir: Path | str, info: EngineInfo, ring: RingWriter | None, rendezvous: Rendezvous, max_age_s: float = 30.0

@@ -1,4 +1,4 @@
-"""Figures of a running server out of its record ring, for those who watch beside the sidecar."""
+"""Figures of a running server from its record ring, read beside the sidecar by the demonstration and benchmarks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WINDOW_STEPS = 512
 
 
 class RingFollower:
-    """Follows a ring in a thread. kind: under which acceptance is tallied now, one of `kinds`."""
+    """Follows a ring in a thread. kind: of the current traffic, one of `kinds`; acceptance is counted by kind."""
 
     def __init__(self, runtime_dir: Path, kinds: Iterable[str]) -> None:
         self._path = runtime_dir / RING_NAME
@@ -37,7 +37,7 @@ class RingFollower:
         return self._ring.info.candidates if self._ring is not None else ()
 
     def start(self) -> None:
-        """Begin; the engine's ring must be there. Raises OSError and ValueError."""
+        """Open the engine's ring and start the thread. Raises OSError and ValueError for a missing or damaged ring."""
         self._ring = RingReader.open(self._path)
         self._counts = {kind: [[0, 0] for _ in range(self._ring.info.max_k)] for kind in self._counts}
         self._thread.start()
@@ -48,7 +48,7 @@ class RingFollower:
             self._thread.join()
 
     def figures(self) -> dict[str, Any]:
-        """What a status file of the demonstration says of the engine."""
+        """The engine's part of the demonstration's status file."""
         info = self._ring.info if self._ring is not None else None
         window = list(self._window)
         seconds = sum(s for _, s in window)

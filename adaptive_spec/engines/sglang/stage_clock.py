@@ -1,7 +1,7 @@
-"""Moments for the step book: the host's clock on a CPU, CUDA events on a GPU.
+"""Moments of the stages of a step: the host's clock on a CPU, CUDA events on a GPU.
 
-On a GPU a host timer sees launches, not work. Events are recorded on the current stream and asked later whether they are done;
-nothing here ever synchronises. Events come from a pool: creating one costs more than recording it.
+On a GPU a host timer measures launches, not work. Events are recorded on the current stream and queried later; nothing here
+synchronises. Events come from a pool, because creating one costs more than recording it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import time
 from collections import deque
 from typing import Any, Protocol
 
-from adaptive_spec.engines.sglang.step_book import Moment
+from adaptive_spec.engines.sglang.steps_in_flight import Moment
 
 POOL_EVENTS = 256
 
@@ -80,7 +80,7 @@ class EventClock:
         return EventMoment(event, self)
 
     def give_back(self, event: DeviceEvent) -> None:
-        """An event nobody holds any more may be recorded again."""
+        """Return an event that is no longer used to the pool."""
         self._pool.append(event)
 
 

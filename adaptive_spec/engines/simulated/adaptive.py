@@ -16,7 +16,7 @@ from adaptive_spec.domain.policy import Granularity, Policy
 from adaptive_spec.domain.step_record import StepFlag, StepRecord
 from adaptive_spec.engine_side.planner import Planner
 from adaptive_spec.engine_side.step_choice import REQUESTS_REMEMBERED, AcceptanceHistory, refined_k
-from adaptive_spec.engines.simulated.deciders import LAUNCH_K
+from adaptive_spec.engines.simulated.decider import LAUNCH_K
 from adaptive_spec.engines.simulated.plans import padded_sizes
 from adaptive_spec.engines.simulated.scenario import Scenario
 

@@ -7,59 +7,18 @@ import multiprocessing
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from adaptive_spec.engines.simulated.catalogue import build, policy_names
 from adaptive_spec.engines.simulated.peers.sglang_ema import build_params
+from adaptive_spec.engines.simulated.report import MANY_PHASES, result_table
+from adaptive_spec.engines.simulated.results import Result, Run
 from adaptive_spec.engines.simulated.scenario import Scenario, load_scenario
-from adaptive_spec.engines.simulated.server import Run, SimulatedServer
+from adaptive_spec.engines.simulated.server import SimulatedServer
 from adaptive_spec.errors import BadInput
 from adaptive_spec.storage.archive import write_atomically
 
 Progress = Callable[[float], None]
-
-
-@dataclass(frozen=True)
-class Result:
-    """Runs of one scenario by policy, in the order asked for. oracle: the measure, asked for or not."""
-
-    scenario: Scenario
-    runs: dict[str, Run]
-    oracle: Run
-
-    def document(self) -> dict[str, Any]:
-        """The scenario's part of `--json`."""
-        return {
-            "name": self.scenario.name,
-            "granularity": self.scenario.file.granularity,
-            "policies": {name: self._policy(run) for name, run in self.runs.items()},
-        }
-
-    def efficiency(self, run: Run, phase: int | None = None) -> float:
-        """Goodput over the oracle's, of the whole run or of one phase."""
-        if phase is None:
-            return run.goodput / self.oracle.goodput
-        own, best = run.phases[phase].goodput, self.oracle.phases[phase].goodput
-        return own / best if best > 0.0 else 0.0
-
-    def _policy(self, run: Run) -> dict[str, Any]:
-        return {
-            "goodput_tokens_per_s": run.goodput,
-            "efficiency": self.efficiency(run),
-            "swaps": run.swaps,
-            "steps": run.steps,
-            "phases": [
-                {
-                    "at_s": phase.at_s,
-                    "goodput_tokens_per_s": phase.goodput,
-                    "efficiency": self.efficiency(run, index),
-                    "steps_to_95pct": phase.good_after,
-                }
-                for index, phase in enumerate(run.phases)
-            ],
-        }
 
 
 def run_policy(name: str, scenario: Scenario, seed: int, warm: bool = False, each: Progress | None = None) -> Run:
@@ -123,8 +82,6 @@ def bench(paths: Sequence[Path], policies: str, seed: int | None, json_file: Pat
     """Run, print the tables, write the JSON. Raises BadInput before anything has run."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    from adaptive_spec.engines.simulated.report import MANY_PHASES, result_table
 
     # One run is one core's work: threads of linear algebra would only fight over it. Before numpy's first use in a child.
     for variable in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):

@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 from adaptive_spec.engines.simulated.ablation import PREFIX, AdaptiveWithout, Part
 from adaptive_spec.engines.simulated.adaptive import Adaptive, Profile
-from adaptive_spec.engines.simulated.deciders import Decider, Oracle, Static
+from adaptive_spec.engines.simulated.decider import Decider, Static
+from adaptive_spec.engines.simulated.oracle import Oracle
 from adaptive_spec.engines.simulated.peers.goodput_bandit import GoodputBandit
 from adaptive_spec.engines.simulated.peers.offline_files import OfflineFiles
 from adaptive_spec.engines.simulated.peers.sglang_ema import SglangEma

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from rich.table import Table
 
-if TYPE_CHECKING:
-    from adaptive_spec.engines.simulated.bench import Result
-
+from adaptive_spec.engines.simulated.results import Result
 
 MANY_PHASES = 8
 

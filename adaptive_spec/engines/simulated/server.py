@@ -4,75 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from adaptive_spec.domain.arrays import Floats
 from adaptive_spec.domain.step_record import StepRecord
-from adaptive_spec.engines.simulated.deciders import Decider
+from adaptive_spec.engines.simulated.decider import Decider
 from adaptive_spec.engines.simulated.load_path import LoadPath
 from adaptive_spec.engines.simulated.plans import Costs, best_ragged, expected_tokens
 from adaptive_spec.engines.simulated.requests import Requests
+from adaptive_spec.engines.simulated.results import Phase, Run
 from adaptive_spec.engines.simulated.scenario import Scenario
 
-WINDOW_STEPS = 50
-GOOD = 0.95
 NOISE_AHEAD = 4096
 PATH, DRAFTS, NOISE = 11, 12, 13
 """Names of random streams."""
 NO_SCORES = np.zeros((0, 0), dtype=np.float32)
-
-
-@dataclass
-class Phase:
-    """What happened between two events. tokens, seconds: of the steps begun in it. good_after: decode steps until the
-    50-step mean of the chosen plans' expected goodput reached 95 % of the oracle's in the same states, None if never.
-    """
-
-    at_s: float
-    tokens: int = 0
-    seconds: float = 0.0
-    steps: int = 0
-    good_after: int | None = None
-    _chosen: list[float] = field(default_factory=list, repr=False)
-    _best: list[float] = field(default_factory=list, repr=False)
-
-    @property
-    def goodput(self) -> float:
-        """Tokens per simulated second, 0 when no step began in it."""
-        return self.tokens / self.seconds if self.seconds > 0.0 else 0.0
-
-    def compare(self, chosen: float, best: float) -> None:
-        """Count one step's expected goodput beside the oracle's."""
-        self._chosen.append(chosen)
-        self._best.append(best)
-        if len(self._best) >= WINDOW_STEPS:
-            if sum(self._chosen[-WINDOW_STEPS:]) >= GOOD * sum(self._best[-WINDOW_STEPS:]):
-                self.good_after = self.steps
-            if len(self._best) >= 20 * WINDOW_STEPS:
-                del self._chosen[: -WINDOW_STEPS + 1], self._best[: -WINDOW_STEPS + 1]
-
-
-@dataclass(frozen=True)
-class Run:
-    """What a policy made of a scenario. probe_share: of decode time lost to trials, None where that is not known.
-    failures: calls inside the policy that raised and were caught.
-    """
-
-    tokens: int
-    seconds: float
-    steps: int
-    swaps: int
-    phases: tuple[Phase, ...]
-    probe_share: float | None = None
-    failures: int = 0
-
-    @property
-    def goodput(self) -> float:
-        """Tokens per simulated second."""
-        return self.tokens / self.seconds
 
 
 class SimulatedServer:

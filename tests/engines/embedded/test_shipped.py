@@ -6,10 +6,11 @@ import torch
 from adaptive_spec.domain.engine_info import EngineInfo
 from adaptive_spec.engines.embedded.decoder import Decoder
 from adaptive_spec.engines.embedded.lossless import LosslessCheck, greedy_alone
-from adaptive_spec.engines.embedded.models import MAX_BATCH, MAX_K, Models, device_name, engine_info, load_models
+from adaptive_spec.engines.embedded.models import MAX_BATCH, MAX_K, Models, engine_info, load_models
 from adaptive_spec.engines.embedded.quantised import WEIGHT_BITS
 from adaptive_spec.engines.embedded.requests import Request
 from adaptive_spec.engines.embedded.weights import load_prompts
+from adaptive_spec.engines.torch_device import device_name
 from adaptive_spec.errors import BadInput
 from tests.engines.embedded.scripted_tap import RecordingTap
 

@@ -35,16 +35,16 @@ from adaptive_spec.domain.plan_search import best_verified
 from adaptive_spec.domain.policy import Mode, Policy, Trial
 from adaptive_spec.domain.step_record import StepFlag, StepRecord
 from adaptive_spec.engine_side.tap import PAGE_NAME, RING_NAME
-from adaptive_spec.engines.sglang import hooks, plugin
+from adaptive_spec.engines.sglang import hook_guard, hook_targets, plugin
+from adaptive_spec.engines.sglang.attachment import Attachment, Place
 from adaptive_spec.engines.sglang.dspark_attachment import DSparkAttachment
-from adaptive_spec.engines.sglang.engine_side import EngineSide, Place
-from adaptive_spec.engines.sglang.hooks import DSPARK_NEEDED, DSPARK_TARGETS, FAILURES_IN_A_ROW, Guard, Target, missing_targets
+from adaptive_spec.engines.sglang.hook_guard import FAILURES_IN_A_ROW, Guard
+from adaptive_spec.engines.sglang.hook_targets import DSPARK_NEEDED, DSPARK_TARGETS, Target, missing_targets
 from adaptive_spec.engines.sglang.plugin_settings import PluginSettings
-from adaptive_spec.engines.sglang.unsupported import dspark_unsupported_reason
+from adaptive_spec.engines.sglang.supported_servers import dspark_unsupported_reason
 from adaptive_spec.wire.engine_report import EngineReport, read_report
 from adaptive_spec.wire.policy_page import PolicyPage, payload_bytes
 from adaptive_spec.wire.ring import RingReader
-from tests.engines.sglang.dspark_checks import policy
 from tests.engines.sglang.dspark_stand_in import (
     CAPTURED,
     DRAFT_S,
@@ -57,6 +57,7 @@ from tests.engines.sglang.dspark_stand_in import (
     served,
     verify_seconds,
 )
+from tests.engines.sglang.dspark_swap_checks import policy
 from tests.engines.sglang.thread_group import ThreadGroup
 
 SERVER_ARGS = {
@@ -72,8 +73,8 @@ class Plugged:
         self, monkeypatch: pytest.MonkeyPatch, folder: Path, *, plugin_mode: Any = "active", faults: str = "", **server: Any
     ) -> None:
         self.server = StandInServer(monkeypatch, folder, **server)
-        monkeypatch.setenv(hooks.FAULT_VARIABLE, faults)
-        monkeypatch.setattr(EngineSide, "_place", lambda _: Place(0, 1, None))
+        monkeypatch.setenv(hook_guard.FAULT_VARIABLE, faults)
+        monkeypatch.setattr(Attachment, "_place", lambda _: Place(0, 1, None))
         made: list[DSparkAttachment] = []
         init = DSparkAttachment.__init__
 
@@ -103,7 +104,7 @@ class Plugged:
 
     def records(self) -> list[StepRecord]:
         self.server.drain()
-        self.side._book.interrupt()
+        self.side._in_flight.interrupt()
         with RingReader.open(self.runtime_dir / RING_NAME) as ring:
             return list(ring.poll(10_000))
 
@@ -127,7 +128,7 @@ class Plugged:
 @pytest.fixture(autouse=True)
 def unhooked(monkeypatch: pytest.MonkeyPatch) -> None:
     """SGLang's classes are as they were when a test is over."""
-    for target in (*hooks.TARGETS, *DSPARK_TARGETS):
+    for target in (*hook_targets.TARGETS, *DSPARK_TARGETS):
         owner, name = target.path.rsplit(".", 1)
         found = pkgutil.resolve_name(owner)
         monkeypatch.setattr(found, name, vars(found)[name])
@@ -192,7 +193,7 @@ def test_servers_that_are_left_alone(argument: str, value: Any, words: str) -> N
 def test_a_renamed_target_refuses_dspark_and_nobody_else(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     path = "sglang.srt.speculative.dspark_components.dspark_planner.DSparkVerifyPlanner.renamed"
     monkeypatch.setattr(plugin, "DSPARK_TARGETS", (*DSPARK_TARGETS, Target("plan", path, ("self",))))
-    assert plugin.refusal(PluginSettings("active"), hooks.TESTED_VERSIONS[0]) is None, "EAGLE is not concerned"
+    assert plugin.refusal(PluginSettings("active"), hook_targets.TESTED_VERSIONS[0]) is None, "EAGLE is not concerned"
     plugged = Plugged(monkeypatch, folder)
     assert (plugged.report.state, "renamed" in plugged.report.reason) == ("refused", True)
     assert not any("dspark" in target for target in HookRegistry._hooks)
@@ -205,7 +206,7 @@ def test_a_renamed_target_refuses_dspark_and_nobody_else(monkeypatch: pytest.Mon
 def test_eagle_servers_do_not_even_import_dspark(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     HookRegistry.reset()
     plugin._install(PluginSettings("active", folder), "sglang test")
-    assert len(HookRegistry._hooks) == len(hooks.TARGETS)
+    assert len(HookRegistry._hooks) == len(hook_targets.TARGETS)
     assert not any("dspark" in target for target in HookRegistry._hooks)
 
 

@@ -18,7 +18,7 @@ from adaptive_spec.engines.sglang.confidences import (
     StaticBuffers,
     top_probability,
 )
-from adaptive_spec.engines.sglang.step_book import MOST_OPEN
+from adaptive_spec.engines.sglang.steps_in_flight import MOST_OPEN
 
 
 def _output(logits: Tensor) -> Any:

@@ -10,7 +10,7 @@ from adaptive_spec.engines.sglang.cpu_kit import CpuKit
 pytestmark = pytest.mark.server
 
 
-@pytest.mark.parametrize("name", ["dspark_checks.py", "dspark_attachment_checks.py"])
+@pytest.mark.parametrize("name", ["dspark_swap_checks.py", "dspark_attachment_checks.py"])
 def test_in_the_environment_that_has_sglang(kit: CpuKit, name: str) -> None:
     """SGLang's own planner under our swaps, and its own DSpark worker with the plugin in it."""
     checks = Path(__file__).with_name(name)

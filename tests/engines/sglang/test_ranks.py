@@ -160,7 +160,7 @@ def test_a_silent_sidecar_is_the_launch_k_and_needs_no_second_broadcast() -> Non
 
 
 def test_interval_must_be_positive() -> None:
-    with pytest.raises(ValueError, match="interval_steps 0"):
+    with pytest.raises(ValueError, match="interval_steps: must be at least 1, got 0"):
         Rendezvous(Loopback(), 0, 0)
 
 

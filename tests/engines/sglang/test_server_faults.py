@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from adaptive_spec.engines.sglang.cpu_kit import CpuKit
-from adaptive_spec.engines.sglang.hooks import FAILURES_IN_A_ROW, FAULT_VARIABLE, ONCE, TARGETS
+from adaptive_spec.engines.sglang.hook_guard import FAILURES_IN_A_ROW, FAULT_VARIABLE, ONCE
+from adaptive_spec.engines.sglang.hook_targets import TARGETS
 from tests.engines.sglang.server import SglangServer, some_prompts, trace
 
 pytestmark = pytest.mark.server

@@ -116,7 +116,7 @@ def test_another_sglang_is_left_alone(kit: CpuKit, tmp_path: Path) -> None:
         answers = server.load(some_prompts(12, seed=1), 4)
         assert all(answer.exact for answer in answers)
         log = server.log.read_text(errors="replace")
-        assert "left SGLang alone: SGLang 99.0 is not one of the tested versions" in log
+        assert "not attached: SGLang 99.0 is not one of the tested versions" in log
         report = server.report()
         assert report is not None
         assert report.state == "refused"

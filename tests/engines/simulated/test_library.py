@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from adaptive_spec.engines.simulated.bench import Result, run_scenarios
+from adaptive_spec.engines.simulated.bench import run_scenarios
+from adaptive_spec.engines.simulated.results import Result
 from adaptive_spec.engines.simulated.scenario import load_scenario
 
 FOLDER = Path(__file__).parents[2] / "scenarios"

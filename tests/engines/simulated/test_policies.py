@@ -11,10 +11,12 @@ from adaptive_spec.domain.policy import Mode
 from adaptive_spec.domain.step_record import StepFlag
 from adaptive_spec.engines.simulated.adaptive import DELAY_STEPS, Adaptive
 from adaptive_spec.engines.simulated.catalogue import ABLATIONS, PEERS, build, first_phase_profile, policy_names
-from adaptive_spec.engines.simulated.deciders import Oracle, Static
+from adaptive_spec.engines.simulated.decider import Static
+from adaptive_spec.engines.simulated.oracle import Oracle
 from adaptive_spec.engines.simulated.peers.offline_files import OfflineFiles
 from adaptive_spec.engines.simulated.peers.sglang_ema import StandIn, build_params, configuration
-from adaptive_spec.engines.simulated.server import Run, SimulatedServer
+from adaptive_spec.engines.simulated.results import Run
+from adaptive_spec.engines.simulated.server import SimulatedServer
 from adaptive_spec.errors import BadInput
 from tests.engines.simulated.conftest import Small
 

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from adaptive_spec.domain.step_record import StepRecord
-from adaptive_spec.engines.simulated.deciders import Oracle, Static
+from adaptive_spec.engines.simulated.decider import Static
 from adaptive_spec.engines.simulated.load_path import LoadPath
+from adaptive_spec.engines.simulated.oracle import Oracle
 from adaptive_spec.engines.simulated.plans import Costs, best_ragged, expected_tokens
 from adaptive_spec.engines.simulated.requests import Requests
 from adaptive_spec.engines.simulated.scenario import Scenario, TimelineEntry

@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from adaptive_spec.domain.step_record import StepRecord
-from adaptive_spec.engines.simulated.deciders import PlainDecider
+from adaptive_spec.engines.simulated.decider import PlainDecider
 from adaptive_spec.engines.simulated.scenario import Scenario
 
 TURN_STEPS = 8

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from adaptive_spec.domain.plan_search import best_lengths
 from adaptive_spec.domain.step_record import StepRecord
 from adaptive_spec.domain.survival import SurvivalMap
-from adaptive_spec.engines.simulated.deciders import PlainDecider, Static
+from adaptive_spec.engines.simulated.decider import PlainDecider, Static
 from adaptive_spec.engines.simulated.plans import Costs
 from adaptive_spec.engines.simulated.scenario import Scenario
 from adaptive_spec.engines.simulated.server import SimulatedServer

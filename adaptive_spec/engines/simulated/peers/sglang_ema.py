@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from adaptive_spec.domain.step_record import StepRecord
-from adaptive_spec.engines.simulated.deciders import LAUNCH_K, PlainDecider
+from adaptive_spec.engines.simulated.decider import LAUNCH_K, PlainDecider
 from adaptive_spec.engines.simulated.scenario import Scenario
 
 DEFAULT_CONFIG: dict[str, dict[str, Any]] = {

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from adaptive_spec.domain.arrays import Floats
 from adaptive_spec.domain.plan_search import best_lengths
 from adaptive_spec.domain.step_record import StepRecord
-from adaptive_spec.engines.simulated.deciders import PlainDecider
+from adaptive_spec.engines.simulated.decider import PlainDecider
 from adaptive_spec.engines.simulated.plans import Costs
 from adaptive_spec.engines.simulated.scenario import Scenario
 

@@ -1,13 +1,13 @@
-"""The book of decode steps in flight: what was measured of a step, matched with the result that belongs to it.
+"""Decode steps in flight: matches the measurements of each step with its own result.
 
-Under SGLang's overlap scheduler step n + 1 is launched before the result of step n is looked at, and requests join and leave in
-between. So a step travels with its own result object, never by position or batch, and a record is written as soon as its result
-and, on a GPU, all its event times are known.
+SGLang's overlap scheduler launches step n + 1 before it reads the result of step n, and requests join and leave in between. A
+step is therefore attached to its result object, not found by position or batch. A record is written as soon as the result and,
+on a GPU, all event times are known.
 
-    step_s = start of the next step - start of this one          where the next one has begun already (overlap scheduler)
-           = end - start + the usual pause behind such a batch   otherwise; a prefill or an idle time is no pause
+    step_s = start of the next step - start of this one          where the next step has begun already (overlap scheduler)
+           = end - start + mean pause after such a batch         otherwise; prefills and idle times are not pauses
 
-No clock of its own, no torch, no SGLang: moments and confidences come in as objects that know, or do not know yet.
+Reads no clock, imports neither torch nor SGLang: moments and confidences are objects whose values may not be known yet.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from adaptive_spec.domain.step_record import StepFlag
 from adaptive_spec.engine_side.tap import BegunStep
 
 MOST_OPEN = 8
-"""Steps kept waiting; an older one is given up and counted."""
+"""Most steps that wait for results; an older one is dropped and counted as lost."""
 PAUSE_RATE = 0.05
 LONGEST_PAUSE_S = 1.0
 
@@ -38,16 +38,16 @@ class Moment(Protocol):
 
 
 class Confidences(Protocol):
-    """Draft confidences of a step that may still be on their way."""
+    """Draft confidences of a step, whose copy to the host may not be complete."""
 
     def ready(self) -> NDArray[np.float32] | None:
-        """float32 [b, k], values outside (0, 1] are unknown; None while they are not there. Never waits."""
+        """float32 [b, k], values outside (0, 1] are unknown; None until the copy is complete. Never waits."""
         ...
 
 
 @dataclass(frozen=True)
 class KnownConfidences:
-    """Confidences that are there."""
+    """Confidences already on the host."""
 
     values: NDArray[np.float32]
 
@@ -82,7 +82,7 @@ class OpenStep:
 
 @dataclass(frozen=True)
 class FinishedStep:
-    """What a record needs; see `EngineTap.end_step`. rows are the counted ones."""
+    """What a record needs; see `EngineTap.end_step`. Only counted rows."""
 
     begun: BegunStep
     num_tokens: int
@@ -98,8 +98,8 @@ class FinishedStep:
     flags: int
 
 
-class StepBook:
-    """Steps in flight, oldest first. write: takes each finished step. lost: steps given up."""
+class StepsInFlight:
+    """Steps in flight, oldest first. write: takes each finished step. lost: steps dropped without a record."""
 
     def __init__(self, write: Callable[[FinishedStep], None]) -> None:
         self._write = write
@@ -109,7 +109,7 @@ class StepBook:
         self.lost = 0
 
     def begin(self, step: OpenStep) -> None:
-        """A decode step starts; the one before it ends here if the scheduler came straight from it."""
+        """A decode step starts; the previous one ends now if the two share a request."""
         previous, self._last = self._last, step
         if previous is not None and previous.ended is not None and _share(previous.request_ids, step.request_ids):
             previous.next_started = step.started
@@ -121,19 +121,19 @@ class StepBook:
         self.settle()
 
     def abandon(self, step: OpenStep) -> None:
-        """The step came to nothing."""
+        """Drop a step that has no result."""
         if step in self._open:
             self._open.remove(step)
 
     def interrupt(self) -> None:
-        """Something else than decoding runs now: a prefill, an idle time."""
+        """Something other than decoding runs now: a prefill, or idle time."""
         self._last = None
         self.settle()
 
     def result(
         self, step: OpenStep, accept_len: Sequence[int], counted: Sequence[bool], verify_len: NDArray[np.int64] | None = None
     ) -> None:
-        """The result of a step is there. accept_len: accepted draft tokens by row. counted, verify_len: see `OpenStep`."""
+        """Take the result of a step. accept_len: accepted draft tokens by row. counted, verify_len: see `OpenStep`."""
         rows = len(step.request_ids)
         verified = np.full(rows, step.k) if verify_len is None else np.asarray(verify_len, np.int64).clip(0, step.k)
         if len(accept_len) != rows or len(counted) != rows or len(verified) != rows:
@@ -181,7 +181,7 @@ class StepBook:
         values = values[rows]
         known = (values > 0.0) & (values <= 1.0)
         if not known.all():
-            # The counts stay true; what the draft thought of these tokens is not known, so nothing is learnt about that.
+            # The counts are valid; the confidences are not, so the record must not train the calibration.
             values, flags = np.where(known, values, np.float32(1.0)), int(StepFlag.CENSORED)
         if stages["verify"] <= 0.0:
             flags |= int(StepFlag.DISTURBED)
@@ -201,7 +201,7 @@ class StepBook:
             self._pauses_s[rows] = pause_s if usual_s is None else usual_s + PAUSE_RATE * (pause_s - usual_s)
 
     def _pause_s(self, rows: int) -> float:
-        """The usual pause behind a batch of so many requests; of the nearest size known, 0 before there is one."""
+        """Mean pause after a batch of `rows` requests, in seconds; of the nearest known size, 0 before any is known."""
         nearest = min(self._pauses_s, key=lambda known: abs(known - rows), default=None)
         return 0.0 if nearest is None else self._pauses_s[nearest]
 

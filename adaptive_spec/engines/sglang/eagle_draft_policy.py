@@ -1,4 +1,4 @@
-"""What SGLang's AdaptiveController asks for K: its public protocol `AdaptiveSpecPolicy`, answered by the sidecar's policy."""
+"""The sidecar's policy behind SGLang's public protocol `AdaptiveSpecPolicy`, by which its AdaptiveController asks for K."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 
 
 class SidecarDraftPolicy:
-    """Stands where SGLang's own policy stood, and never asks for a state that was not captured.
+    """Replaces SGLang's own policy. Never returns a K whose state was not captured.
 
         K = what was decided for the step just begun     while the plugin decides
-          = K at launch                                  when it should decide and cannot (active, but detached or failing)
+          = K at launch                                  when the plugin is active but detached or failing
           = what SGLang's own policy says                otherwise (shadow, or not attached)
 
-    stock: SGLang's own policy; it knows candidates and graph sizes, and goes on learning while it decides. launch_k: K at launch.
-    decided: returns K of the step just begun, -1 for "K at launch", None for "not ours to say".
+    stock: SGLang's own policy; it knows candidates and graph sizes, and learns while its K is used. launch_k: K at launch.
+    decided: returns K of the step just begun, -1 for the launch K, None where SGLang's own policy decides.
     """
 
     def __init__(self, stock: Any, launch_k: int, decided: Callable[[], int | None]) -> None:
@@ -56,7 +56,7 @@ class SidecarDraftPolicy:
         return rows[at] if rows and at < len(rows) else batch_size
 
     def allowed(self, batch_size: int) -> tuple[int, ...]:
-        """K whose graphs were captured for this batch size, ascending; all captured ones where no graphs are used.
+        """K whose graphs were captured for this batch size, ascending; all captured K where no graphs are used.
 
         The configuration captures a K only for the batch sizes it lists it for; elsewhere it would run without a graph.
         """

@@ -1,16 +1,16 @@
-"""DSpark: hot swap of the running planner's SPS cost table and STS temperatures, from a policy of the online models.
+"""Hot swap of DSpark's SPS cost table and STS temperatures in the running planner, from the sidecar's policy.
 
-SGLang's planner maximises, over the number of verified draft tokens, what our own search does:
+SGLang's planner maximises the same goodput as our plan search, over the number of verified draft tokens:
 
     (b + sum of the best survivals) / step_time(b, b + verified),    step_time(b, m) = bias + alpha(b) + theta(m)
 
 with survival = running product of sigmoid(raw confidence / temperature of its position). It reads table and temperatures from
 files at start only. Here bias + alpha(b) becomes the fixed cost of drafting gamma tokens for b requests, theta the verify latency
-with every corner of its staircase, and each temperature the one under which the calibrated map is closest to a pure scaling of
-the logit. A swap that does not stand every check leaves both as they were.
+staircase, and each temperature the one under which the calibrated map is closest to a scaling of the logit. If a check of the
+new values fails, both stay as they were.
 
-The calibration is one of confidences under the temperatures of the launch, which `dspark_attachment` records whatever the present
-ones are: a map of confidences that the last swap has changed would be answered by a further change, and again.
+The calibration is one of confidences under the temperatures of the launch, which `dspark_attachment` records whatever the current
+ones are. Otherwise each swap would change the confidences the next calibration is fitted to.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from adaptive_spec.domain.survival import GRID_POINTS, LOGIT_LIMIT, SurvivalMap
 
 TEMPERATURE_RANGE = (0.05, 20.0)
 STRAIGHT = 1e-6
-"""Relative deviation from a straight line up to which a token count needs no probe of its own."""
+"""A token count whose latency deviates less than this, relatively, from the line through its neighbours gets no table entry."""
 
 log = logging.getLogger("sglang.adaptive_spec")
 
@@ -47,10 +47,10 @@ def cost_table(policy: Policy, gamma: int, kv_per_request: float = 0.0) -> CostT
     """The policy's predicted step time as SGLang's table. gamma: draft tokens per request. kv_per_request: context tokens of one,
     whose cost SGLang's table can only know as one of requests.
 
-    Raises ValueError when the policy predicts no time for that gamma, or one that cannot be.
+    Raises ValueError when the policy predicts no step time for gamma, or one that is not finite and > 0.
     """
     if not 1 <= gamma <= policy.max_k:
-        raise ValueError(f"gamma {gamma} is not in 1..{policy.max_k} of the policy")
+        raise ValueError(f"gamma: must be in 1..{policy.max_k}, got {gamma}")
     fixed_s = np.asarray(policy.fixed_s[gamma, 1:], np.float64)
     fixed_s = fixed_s + policy.context_s_per_token * kv_per_request * np.arange(1, len(fixed_s) + 1)
     verify_s = np.asarray(policy.verify_s[1:], np.float64)
@@ -58,10 +58,10 @@ def cost_table(policy: Policy, gamma: int, kv_per_request: float = 0.0) -> CostT
         raise ValueError("the policy predicts no time for any batch")
     for name, values in (("fixed_s", fixed_s), ("verify_s", verify_s)):
         if not np.isfinite(values).all() or values.min() < 0.0:
-            raise ValueError(f"{name} holds a value that is no time")
+            raise ValueError(f"{name}: must be finite and at least 0")
     if fixed_s.min() + verify_s.min() <= 0.0:
-        raise ValueError("a step would take no time")
-    # SGLang wants a bias above 0; what is moved from one part to the other changes no sum.
+        raise ValueError("the predicted step time is 0")
+    # SGLang requires a bias above 0; moving time from one part to another does not change the sum.
     bias = float(fixed_s.min())
     shift = 0.0 if bias > 0.0 else 0.5 * float(verify_s.min())
     rows, tokens = _corners(fixed_s), _corners(verify_s)
@@ -89,26 +89,26 @@ def temperatures(survival: SurvivalMap, recorded: Floats) -> Floats:
     0.02 and 0.98, through the origin: y = x * recorded / new. Raises ValueError: not conditional, too short, or out of range.
     """
     if not survival.conditional:
-        raise ValueError("the calibration is one of cumulative scores, temperatures scale single confidences")
+        raise ValueError("the calibration maps cumulative scores; temperatures need one that maps single confidences")
     gamma = len(recorded)
     if len(survival.table) < gamma:
-        raise ValueError(f"the calibration knows {len(survival.table)} positions, {gamma} are drafted")
+        raise ValueError(f"the calibration has {len(survival.table)} positions, {gamma} are drafted")
     x = np.linspace(-LOGIT_LIMIT, LOGIT_LIMIT, GRID_POINTS)
     table = survival.table[:gamma].astype(np.float64)
     y = np.log(table / (1.0 - table))
     inside = np.abs(x) <= 4.0
     slope = (y[:, inside] @ x[inside]) / float(x[inside] @ x[inside])
     if not np.isfinite(slope).all() or slope.min() <= 0.0:
-        raise ValueError("the calibration falls with the confidence, no temperature does that")
+        raise ValueError("the calibration decreases with the confidence; no temperature can express that")
     found: Floats = np.asarray(recorded / slope)
     low, high = TEMPERATURE_RANGE
     if found.min() < low or found.max() > high:
-        raise ValueError(f"temperature {found.min():g}..{found.max():g} is not in {low:g}..{high:g}")
+        raise ValueError(f"temperatures: must be in {low:g}..{high:g}, got {found.min():g}..{found.max():g}")
     return found
 
 
 def nothing_to_swap(planner: Any) -> str | None:
-    """Why verify lengths do not follow from an SPS table in SGLang's planner (a DSparkVerifyPlanner), None if they do."""
+    """Why SGLang's planner (a DSparkVerifyPlanner) does not plan verify lengths by an SPS table; None if it does."""
     if not planner.schedules_verify_budget:
         return f"SGLANG_RAGGED_VERIFY_MODE={planner.mode_value} verifies every drafted token (compact plans verify lengths)"
     if not planner.is_compact_mode:
@@ -126,14 +126,14 @@ def launch_temperatures(planner: Any) -> Floats:
 
 
 class _Prepared(NamedTuple):
-    """What a policy becomes. temperatures: [gamma], None to leave them."""
+    """A policy in SGLang's form. temperatures: [gamma], None to keep the present ones."""
 
     table: Any
     temperatures: Floats | None
 
 
 class DSparkSwap:
-    """Keeps one running planner at the newest policy, and at what it was launched with while there is none.
+    """Keeps one running planner at the newest policy, and at its launch values while there is none.
 
     `at_plan` before the planner plans a step, `at_forward` on the stream of its forward: temperatures are read there by graphs.
     planner: SGLang's DSparkVerifyPlanner, of which `nothing_to_swap` says None. gamma: draft tokens per request. launched: its
@@ -158,8 +158,8 @@ class DSparkSwap:
     def at_plan(self, policy: Policy | None, kv_per_request: float) -> None:
         """Follow the policy of this step, None for none. Never raises; touches the host only.
 
-        Not acting: back to what the server was launched with. Paused, pinned or without a forecast: as it is. With several
-        ranks all must call it in the same step with the same policy; a new one is taken over by all of them or by none.
+        Policy not acting: back to the launch values. Paused, pinned or without a forecast: no change. With several ranks all
+        must call it in the same step with the same policy; a new policy is adopted by all of them or by none.
         """
         if policy is None or not policy.acting:
             self.restore()
@@ -182,29 +182,29 @@ class DSparkSwap:
         self.swaps += 1
 
     def at_forward(self) -> None:
-        """Write what temperatures have become, in the order of the work on this stream and without waiting for it."""
+        """Write changed temperatures on the current stream, without waiting for it."""
         wanted, self._wanted = self._wanted, None
         if wanted is None or self._held is None or np.array_equal(wanted, self._temperatures):
             return
         for position, value in enumerate(wanted.tolist()):
-            self._held[position].fill_(value)  # in place: graphs keep the address. A number needs no copy from the host.
+            self._held[position].fill_(value)  # in place: graphs keep the address; a scalar needs no copy from the host
         self._temperatures = wanted
 
     def force(self, draft_tokens: int | None, rows: int) -> None:
-        """Have the coming step verify so many draft tokens of `rows` requests whatever the table says; None: no more."""
+        """Verify exactly `draft_tokens` draft tokens of `rows` requests in the next step; None: let the table decide again."""
         if draft_tokens is None:
             if self._forced:
                 self._planner.set_forced_budget_frac(None)
                 self._forced = False
             return
         if not self._forced and self._budget.forced_budget_frac is not None:
-            return  # somebody else measures
+            return  # set by SGLang's own profiling
         # SGLang takes the whole part of fraction * rows * gamma.
         self._planner.set_forced_budget_frac((draft_tokens + 0.5) / (rows * self._gamma))
         self._forced = True
 
     def restore(self) -> None:
-        """Back to what the server was launched with; temperatures with the next `at_forward`."""
+        """Back to the launch values; temperatures with the next `at_forward`."""
         if self._version:
             self._budget.sps_table = self._launch_table
             self._wanted = self._launched
@@ -219,11 +219,11 @@ class DSparkSwap:
     def _refuse(self, version: int, reason: str) -> None:
         self.refused += 1
         if reason != self.reason:
-            log.warning("adaptive-spec: policy %d was not taken over, the old SPS table stays: %s", version, reason)
+            log.warning("adaptive-spec: policy %d was not adopted, the SPS table is unchanged: %s", version, reason)
         self.reason = reason
 
     def _prepare(self, policy: Policy, kv_per_request: float) -> _Prepared:
-        """Raises whatever is wrong with the policy, in SGLang's words or ours."""
+        """Convert a policy. Raises ValueError, or what SGLang's own checks raise, for values that are not allowed."""
         from sglang.srt.speculative.dspark_components.dspark_sps import SpsAdditiveCostTable
         from sglang.srt.speculative.dspark_components.dspark_sts import DSparkStsCalibration
 

@@ -22,7 +22,7 @@ from sglang.srt.speculative.dspark_components.dspark_sps import SpsAdditiveCostT
 from adaptive_spec.domain.plan_search import best_verified
 from adaptive_spec.domain.policy import Granularity, Mode, Policy
 from adaptive_spec.domain.survival import GRID_POINTS, LOGIT_LIMIT, SurvivalMap
-from adaptive_spec.engines.sglang.dspark import DSparkSwap, cost_table, launch_temperatures
+from adaptive_spec.engines.sglang.dspark_swap import DSparkSwap, cost_table, launch_temperatures
 
 GAMMA, MAX_BATCH = 5, 16
 X = np.linspace(-LOGIT_LIMIT, LOGIT_LIMIT, GRID_POINTS)

@@ -4,16 +4,7 @@ from typing import Any
 
 import pytest
 
-from adaptive_spec.engines.sglang.hooks import (
-    DSPARK_NEEDED,
-    DSPARK_TARGETS,
-    FAILURES_IN_A_ROW,
-    MEETING,
-    NEEDED,
-    TARGETS,
-    Guard,
-    missing_targets,
-)
+from adaptive_spec.engines.sglang.hook_guard import FAILURES_IN_A_ROW, MEETING, Guard
 
 
 def _original(calls: list[Any]) -> Any:
@@ -83,18 +74,6 @@ def test_faults_can_be_injected(name: str) -> None:
     assert guard.around("draft", None, lambda *_: None)(_original(calls)) == "result"
     assert guard.failures == {"draft": 1}
     assert len(calls) == 1
-
-
-def test_without_sglang_every_target_is_missing() -> None:
-    missing = missing_targets()
-    assert len(missing) >= len(TARGETS)
-    assert all("ModuleNotFoundError" in line for line in missing)
-
-
-def test_each_algorithm_has_targets_of_its_own() -> None:
-    assert len(missing_targets(DSPARK_TARGETS, DSPARK_NEEDED)) == len(DSPARK_TARGETS) + len(DSPARK_NEEDED)
-    assert not any("dspark" in path for path in (*(target.path for target in TARGETS), *NEEDED))
-    assert {target.path for target in TARGETS}.isdisjoint(target.path for target in DSPARK_TARGETS)
 
 
 @pytest.mark.parametrize("hook", ["step", "plan", "draft"])

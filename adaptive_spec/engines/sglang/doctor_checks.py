@@ -1,6 +1,6 @@
-"""What `doctor` says of an installed SGLang: run as a process of its own, for SGLang's import is heavy and talkative.
+"""What `adaptive-spec doctor` reports of an installed SGLang. Run in its own process: SGLang's import is slow and prints.
 
-python -m adaptive_spec.engines.sglang.examine        one JSON line: [[state, subject, text], ...]
+python -m adaptive_spec.engines.sglang.doctor_checks        one JSON line: [[state, subject, text], ...]
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import os
 import sys
 from importlib import metadata
 
-from adaptive_spec.engines.sglang.hooks import DSPARK_NEEDED, DSPARK_TARGETS, TARGETS, TESTED_VERSIONS, missing_targets
+from adaptive_spec.engines.sglang.hook_targets import DSPARK_NEEDED, DSPARK_TARGETS, TARGETS, TESTED_VERSIONS, missing_targets
 from adaptive_spec.engines.sglang.plugin_settings import plugin_settings
 from adaptive_spec.errors import BadInput
 
@@ -26,18 +26,18 @@ def findings() -> list[tuple[str, str, str]]:
     if version in TESTED_VERSIONS:
         found.append(("ok", "sglang", f"{version}, tested"))
     else:
-        text = f"{version} is not one of the tested versions ({tested}): the plugin leaves it alone; see docs/sglang.md"
+        text = f"{version} is not one of the tested versions ({tested}): the plugin does not attach; see docs/sglang.md"
         found.append(("note", "sglang", text))
     missing = missing_targets()
     for text in missing:
-        found.append(("note", "sglang hooks", f"{text}: the plugin leaves this SGLang alone"))
+        found.append(("note", "sglang hooks", f"{text}: the plugin does not attach"))
     if not missing:
-        found.append(("ok", "sglang hooks", f"all {len(TARGETS)} targets are there"))
+        found.append(("ok", "sglang hooks", f"all {len(TARGETS)} targets found"))
     missing = missing_targets(DSPARK_TARGETS, DSPARK_NEEDED)
     for text in missing:
-        found.append(("note", "sglang dspark hooks", f"{text}: the plugin leaves DSPARK servers alone"))
+        found.append(("note", "sglang dspark hooks", f"{text}: the plugin does not attach to DSPARK servers"))
     if not missing:
-        found.append(("ok", "sglang dspark hooks", f"all {len(DSPARK_TARGETS)} targets are there"))
+        found.append(("ok", "sglang dspark hooks", f"all {len(DSPARK_TARGETS)} targets found"))
     found.append(_entry_point())
     try:
         settings = plugin_settings(os.environ)

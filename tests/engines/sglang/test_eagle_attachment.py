@@ -14,9 +14,9 @@ import pytest
 import torch
 
 from adaptive_spec.engine_side.tap import PAGE_NAME, RING_NAME
-from adaptive_spec.engines.sglang.attachment import Attachment
-from adaptive_spec.engines.sglang.engine_side import Place
-from adaptive_spec.engines.sglang.hooks import FAILURES_IN_A_ROW, Guard
+from adaptive_spec.engines.sglang.attachment import Place
+from adaptive_spec.engines.sglang.eagle_attachment import EagleAttachment
+from adaptive_spec.engines.sglang.hook_guard import FAILURES_IN_A_ROW, Guard
 from adaptive_spec.engines.sglang.plugin_settings import PluginSettings
 from adaptive_spec.wire.engine_report import read_report
 from adaptive_spec.wire.policy_page import PolicyPage, payload_bytes
@@ -46,7 +46,7 @@ class Rank:
     def __init__(self, rank: int, folder: Path, group: ThreadGroup | None, faults: str = "", mode: Any = "active") -> None:
         self.guard = Guard(faults)
         settings = PluginSettings(mode, folder, 30.0, rendezvous_steps=INTERVAL)
-        self.attachment = Attachment(settings, self.guard, "sglang test")
+        self.attachment = EagleAttachment(settings, self.guard, "sglang test")
         self.attachment._supported = True
         member = group.member(rank) if group is not None else None
         self.attachment._place = lambda: Place(rank, RANKS if group else 1, member)  # type: ignore[method-assign]  # no SGLang here

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from adaptive_spec.engines.sglang.draft_policy import SidecarDraftPolicy
+from adaptive_spec.engines.sglang.eagle_draft_policy import SidecarDraftPolicy
 
 
 class Stock:

@@ -1,4 +1,4 @@
-"""Why K cannot be decided under the given server arguments, in SGLang's own manner."""
+"""Which server arguments the plugin supports: the reason why it cannot decide K or observe, in the form SGLang gives its own."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from adaptive_spec.wire.slot import MAX_K_LIMIT
 def unsupported_reason(server_args: Any) -> str | None:
     """Return why adaptive-spec cannot decide K under the given server args, or None if supported.
 
-    SGLang's own reasons come first, in its own words: what it cannot adapt, nobody can adapt for it.
+    SGLang's own reasons come first: K cannot change where SGLang cannot change it.
     """
     from sglang.srt.arg_groups.overrides import resolving_view
     from sglang.srt.speculative.adaptive_spec_params import adaptive_unsupported_reason
@@ -20,7 +20,7 @@ def unsupported_reason(server_args: Any) -> str | None:
         return str(reason)
     cfg = resolving_view(server_args)
     if cfg.speculative_use_rejection_sampling:
-        return "speculative_use_rejection_sampling=True is not supported (drafts are sampled, their confidence is another one)"
+        return "speculative_use_rejection_sampling=True is not supported (confidences of sampled drafts are not measured)"
     if cfg.pp_size > 1:
         return f"pp_size={cfg.pp_size} is not supported (the next chain is drafted at the end of a step)"
     if cfg.dp_size > 1:
@@ -31,7 +31,7 @@ def unsupported_reason(server_args: Any) -> str | None:
 
 
 def can_observe(server_args: Any) -> bool:
-    """Whether decode steps can be watched although K cannot change: EAGLE drafting one chain, one replica, one stage."""
+    """Whether decode steps can be observed although K cannot change: EAGLE with one chain, one replica, one pipeline stage."""
     from sglang.srt.arg_groups.overrides import resolving_view
     from sglang.srt.speculative.adaptive_spec_params import adaptive_unsupported_reason
 
@@ -45,7 +45,7 @@ def can_observe(server_args: Any) -> bool:
 
 
 def dspark_unsupported_reason(server_args: Any) -> str | None:
-    """Return why a DSPARK server is left alone, or None if its steps can be watched."""
+    """Return why the plugin does not attach to a DSPARK server, or None if it can observe its steps."""
     from sglang.srt.arg_groups.overrides import resolved_view, resolving_view
     from sglang.srt.runtime_context import attn_dp_enabled_of
     from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
@@ -55,7 +55,7 @@ def dspark_unsupported_reason(server_args: Any) -> str | None:
     if platform_worker is not None:
         return f"the platform serves DSPARK with {platform_worker.__name__}"
     if not str(cfg.device).startswith("cuda"):
-        return f"device={cfg.device} is not supported for DSPARK (only CUDA: elsewhere its copies to the host would wait)"
+        return f"device={cfg.device} is not supported for DSPARK (must be cuda: elsewhere copies to the host would block)"
     if attn_dp_enabled_of(resolved_view(server_args)):
         return "attention DP is not supported (its ranks plan different batches)"
     if cfg.pp_size > 1:

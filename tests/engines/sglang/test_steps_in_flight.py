@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from adaptive_spec.domain.step_record import StepFlag
 from adaptive_spec.engine_side.tap import BegunStep
 from adaptive_spec.engines.sglang.stage_clock import EventClock, HostMoment
-from adaptive_spec.engines.sglang.step_book import MOST_OPEN, FinishedStep, KnownConfidences, OpenStep, StepBook
+from adaptive_spec.engines.sglang.steps_in_flight import MOST_OPEN, FinishedStep, KnownConfidences, OpenStep, StepsInFlight
 
 
 def _step(number: int, ids: Sequence[int], k: int, at_s: float, padded: int | None = None) -> OpenStep:
@@ -36,17 +36,17 @@ def written() -> list[FinishedStep]:
 
 
 @pytest.fixture
-def book(written: list[FinishedStep]) -> StepBook:
-    return StepBook(written.append)
+def in_flight(written: list[FinishedStep]) -> StepsInFlight:
+    return StepsInFlight(written.append)
 
 
-def test_one_after_another(book: StepBook, written: list[FinishedStep]) -> None:
+def test_one_after_another(in_flight: StepsInFlight, written: list[FinishedStep]) -> None:
     """The plain scheduler: forward, result, forward, result."""
     for number in range(1, 4):
         step = _step(number, [1, 2], 3, 0.010 * number)
-        book.begin(step)
+        in_flight.begin(step)
         _end(step, 0.010 * number + 0.007)
-        book.result(step, [3, 1], [True, True])
+        in_flight.result(step, [3, 1], [True, True])
     assert [w.begun.step for w in written] == [1, 2, 3]
     assert written[0].step_s == pytest.approx(0.007), "no pause is known yet"
     assert written[1].step_s == pytest.approx(0.010), "the usual pause included"
@@ -57,22 +57,22 @@ def test_one_after_another(book: StepBook, written: list[FinishedStep]) -> None:
     assert first.verify_len.tolist() == [3, 3]
 
 
-def test_overlap_matches_results_with_their_own_step(book: StepBook, written: list[FinishedStep]) -> None:
+def test_overlap_matches_results_with_their_own_step(in_flight: StepsInFlight, written: list[FinishedStep]) -> None:
     """The overlap scheduler: step 2 is launched, with another batch and another K, before the result of step 1 is looked at."""
     one, two, three = _step(1, [1, 2], 3, 0.0), _step(2, [2, 9, 8], 1, 0.010), _step(3, [9, 8], 0, 0.020)
-    book.begin(one)
+    in_flight.begin(one)
     _end(one, 0.007)
-    book.begin(two)
+    in_flight.begin(two)
     _end(two, 0.017)
-    book.result(one, [2, 0], [True, True])
+    in_flight.result(one, [2, 0], [True, True])
     assert [w.begun.step for w in written] == [1]
-    book.begin(three)
+    in_flight.begin(three)
     _end(three, 0.027)
     # Request 2 ended with the result of step 1; its row of step 2 was computed for nothing and is not counted.
-    book.result(two, [1, 0, 1], [False, True, True])
-    book.interrupt()
+    in_flight.result(two, [1, 0, 1], [False, True, True])
+    in_flight.interrupt()
     assert written[0].step_s == pytest.approx(0.010), "to the start of the next one"
-    book.result(three, [0, 0], [True, True])
+    in_flight.result(three, [0, 0], [True, True])
     assert [w.begun.step for w in written] == [1, 2, 3]
     assert written[0].request_ids.tolist() == [1, 2]
     assert written[0].confidences[0, 0] == pytest.approx(0.1)
@@ -83,85 +83,85 @@ def test_overlap_matches_results_with_their_own_step(book: StepBook, written: li
     assert written[2].confidences.shape == (2, 0)
 
 
-def test_a_prefill_between_steps_is_not_decode_time(book: StepBook, written: list[FinishedStep]) -> None:
+def test_a_prefill_between_steps_is_not_decode_time(in_flight: StepsInFlight, written: list[FinishedStep]) -> None:
     at_s = 0.0
     for number in range(1, 200):
         step = _step(number, [1], 3, at_s)
-        book.begin(step)
+        in_flight.begin(step)
         _end(step, at_s + 0.007)
-        book.result(step, [1], [True])
+        in_flight.result(step, [1], [True])
         at_s += 0.009
     assert written[-1].step_s == pytest.approx(0.009)
-    book.interrupt()
+    in_flight.interrupt()
     assert written[-1].begun.step == 199
     late = _step(200, [1, 2, 3], 3, at_s + 5.0)
-    book.begin(late)
+    in_flight.begin(late)
     _end(late, at_s + 5.008)
-    book.result(late, [1, 1, 1], [True] * 3)
+    in_flight.result(late, [1, 1, 1], [True] * 3)
     assert written[-1].step_s == pytest.approx(0.010), "neither before nor behind it: the usual pause of the nearest batch size"
 
 
-def test_an_idle_time_is_not_decode_time(book: StepBook, written: list[FinishedStep]) -> None:
+def test_an_idle_time_is_not_decode_time(in_flight: StepsInFlight, written: list[FinishedStep]) -> None:
     for number, ids, at_s in ((1, [1, 2], 0.0), (2, [3], 60.0), (3, [4], 120.0)):
         step = _step(number, ids, 3, at_s)
-        book.begin(step)
+        in_flight.begin(step)
         _end(step, at_s + 0.007)
-        book.result(step, [0] * len(ids), [True] * len(ids))
+        in_flight.result(step, [0] * len(ids), [True] * len(ids))
     assert [w.step_s for w in written] == pytest.approx([0.007] * 3)
 
 
-def test_padding(book: StepBook, written: list[FinishedStep]) -> None:
+def test_padding(in_flight: StepsInFlight, written: list[FinishedStep]) -> None:
     step = _step(1, [1, 2, 3], 3, 0.0, padded=4)
-    book.begin(step)
+    in_flight.begin(step)
     _end(step, 0.007)
-    book.result(step, [0, 0, 0], [True] * 3)
-    book.interrupt()
+    in_flight.result(step, [0, 0, 0], [True] * 3)
+    in_flight.interrupt()
     assert (written[0].num_tokens, written[0].padded_tokens) == (12, 16)
 
 
 @pytest.mark.parametrize("bad", [0.0, 1.5, np.nan])
-def test_unknown_confidences_teach_nothing_and_cost_no_count(book: StepBook, written: list[FinishedStep], bad: float) -> None:
+def test_unknown_confidences_are_censored_but_counted(in_flight: StepsInFlight, written: list[FinishedStep], bad: float) -> None:
     step = _step(1, [1, 2], 3, 0.0)
     values = np.full((2, 3), 0.5, np.float32)
     values[1, 0] = bad
     step.confidences = KnownConfidences(values)
-    book.begin(step)
+    in_flight.begin(step)
     _end(step, 0.007)
-    book.result(step, [3, 2], [True, True])
-    book.interrupt()
+    in_flight.result(step, [3, 2], [True, True])
+    in_flight.interrupt()
     assert written[0].flags == StepFlag.CENSORED
     assert written[0].accept_len.tolist() == [3, 2]
     assert ((written[0].confidences > 0) & (written[0].confidences <= 1)).all()
 
 
-def test_confidences_of_another_shape_are_no_confidences(book: StepBook, written: list[FinishedStep]) -> None:
+def test_confidences_of_another_shape_are_no_confidences(in_flight: StepsInFlight, written: list[FinishedStep]) -> None:
     step = _step(1, [1, 2], 3, 0.0)
     step.confidences = KnownConfidences(np.full((2, 2), 0.5, np.float32))
-    book.begin(step)
+    in_flight.begin(step)
     _end(step, 0.007)
-    book.result(step, [3, 2], [True, True])
-    book.interrupt()
+    in_flight.result(step, [3, 2], [True, True])
+    in_flight.interrupt()
     assert written[0].flags == StepFlag.CENSORED
     assert written[0].confidences.shape == (2, 3)
 
 
-def test_a_result_of_another_batch_is_refused(book: StepBook, written: list[FinishedStep]) -> None:
+def test_a_result_of_another_batch_is_refused(in_flight: StepsInFlight, written: list[FinishedStep]) -> None:
     step = _step(1, [1, 2], 3, 0.0)
-    book.begin(step)
+    in_flight.begin(step)
     _end(step, 0.007)
     with pytest.raises(ValueError, match="result of 3 requests for a step of 2"):
-        book.result(step, [1, 2, 3], [True] * 3)
-    book.interrupt()
+        in_flight.result(step, [1, 2, 3], [True] * 3)
+    in_flight.interrupt()
     assert written == []
 
 
-def test_steps_without_a_result_are_given_up(book: StepBook, written: list[FinishedStep]) -> None:
+def test_steps_without_a_result_are_given_up(in_flight: StepsInFlight, written: list[FinishedStep]) -> None:
     for number in range(1, 3 * MOST_OPEN):
         step = _step(number, [1], 3, 0.010 * number)
-        book.begin(step)
+        in_flight.begin(step)
         _end(step, 0.010 * number + 0.007)
-    assert book.lost == 2 * MOST_OPEN - 1
-    book.result(step, [1], [True])
+    assert in_flight.lost == 2 * MOST_OPEN - 1
+    in_flight.result(step, [1], [True])
     assert written == []
 
 
@@ -211,11 +211,11 @@ class Late:
 
 def test_device_times_are_read_when_they_are_there(written: list[FinishedStep]) -> None:
     device = Device()
-    clock, book = EventClock(device.event), StepBook(written.append)
+    clock, in_flight = EventClock(device.event), StepsInFlight(written.append)
     steps = []
     for number in range(1, 5):
         step = OpenStep(BegunStep(number, 1, 1, 10, 0, 0), 1, np.array([5], np.uint32), 1, clock.now())
-        book.begin(step)
+        in_flight.begin(step)
         for stage in ("draft", "verify", "draft_extend"):
             step.stages[stage] = (clock.now(), clock.now())
         step.confidences = Late(device, np.full((1, 1), 0.5, np.float32))
@@ -223,13 +223,13 @@ def test_device_times_are_read_when_they_are_there(written: list[FinishedStep]) 
         steps.append(step)
         if number > 1:  # the host is one step ahead
             device.done_ms = device.launched_ms - 8.0
-            book.result(steps[-2], [1], [True])
+            in_flight.result(steps[-2], [1], [True])
     assert [w.begun.step for w in written] == [1, 2]
     assert written[0].verify_s == pytest.approx(1e-3)
     assert written[0].step_s == pytest.approx(8e-3)
     device.done_ms = device.launched_ms
-    book.result(steps[-1], [1], [True])
-    book.interrupt()
+    in_flight.result(steps[-1], [1], [True])
+    in_flight.interrupt()
     assert [w.begun.step for w in written] == [1, 2, 3, 4]
 
 
@@ -244,24 +244,24 @@ def test_events_are_used_again() -> None:
     assert device.made <= 16
 
 
-def test_lengths_that_differ_by_request(book: StepBook, written: list[FinishedStep]) -> None:
+def test_lengths_that_differ_by_request(in_flight: StepsInFlight, written: list[FinishedStep]) -> None:
     """Ragged verification: tokens follow from the lengths, padding is told, and what had ended counts as work, not as a row."""
     step = _step(1, [1, 2, 3], 4, 0.010)
     step.padded_tokens = 16
-    book.begin(step)
+    in_flight.begin(step)
     _end(step, 0.017)
-    book.result(step, [2, 4, 0], [True, False, True], np.array([2, 4, 1]))
+    in_flight.result(step, [2, 4, 0], [True, False, True], np.array([2, 4, 1]))
     assert (written[0].num_tokens, written[0].padded_tokens) == (10, 16)
     assert written[0].verify_len.tolist() == [2, 1]
     assert written[0].accept_len.tolist() == [2, 0]
     step = _step(2, [1, 2], 4, 0.020)
     step.num_tokens, step.padded_tokens = 10, 0
-    book.begin(step)
+    in_flight.begin(step)
     _end(step, 0.027)
-    book.result(step, [4, 1], [True, True], np.array([3, 1]))
+    in_flight.result(step, [4, 1], [True, True], np.array([3, 1]))
     assert (written[1].num_tokens, written[1].padded_tokens) == (10, 10), "all tokens ran, some of them for nothing"
     assert written[1].accept_len.tolist() == [3, 1], "nothing beyond what was verified"
     broken = _step(3, [1, 2], 4, 0.030)
-    book.begin(broken)
+    in_flight.begin(broken)
     with pytest.raises(ValueError, match="for a step of 2"):
-        book.result(broken, [1, 1], [True, True], np.array([1]))
+        in_flight.result(broken, [1, 1], [True, True], np.array([1]))

@@ -1,0 +1,193 @@
+"""The hooks of an EAGLE server, in the order in which a decode step calls them.
+
+    worker, controller, attach      once, while the server starts
+    step -> draft, draft_forward -> verify -> draft_extend -> results      every decode step
+
+Exceptions are caught by `hook_guard.Guard`; SGLang then runs the step by itself.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+import numpy as np
+
+from adaptive_spec.domain.policy import Granularity
+from adaptive_spec.engine_side.step_choice import REQUESTS_REMEMBERED, AcceptanceHistory, refined_k
+from adaptive_spec.engine_side.tap import BegunStep
+from adaptive_spec.engines.sglang.attachment import Attachment, Place, decodes, kv_tokens_of, max_batch, request_id
+from adaptive_spec.engines.sglang.eagle_draft_policy import SidecarDraftPolicy
+from adaptive_spec.engines.sglang.hook_guard import Guard
+from adaptive_spec.engines.sglang.plugin_settings import PluginSettings
+from adaptive_spec.engines.sglang.stage_clock import clock_for
+from adaptive_spec.engines.sglang.steps_in_flight import OpenStep
+
+LAUNCH = -1
+
+log = logging.getLogger("sglang.adaptive_spec")
+
+
+class EagleAttachment(Attachment):
+    """One per process. Decides K in mode active; observes in mode shadow and where K cannot change."""
+
+    def __init__(self, settings: PluginSettings, guard: Guard, engine: str) -> None:
+        super().__init__(settings, guard, engine)
+        self._supported = False
+        self._policy: SidecarDraftPolicy | None = None
+        self._history: AcceptanceHistory | None = None
+        self._confidences: Any = None
+        self._decided: int | None = None
+
+    # -- once ----------------------------------------------------------------------------------------------------------
+
+    def worker_after(self, note: None, worker_class: Any, algorithm: Any, server_args: Any) -> None:
+        """SGLang has chosen its speculative worker: find out whether K can be decided for it, and report it if not."""
+        from adaptive_spec.engines.sglang.supported_servers import can_observe, unsupported_reason
+
+        reason = unsupported_reason(server_args)
+        self._supported = reason is None
+        if reason is None:
+            return
+        log.warning("adaptive-spec: K is not decided here: %s", reason)
+        if can_observe(server_args):
+            self.report("refused", reason)
+        else:
+            self.refuse(reason)
+
+    def draft_policy(self, worker: Any, stock: Any) -> Any:
+        """The policy AdaptiveController is given in place of SGLang's own."""
+        if self._guard.closed is not None or not self._supported:
+            return stock
+        self._guard.fault("controller")
+        self._policy = SidecarDraftPolicy(stock, int(worker.speculative_num_steps), self._k_decided)
+        return self._policy
+
+    def _before_capture(self, worker: Any) -> None:
+        """The computation of the confidences must become part of the CUDA graphs."""
+        import torch
+
+        from adaptive_spec.engines.sglang.confidences import ConfidenceTap
+
+        captured = self._policy.captured if self._policy is not None else (int(worker.speculative_num_steps),)
+        device = torch.device(str(worker.device))
+        self._clock = clock_for(device.type)
+        self._confidences = ConfidenceTap(worker._draft_worker, max_batch(worker), max(captured), device)
+
+    def _begin(self, worker: Any, place: Place) -> None:
+        """All states are captured: publish the engine's abilities and open the tap."""
+        controller = worker.adaptive_controller
+        launch_k = int(worker.speculative_num_steps)
+        candidates = tuple(sorted(int(k) for k in controller._states)) if controller is not None else (launch_k,)
+        if self._policy is not None:
+            self._policy.captured = candidates
+        info = self._info(worker, place, launch_k, candidates, Granularity.BATCH)
+        self._first_rank = place.rank == 0
+        scores = self._settings.batch_scores
+        if scores == "on" or (scores == "auto" and place.ranks == 1):
+            self._history = AcceptanceHistory(max(candidates[-1], 1), REQUESTS_REMEMBERED)
+        self._tap = self._open_tap(info, place)
+        self._worker = worker
+        if self._policy is not None:
+            self.report("attached", "")
+            log.info("adaptive-spec: attached, mode %s, K %d at launch, candidates %s", self._settings.mode, launch_k, candidates)
+        else:
+            self.report("observing", self._reason)
+
+    def _terms(self) -> int:
+        """Checksum of everything beside the policy that K depends on; never 0."""
+        policy = self._policy
+        return self._crc(self._history is not None, policy.captured if policy is not None else None)
+
+    # -- every decode step ---------------------------------------------------------------------------------------------
+
+    def step_before(self, worker: Any, batch: Any, *args: Any, **kwargs: Any) -> OpenStep | None:
+        self._step = self._decided = None
+        tap = self._tap
+        if tap is None or worker is not self._worker:
+            return None
+        if not decodes(batch):
+            self._in_flight.interrupt()
+            return None
+        rows, kv_tokens = len(batch.reqs), kv_tokens_of(batch)
+        self._fall_back_if_closed()
+        started = self._clock.now() if self._guard.closed is None else None
+        # Before anything that can fail: the ranks meet in this call.
+        k = tap.begin_step(rows, kv_tokens, time.monotonic_ns())
+        begun = tap.begun
+        policy = self._policy
+        ids = [request_id(request) for request in batch.reqs]
+        if policy is not None and self._settings.mode == "active":
+            self._decided = k = policy.nearest(rows, k)
+            if begun.policy_version:
+                self._decided = k = self._by_scores(policy, ids, batch, k, kv_tokens)
+        else:
+            # The policy does not act on this step, so the record names none.
+            begun = BegunStep(begun.step, k, rows, kv_tokens, 0, 0)
+        if started is None:
+            return None
+        padded = policy.padded_rows(rows) if policy is not None else rows
+        self._step = OpenStep(begun, k, np.array(ids, np.uint32), padded, started)
+        self._in_flight.begin(self._step)
+        return self._step
+
+    def _ran(self, step: OpenStep, worker: Any) -> None:
+        step.k = int(worker.speculative_num_steps)
+
+    def draft_after(self, started: Any, verify_input: Any, draft_worker: Any, batch: Any, *args: Any, **kwargs: Any) -> None:
+        step = self._step
+        if step is None or started is None:
+            return
+        step.stages["draft"] = (started, self._clock.now())
+        step.confidences = self._confidences.after_draft(batch.spec_info.topk_p, int(draft_worker.speculative_num_steps))
+
+    def draft_forward_before(self, draft_worker: Any, forward_batch: Any) -> None:
+        if self._confidences is not None:
+            self._confidences.before_draft_forward()
+
+    def draft_forward_after(self, note: None, result: Any, draft_worker: Any, forward_batch: Any) -> None:
+        if self._confidences is not None and not forward_batch.forward_mode.is_idle():
+            self._confidences.after_draft_forward()
+
+    def verify_after(self, started: Any, *args: Any, **kwargs: Any) -> None:
+        if self._step is not None and started is not None:
+            self._step.stages["verify"] = (started, self._clock.now())
+
+    def draft_extend_before(self, *args: Any, **kwargs: Any) -> Any:
+        if self._step is None:
+            return None
+        self._confidences.before_extend()
+        return self._clock.now()
+
+    def draft_extend_after(
+        self, started: Any, result: Any, draft_worker: Any, batch: Any, batch_result: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        if self._step is None or started is None:
+            return
+        self._step.stages["draft_extend"] = (started, self._clock.now())
+        self._confidences.after_extend(batch_result.next_draft_input)
+
+    def _took(self, step: OpenStep) -> None:
+        if self._history is not None and step.accept_len is not None and step.counted is not None:
+            self._history.observe(step.request_ids[step.counted].tolist(), step.accept_len[step.counted], step.k)
+
+    # -- inside --------------------------------------------------------------------------------------------------------
+
+    def _k_decided(self) -> int | None:
+        """See `SidecarDraftPolicy`. Never raises."""
+        if self._policy is None or self._tap is None or self._settings.mode != "active":
+            return None
+        ours = self._decided is not None and (self._guard.closed is None or self._guard.lockstep)
+        return self._decided if ours else LAUNCH
+
+    def _by_scores(self, policy: SidecarDraftPolicy, ids: list[int], batch: Any, k: int, kv_tokens: int) -> int:
+        """The step choice: K of this step from the acceptance history and the known scores of its requests."""
+        if self._history is None or self._tap is None:
+            return k
+        settings = self._settings
+        candidates = [c for c in policy.allowed(len(ids)) if c == k or settings.k_min <= c <= settings.k_max]
+        first = batch.spec_info.topk_p
+        # On a GPU the host would have to wait for the score; there the history alone is used.
+        known = first.reshape(-1).numpy() if first is not None and first.device.type == "cpu" and len(first) == len(ids) else None
+        return refined_k(self._history, self._tap.planner, ids, known, k, kv_tokens, policy.padded_rows(len(ids)), candidates)

@@ -1,0 +1,125 @@
+"""The guard around every hook: a failure of the plugin never reaches SGLang.
+
+A hook is a pair `before(...) -> note` and `after(note, result, ...)` around one function of SGLang, which is always called
+exactly once, with the arguments it was given. An exception of the pair is counted and dropped. A hook that fails
+`FAILURES_IN_A_ROW` times in a row, or once while the server starts, closes the guard: SGLang's functions are still called,
+the hooks are not.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+FAILURES_IN_A_ROW = 8
+FAULT_VARIABLE = "ADAPTIVE_SPEC_INJECT_FAULT"
+"""For tests: comma-separated hooks that raise, such as `draft` or `draft/after`, or `draft:3` to raise three times. `@FILE`: read
+them from a file, which may change."""
+
+MEETING = frozenset({"step", "plan"})
+"""Hooks in which ranks meet; see `Guard.lockstep`."""
+ONCE = frozenset({"worker", "controller", "attach"})
+"""Hooks that run once, while the server starts. One failure there detaches the plugin: it cannot be attached in part."""
+
+log = logging.getLogger("sglang.adaptive_spec")
+
+
+class InjectedFaults:
+    """See FAULT_VARIABLE."""
+
+    def __init__(self, text: str) -> None:
+        self._file = text[1:] if text.startswith("@") else None
+        self._text = ""
+        self._left: dict[str, float] = {}
+        self._read("" if self._file else text)
+
+    def due(self, name: str) -> bool:
+        if self._file is not None:
+            with open(self._file, encoding="utf-8") as file:
+                self._read(file.read())
+        left = self._left.get(name, 0.0)
+        self._left[name] = left - 1.0
+        return left >= 1.0
+
+    def _read(self, text: str) -> None:
+        if text == self._text:
+            return
+        self._text, self._left = text, {}
+        for entry in text.split(","):
+            name, _, times = entry.strip().partition(":")
+            self._left[name] = float(times) if times else math.inf
+
+
+Before = Callable[..., Any]
+After = Callable[..., None]
+
+
+class Guard:
+    """Counts failures by hook. closed: None, or why hooks are no longer called. on_close: called once, must not raise.
+
+    lockstep: this is one of several ranks. The hooks of `MEETING` are then called even when the guard is closed, because the
+    other ranks wait for this one in them. The agreed K stays in use until all ranks have fallen back to the launch K.
+    """
+
+    def __init__(self, faults: str | None = None) -> None:
+        text = os.environ.get(FAULT_VARIABLE, "") if faults is None else faults
+        self._faults = InjectedFaults(text) if text else None
+        self._row: Counter[str] = Counter()
+        self.failures: Counter[str] = Counter()
+        self.closed: str | None = None
+        self.lockstep = False
+        self.on_close: Callable[[], None] = lambda: None
+
+    def close(self, reason: str) -> None:
+        """Stop calling hooks, and log why."""
+        if self.closed is None:
+            self.closed = reason
+            log.error("adaptive-spec: detached, SGLang runs without the plugin: %s", reason)
+            self.on_close()
+
+    def failed(self, hook: str) -> None:
+        """Count a failure, inside an `except` block; the first of each hook is logged with its traceback."""
+        self.failures[hook] += 1
+        self._row[hook] += 1
+        if self.failures[hook] == 1:
+            log.exception("adaptive-spec: hook %s failed; further failures are only counted", hook)
+        if hook in ONCE:
+            self.close(f"hook {hook} failed while the server started")
+        elif self._row[hook] >= FAILURES_IN_A_ROW:
+            self.close(f"hook {hook} failed {FAILURES_IN_A_ROW} times in a row")
+
+    def fault(self, name: str) -> None:
+        """Raise if a test asked for it."""
+        if self._faults is not None and self._faults.due(name):
+            raise RuntimeError(f"fault injected into {name} by {FAULT_VARIABLE}")
+
+    def around(self, hook: str, before: Before | None, after: After | None) -> Callable[..., Any]:
+        """Return an AROUND hook for SGLang: `wrapper(original, *args, **kwargs)`."""
+
+        def wrapper(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            note, went_well = None, self.closed is None or (self.lockstep and hook in MEETING)
+            if went_well:
+                try:
+                    self.fault(hook)
+                    if before is not None:
+                        note = before(*args, **kwargs)
+                except Exception:
+                    went_well = False
+                    self.failed(hook)
+            result = original(*args, **kwargs)
+            if went_well and after is not None:
+                try:
+                    self.fault(hook + "/after")
+                    after(note, result, *args, **kwargs)
+                except Exception:
+                    went_well = False
+                    self.failed(hook)
+            if went_well and self._row[hook]:
+                self._row[hook] = 0
+            return result
+
+        return wrapper

@@ -1,0 +1,102 @@
+"""What a run of a policy gave: by phase, as a whole, and against the oracle's run of the same scenario."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from adaptive_spec.engines.simulated.scenario import Scenario
+
+WINDOW_STEPS = 50
+GOOD = 0.95
+
+
+@dataclass
+class Phase:
+    """What happened between two events. tokens, seconds: of the steps begun in it. good_after: decode steps until the
+    50-step mean of the chosen plans' expected goodput reached 95 % of the oracle's in the same states, None if never.
+    """
+
+    at_s: float
+    tokens: int = 0
+    seconds: float = 0.0
+    steps: int = 0
+    good_after: int | None = None
+    _chosen: list[float] = field(default_factory=list, repr=False)
+    _best: list[float] = field(default_factory=list, repr=False)
+
+    @property
+    def goodput(self) -> float:
+        """Tokens per simulated second, 0 when no step began in it."""
+        return self.tokens / self.seconds if self.seconds > 0.0 else 0.0
+
+    def compare(self, chosen: float, best: float) -> None:
+        """Count one step's expected goodput beside the oracle's."""
+        self._chosen.append(chosen)
+        self._best.append(best)
+        if len(self._best) >= WINDOW_STEPS:
+            if sum(self._chosen[-WINDOW_STEPS:]) >= GOOD * sum(self._best[-WINDOW_STEPS:]):
+                self.good_after = self.steps
+            if len(self._best) >= 20 * WINDOW_STEPS:
+                del self._chosen[: -WINDOW_STEPS + 1], self._best[: -WINDOW_STEPS + 1]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a policy made of a scenario. probe_share: of decode time lost to trials, None where that is not known.
+    failures: calls inside the policy that raised and were caught.
+    """
+
+    tokens: int
+    seconds: float
+    steps: int
+    swaps: int
+    phases: tuple[Phase, ...]
+    probe_share: float | None = None
+    failures: int = 0
+
+    @property
+    def goodput(self) -> float:
+        """Tokens per simulated second."""
+        return self.tokens / self.seconds
+
+
+@dataclass(frozen=True)
+class Result:
+    """Runs of one scenario by policy, in the order asked for. oracle: the measure, asked for or not."""
+
+    scenario: Scenario
+    runs: dict[str, Run]
+    oracle: Run
+
+    def document(self) -> dict[str, Any]:
+        """The scenario's part of `--json`."""
+        return {
+            "name": self.scenario.name,
+            "granularity": self.scenario.file.granularity,
+            "policies": {name: self._policy(run) for name, run in self.runs.items()},
+        }
+
+    def efficiency(self, run: Run, phase: int | None = None) -> float:
+        """Goodput over the oracle's, of the whole run or of one phase."""
+        if phase is None:
+            return run.goodput / self.oracle.goodput
+        own, best = run.phases[phase].goodput, self.oracle.phases[phase].goodput
+        return own / best if best > 0.0 else 0.0
+
+    def _policy(self, run: Run) -> dict[str, Any]:
+        return {
+            "goodput_tokens_per_s": run.goodput,
+            "efficiency": self.efficiency(run),
+            "swaps": run.swaps,
+            "steps": run.steps,
+            "phases": [
+                {
+                    "at_s": phase.at_s,
+                    "goodput_tokens_per_s": phase.goodput,
+                    "efficiency": self.efficiency(run, index),
+                    "steps_to_95pct": phase.good_after,
+                }
+                for index, phase in enumerate(run.phases)
+            ],
+        }

@@ -46,6 +46,13 @@ class AcceptanceSettings(_Section):
             "Decode steps a calibration remembers, 20..1000000. Larger: steadier, slower to follow traffic. Smaller: the reverse."
         ),
     )
+    confidences: bool = Field(
+        True,
+        description=(
+            "on: the SGLang plugin computes the draft's confidences for EAGLE, a pass over the logits of every drafted token. "
+            "off: it does not, and acceptance is learnt from accepted counts alone."
+        ),
+    )
 
 
 class PolicySettings(_Section):

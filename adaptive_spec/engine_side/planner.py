@@ -5,8 +5,11 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from adaptive_spec.domain.arrays import Floats
 from adaptive_spec.domain.plan_search import best_lengths, best_slots
 from adaptive_spec.domain.policy import TRIAL_PATIENCE_STEPS, Granularity, Policy, Trial
+from adaptive_spec.domain.step_record import UNKNOWN_CONFIDENCE
+from adaptive_spec.domain.survival import SurvivalMap
 
 
 class Planner:
@@ -72,7 +75,10 @@ class Planner:
         return self._k
 
     def verify_lengths(self, confidences: NDArray[np.float32]) -> NDArray[np.uint8]:
-        """Return verify_len [b] for the drafted confidences [b, k] of the step `draft_length` was asked for."""
+        """Return verify_len [b] for the drafted confidences [b, k] of the step `draft_length` was asked for.
+
+        A request with an unknown confidence counts as the mean of those without; where there are none, all drafts are verified.
+        """
         b, k = confidences.shape
         policy = self.policy
         if policy is None or not policy.acting or k == 0:
@@ -81,10 +87,15 @@ class Planner:
             wanted = self._running.num_tokens
             if wanted == 0 or policy.granularity is Granularity.BATCH:
                 return np.full(b, k, dtype=np.uint8)
-            return best_slots(policy.survival.survival(confidences), min(max(wanted - b, 0), b * k))
+            survival = _survival(policy.survival, confidences)
+            if survival is None:
+                survival = np.broadcast_to(-np.arange(k, dtype=np.float64), (b, k))  # first tokens first, requests alike
+            return best_slots(survival, min(max(wanted - b, 0), b * k))
         if policy.verify_all or b * (k + 1) >= len(policy.verify_s):
             return np.full(b, k, dtype=np.uint8)
-        survival = policy.survival.survival(confidences)
+        survival = _survival(policy.survival, confidences)
+        if survival is None:
+            return np.full(b, k, dtype=np.uint8)
         fixed = float(policy.fixed_s[k, min(b, policy.fixed_s.shape[1] - 1)]) + policy.context_s_per_token * self._kv_tokens
         return best_lengths(survival, fixed, policy.verify_s)
 
@@ -98,3 +109,14 @@ class Planner:
             self._trial += 1
             self._trial_steps = self._waited = 0
         return None
+
+
+def _survival(calibration: SurvivalMap, confidences: NDArray[np.float32]) -> Floats | None:
+    """Survival [b, k], None where no request has all its confidences."""
+    survival = calibration.survival(confidences)
+    if np.count_nonzero(confidences) != confidences.size:
+        known = (confidences > UNKNOWN_CONFIDENCE).all(axis=1)
+        if not known.any():
+            return None
+        survival[~known] = survival[known].mean(axis=0)
+    return survival

@@ -169,7 +169,7 @@ class EngineTap:
     def verify_lengths(self, confidences: NDArray[np.float32]) -> NDArray[np.uint8]:
         """Return verify_len uint8 [b], draft tokens to verify per request, for the step just begun.
 
-        confidences: float32 [b, k], the draft's probability of every drafted token, in (0, 1].
+        confidences: float32 [b, k], the draft's probability of every drafted token, in (0, 1]; 0.0 where unknown.
         """
         try:
             if self._ragged and not self._fallback:

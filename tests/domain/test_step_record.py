@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adaptive_spec.domain.step_record import StepRecord
+from adaptive_spec.domain.step_record import UNKNOWN_CONFIDENCE, StepRecord
 from adaptive_spec.wire.slot import HEAD, MAX_BATCH_LIMIT, MAX_K_LIMIT, SlotLayout, decode_slot
 
 LAYOUT = SlotLayout.of(6, 5)
@@ -110,13 +110,14 @@ def spoilt(value: float) -> np.ndarray[tuple[int, int], np.dtype[np.float32]]:
         ("times", {"step_s": float("inf")}),
         ("lengths", {"accept_len": np.array([1, 3], np.uint8)}),
         ("lengths", {"verify_len": np.array([4, 2], np.uint8)}),
-        ("confidences", {"confidences": spoilt(0.0)}),
+        ("confidences", {"confidences": spoilt(-0.1)}),
         ("confidences", {"confidences": spoilt(1.0001)}),
         ("confidences", {"confidences": spoilt(float("nan"))}),
     ],
 )
 def test_the_impossible_is_named(reason: str, changes: dict[str, object]) -> None:
     assert a_record().invalid_reason() is None
+    assert a_record(confidences=spoilt(UNKNOWN_CONFIDENCE)).invalid_reason() is None
     assert a_record(**changes).invalid_reason() == reason
 
 

@@ -275,7 +275,7 @@ def test_records_that_say_the_impossible_are_dropped_and_named(tmp_path: Path) -
     for record in (
         replace(good, verify_s=0.0),
         replace(good, padded_tokens=1),
-        replace(good, confidences=np.zeros((64, 7), np.float32)),
+        replace(good, confidences=np.full((64, 7), -0.5, np.float32)),
         good,
     ):
         writer.write(record)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from adaptive_spec.domain.policy import Granularity
+from adaptive_spec.domain.step_record import StepFlag
 from adaptive_spec.engine_side.step_choice import REQUESTS_REMEMBERED, AcceptanceHistory, refined_k
 from adaptive_spec.engine_side.tap import BegunStep
 from adaptive_spec.engines.sglang.attachment import Attachment, Place, decodes, kv_tokens_of, max_batch, request_id
@@ -39,6 +40,7 @@ class EagleAttachment(Attachment):
         self._history: AcceptanceHistory | None = None
         self._confidences: Any = None
         self._decided: int | None = None
+        self._draft_is_stale = False
 
     # -- once ----------------------------------------------------------------------------------------------------------
 
@@ -68,11 +70,13 @@ class EagleAttachment(Attachment):
         """The computation of the confidences must become part of the CUDA graphs."""
         import torch
 
+        device = torch.device(str(worker.device))
+        self._clock = clock_for(device.type)
+        if self._settings.confidences == "off":
+            return
         from adaptive_spec.engines.sglang.confidences import ConfidenceTap
 
         captured = self._policy.captured if self._policy is not None else (int(worker.speculative_num_steps),)
-        device = torch.device(str(worker.device))
-        self._clock = clock_for(device.type)
         self._confidences = ConfidenceTap(worker._draft_worker, max_batch(worker), max(captured), device)
 
     def _begin(self, worker: Any, place: Place) -> None:
@@ -98,7 +102,7 @@ class EagleAttachment(Attachment):
     def _terms(self) -> int:
         """Checksum of everything beside the policy that K depends on; never 0."""
         policy = self._policy
-        return self._crc(self._history is not None, policy.captured if policy is not None else None)
+        return self._crc(self._history is not None, policy.captured if policy is not None else None, self._settings.confidences)
 
     # -- every decode step ---------------------------------------------------------------------------------------------
 
@@ -134,13 +138,18 @@ class EagleAttachment(Attachment):
 
     def _ran(self, step: OpenStep, worker: Any) -> None:
         step.k = int(worker.speculative_num_steps)
+        if step.k and self._draft_is_stale:
+            step.flags |= int(StepFlag.CENSORED)
+        # SGLang may skip draft-extend at K = 0: the next draft then starts from a state that is not its requests' own.
+        self._draft_is_stale = step.k == 0 and "draft_extend" not in step.stages
 
     def draft_after(self, started: Any, verify_input: Any, draft_worker: Any, batch: Any, *args: Any, **kwargs: Any) -> None:
         step = self._step
         if step is None or started is None:
             return
         step.stages["draft"] = (started, self._clock.now())
-        step.confidences = self._confidences.after_draft(batch.spec_info.topk_p, int(draft_worker.speculative_num_steps))
+        if self._confidences is not None:
+            step.confidences = self._confidences.after_draft(batch.spec_info.topk_p, int(draft_worker.speculative_num_steps))
 
     def draft_forward_before(self, draft_worker: Any, forward_batch: Any) -> None:
         if self._confidences is not None:
@@ -157,7 +166,8 @@ class EagleAttachment(Attachment):
     def draft_extend_before(self, *args: Any, **kwargs: Any) -> Any:
         if self._step is None:
             return None
-        self._confidences.before_extend()
+        if self._confidences is not None:
+            self._confidences.before_extend()
         return self._clock.now()
 
     def draft_extend_after(
@@ -166,7 +176,8 @@ class EagleAttachment(Attachment):
         if self._step is None or started is None:
             return
         self._step.stages["draft_extend"] = (started, self._clock.now())
-        self._confidences.after_extend(batch_result.next_draft_input)
+        if self._confidences is not None:
+            self._confidences.after_extend(batch_result.next_draft_input)
 
     def _took(self, step: OpenStep) -> None:
         if self._history is not None and step.accept_len is not None and step.counted is not None:
@@ -187,7 +198,8 @@ class EagleAttachment(Attachment):
             return k
         settings = self._settings
         candidates = [c for c in policy.allowed(len(ids)) if c == k or settings.k_min <= c <= settings.k_max]
-        first = batch.spec_info.topk_p
+        # Without the tap topk_p is SGLang's constant 1.0.
+        first = batch.spec_info.topk_p if self._confidences is not None else None
         # On a GPU the host would have to wait for the score; there the history alone is used.
         known = first.reshape(-1).numpy() if first is not None and first.device.type == "cpu" and len(first) == len(ids) else None
         return refined_k(self._history, self._tap.planner, ids, known, k, kv_tokens, policy.padded_rows(len(ids)), candidates)

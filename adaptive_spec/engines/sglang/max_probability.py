@@ -12,11 +12,13 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
+from adaptive_spec.domain.step_record import UNKNOWN_CONFIDENCE
+
 if TYPE_CHECKING:
     from torch import Tensor
 
-UNKNOWN = 0.0
-"""Result for a row that has no softmax: all logits -inf, one of them NaN or +inf. No probability has this value."""
+UNKNOWN = UNKNOWN_CONFIDENCE
+"""Result for a row that has no softmax: all logits -inf, one of them NaN or +inf."""
 GROUP_ELEMENTS = 1 << 18
 """Logits a CPU thread handles at a time: their softmax (1 MiB) stays in the cache. Four times more or less costs the same, all
 at once 2 to 4 times as much, most of it page faults (`make bench ARGS=confidences`)."""

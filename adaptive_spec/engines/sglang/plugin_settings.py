@@ -6,6 +6,7 @@
 | ADAPTIVE_SPEC_CONFIG | the sidecar's YAML: its runtime_dir, and its controller.mode where ADAPTIVE_SPEC_MODE is not set |
 | ADAPTIVE_SPEC_RUNTIME_DIR | folder shared with the sidecar; takes precedence over the configuration |
 | ADAPTIVE_SPEC_BATCH_SCORES | step choice from the batch's own scores: auto (default: with one rank only), on, off |
+| ADAPTIVE_SPEC_CONFIDENCES | draft confidences of EAGLE: on, off; takes precedence over the configuration, whose default is on |
 | ADAPTIVE_SPEC_RENDEZVOUS_STEPS | decode steps between meetings of the ranks, 1..10000, default 16. Larger: later swaps |
 | ADAPTIVE_SPEC_UNTESTED_SGLANG | 1: also attach to an untested SGLang version if all hook targets are found |
 """
@@ -36,6 +37,7 @@ class PluginSettings:
     batch_scores: Literal["auto", "on", "off"] = "auto"
     rendezvous_steps: int = 16
     untested_sglang: bool = False
+    confidences: Literal["on", "off"] = "on"
 
 
 def plugin_settings(environment: Mapping[str, str]) -> PluginSettings:
@@ -44,7 +46,7 @@ def plugin_settings(environment: Mapping[str, str]) -> PluginSettings:
     config = environment.get(PREFIX + "CONFIG", "")
     if mode == "off" or not (mode or config):
         return PluginSettings()
-    runtime_dir, max_age_s, k_min, k_max = DEFAULT_RUNTIME_DIR, 30.0, 0, 32
+    runtime_dir, max_age_s, k_min, k_max, confidences = DEFAULT_RUNTIME_DIR, 30.0, 0, 32, "on"
     if config:
         from adaptive_spec.config.load import load_settings
 
@@ -52,12 +54,14 @@ def plugin_settings(environment: Mapping[str, str]) -> PluginSettings:
         mode = mode or settings.controller.mode
         policy = settings.controller.policy
         runtime_dir, max_age_s, k_min, k_max = settings.runtime_dir, policy.max_age_s, policy.k_min, policy.k_max
+        confidences = "on" if settings.controller.acceptance.confidences else "off"
     runtime_dir = Path(environment.get(PREFIX + "RUNTIME_DIR") or runtime_dir)
     return PluginSettings(
         cast(Literal["off", "shadow", "active"], mode), runtime_dir, max_age_s, k_min, k_max,
         cast(Literal["auto", "on", "off"], _choice(environment, "BATCH_SCORES", ("auto", "on", "off"), "auto")),
         _whole(environment, "RENDEZVOUS_STEPS", 1, 10_000, 16),
         _choice(environment, "UNTESTED_SGLANG", ("0", "1"), "0") == "1",
+        cast(Literal["on", "off"], _choice(environment, "CONFIDENCES", ("on", "off"), confidences)),
     )  # fmt: skip
 
 

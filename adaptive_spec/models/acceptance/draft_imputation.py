@@ -30,14 +30,17 @@ class RecentDrafts:
     def __init__(self, max_k: int) -> None:
         self.max_k = max_k
         self._rows: Confidences = np.full((ROWS, max_k), np.nan, dtype=np.float32)
-        """Oldest first, NaN where nothing was drafted or no row is there yet."""
+        """Oldest first, NaN where nothing was drafted, nothing is known or no row is there yet."""
         self._step = np.full(ROWS, -np.inf)
         self._decks: Confidences = np.full((max_k, CARDS, 2), np.nan, dtype=np.float32)
         """Pairs by the second one's position, oldest first."""
         self._card_step = np.full((max_k, CARDS), -np.inf)
 
     def remember(self, confidences: Confidences, drafted: NDArray[np.int64], step: int) -> None:
-        """Take the drafts of a step or of several: confidences [rows, k], drafted [rows] tokens of each that are real."""
+        """Take the drafts of a step or of several: confidences [rows, k], drafted [rows] leading ones of each that are known.
+
+        A row of which none is known counts as a draft all the same, and displaces an older one.
+        """
         rows, count = confidences[-ROWS:], drafted[-ROWS:]
         n, k = rows.shape
         kept = np.full((n, self.max_k), np.nan, dtype=np.float32)
@@ -55,8 +58,10 @@ class RecentDrafts:
         self._decks[self._card_step <= step - STEPS] = np.nan
 
     def rows(self, step: int) -> Confidences:
-        """The drafts of late [rows, max_k], newest first, missing positions dealt; NaN where no deck is full enough."""
-        filled = ~np.isnan(self._rows[:, 0])
+        """The drafts of late [rows, max_k], newest first, missing positions dealt; NaN where no deck is full enough, and in
+        rows of which nothing is known.
+        """
+        filled = self._step > -np.inf
         young = int((filled & (self._step > step - STEPS)).sum())
         rows = self._rows[filled][::-1][: max(young, NEWEST_ROWS)].copy()
         for j in range(1, self.max_k):

@@ -16,7 +16,8 @@ from statistics import median
 
 import click
 
-from adaptive_spec.engines.simulated.bench import Result, run_scenarios
+from adaptive_spec.engines.simulated.bench import run_scenarios
+from adaptive_spec.engines.simulated.results import Result
 from adaptive_spec.engines.simulated.scenario import load_scenario
 
 VOCABULARIES = (32_000, 128_256, 151_936)

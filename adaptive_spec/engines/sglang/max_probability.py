@@ -32,24 +32,42 @@ def max_probability(logits: Tensor) -> Tensor:
     May be called while a CUDA graph is captured: it never waits for the device, and what it allocates has the same size for the
     same shape. A kernel that was not compiled before the capture is not compiled within it; PyTorch's operators are captured.
     """
-    rows = logits.reshape(-1, logits.shape[-1])
+    rows = logits if logits.dim() == 2 else logits.reshape(-1, logits.shape[-1])
     found = _by_kernel.of(rows) if rows.is_cuda else None
-    return (plain_max_probability(rows) if found is None else found).reshape(logits.shape[:-1])
+    if found is None:
+        found = plain_max_probability(rows)
+    return found if rows is logits else found.reshape(logits.shape[:-1])
 
 
 def plain_max_probability(rows: Tensor) -> Tensor:
     """The same for logits [rows, V] by PyTorch's operators."""
     import torch
 
+    step = max(torch.get_num_threads(), GROUP_ELEMENTS // rows.shape[-1])
     if rows.is_cuda:
         values = rows.float()
         probability = (values.amax(dim=-1) - torch.logsumexp(values, dim=-1)).exp()
+    elif len(rows) <= step:  # every call of PyTorch counts for a single row
+        probability = torch.softmax(rows.float(), dim=-1).amax(dim=-1)
     else:
-        step = max(torch.get_num_threads(), GROUP_ELEMENTS // rows.shape[-1])
-        groups = [torch.softmax(group, dim=-1, dtype=torch.float32).amax(dim=-1) for group in torch.split(rows, step)]
-        probability = groups[0] if len(groups) == 1 else torch.cat(groups)
-    # NaN > 0 is false. No rounding brings a probability to 0: it is at least 1 / V.
-    return torch.where(probability > 0.0, probability, UNKNOWN)
+        probability = _in_groups(rows, step)
+    return probability.nan_to_num_(nan=UNKNOWN)
+
+
+def _in_groups(rows: Tensor, step: int) -> Tensor:
+    """The same for `step` rows at a time, NaN where unknown. One block of memory for all groups, or each would be faulted in."""
+    import torch
+
+    result = torch.empty(len(rows), dtype=torch.float32)
+    softmax = torch.empty((step, rows.shape[-1]), dtype=torch.float32)
+    values = None if rows.dtype == torch.float32 else torch.empty_like(softmax)
+    for begin in range(0, len(rows), step):
+        group = rows[begin : begin + step]
+        n = len(group)
+        if values is not None:
+            group = values[:n].copy_(group)
+        torch.amax(torch.softmax(group, dim=-1, out=softmax[:n]), dim=-1, out=result[begin : begin + n])
+    return result
 
 
 class _Kernel:

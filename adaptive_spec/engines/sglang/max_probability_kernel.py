@@ -4,7 +4,7 @@
     combine     M = max m, S = sum(s exp(m - M)), result 1 / S     one program per row
 
 S >= 1 wherever there is a softmax, the largest logit's own term being exp(0). A NaN or +inf makes S NaN and a row of -inf makes
-it 0: neither is >= 1, and the result is UNKNOWN.
+it 0: neither is >= 1, and the result is UNKNOWN_CONFIDENCE.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from adaptive_spec.engines.sglang.max_probability import UNKNOWN
+from adaptive_spec.domain.step_record import UNKNOWN_CONFIDENCE
 
 BLOCK = 4096
 """Logits per split: 16 in each of 256 threads, and 38 programs for one row of 152 000."""
@@ -57,5 +57,5 @@ def split_max_probability(logits: Tensor, block: int = BLOCK) -> Tensor:
         _partial[rows, splits](
             logits, maxima, sums, vocabulary, splits, logits.stride(0), logits.stride(1), BLOCK=block, num_warps=WARPS
         )
-        _combine[(rows,)](maxima, sums, result, splits, UNKNOWN, SPLITS=triton.next_power_of_2(splits), num_warps=1)
+        _combine[(rows,)](maxima, sums, result, splits, UNKNOWN_CONFIDENCE, SPLITS=triton.next_power_of_2(splits), num_warps=1)
     return result

@@ -35,9 +35,11 @@ def test_a_row_without_a_softmax_is_unknown() -> None:
     assert max_probability(logits).tolist() == [0.25, UNKNOWN, UNKNOWN, UNKNOWN, 1.0]
 
 
-def test_large_inputs_are_handled_in_groups_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_large_inputs_are_handled_in_groups_of_rows(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    logits = torch.randn(23, 50)
+    logits = torch.randn(23, 50).to(dtype)
+    logits[4, 4], logits[22] = torch.nan, -torch.inf
     at_once = max_probability(logits)
     monkeypatch.setattr(module, "GROUP_ELEMENTS", 120)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)

@@ -340,8 +340,9 @@ def _records(rank: Rank, topk_p: torch.Tensor, ran: list[int]) -> list[Any]:
     mode = SimpleNamespace(is_extend=lambda: False, is_idle=lambda: False)
     requests = [SimpleNamespace(rid=f"r{i}", is_retracted=False, finished=lambda: False) for i in range(2)]
     batch = SimpleNamespace(
-        forward_mode=mode, is_extend_in_batch=False, reqs=requests, seq_lens_sum=60, spec_info=SimpleNamespace(topk_p=topk_p)
-    )
+        forward_mode=mode, is_extend_in_batch=False, reqs=requests, seq_lens_sum=60, spec_info=SimpleNamespace(topk_p=topk_p),
+        has_grammar=False, return_logprob=False,
+    )  # fmt: skip
     for k in ran:
 
         def forward(worker: Any, batch: Any, k: int = k) -> Any:
@@ -385,10 +386,3 @@ def test_the_step_choice_uses_topk_p_only_where_it_is_a_confidence(
     _steps(rank, 20, 5)
     assert seen
     assert all((first is None) if expected is None else (first == np.float32(expected)).all() for first in seen)
-
-
-def test_the_first_step_after_k_zero_without_draft_extend_carries_no_labels(tmp_path: Path, page: PolicyPage) -> None:
-    rank = Rank(0, tmp_path, None, confidences="off")
-    rank.attach()
-    records = _records(rank, torch.zeros(2, 1), [3, 0, 0, 3, 3])
-    assert [bool(record.flags & StepFlag.CENSORED) for record in records] == [False, False, False, True, False]

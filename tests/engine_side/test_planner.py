@@ -164,12 +164,7 @@ def test_a_k_that_is_not_allowed_at_a_batch_size_is_replaced_and_noted() -> None
 def test_a_trial_runs_only_as_asked() -> None:
     made = Planner(LAUNCH_K, 7, ALLOWED)
     made.adopt(policy(trials=(Trial(0, 7, 0, 2), Trial(0, 9, 0, 1), Trial(0, 0, 0, 1))))
-    assert made.draft_length(5, 0) == 1
-    assert not made.in_trial
-    assert made.draft_length(2, 0) == 7
-    assert made.in_trial
-    assert made.draft_length(5, 0) == 1
-    assert made.draft_length(2, 0) == 7
+    assert [(made.draft_length(b, 0), made.in_trial) for b in (5, 2, 5, 2)] == [(1, False), (7, True), (1, False), (7, True)]
     # No engine with max_k = 7 runs the second one: it is skipped.
     steps = [made.draft_length(2, 0) for _ in range(TRIAL_PATIENCE_STEPS)]
     assert (set(steps), made.in_trial) == ({3}, False)

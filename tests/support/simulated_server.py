@@ -51,7 +51,7 @@ class SimulatedServer:
     def __post_init__(self) -> None:
         self.rng = np.random.default_rng(self.seed)
         self.controller = Controller(self.settings, self.info)
-        self.planner = Planner(self.info.launch_k, self.info.max_k)
+        self.planner = Planner(self.info.launch_k, self.info.max_k, self.info.allowed_mask())
         self.now_s = 0.0
         self.steps = 0
         self.records: list[StepRecord] = []
@@ -99,7 +99,7 @@ class SimulatedServer:
         step_s = verify_s + draft_s + 0.0005
         self.now_s += step_s
         self.steps += 1
-        flags = int(StepFlag.TRIAL) if self.planner.in_trial else 0
+        flags = int(StepFlag.TRIAL) if self.planner.in_trial else int(StepFlag.LIMITED) if self.planner.limited else 0
         return StepRecord(
             self.steps, int(self.now_s * 1e9), kv, self.planner.version, num_tokens, num_tokens, b, k, flags, draft_s, verify_s,
             0.0,            step_s, confidences, verify_len, accept_len, np.arange(b, dtype=np.uint32),

@@ -178,8 +178,8 @@ class SidecarSettings(_Section):
         None,
         description=(
             "File with a key, at least 32 characters, shared by the fleet: profiles given to the store are signed with it "
-            "(HMAC-SHA256), and none without a right signature is taken. Must not be readable by others. None: not signed, and "
-            "signatures are not looked at."
+            "(HMAC-SHA256), and a profile without a valid signature is not taken. Must not be readable by others. None: profiles "
+            "are not signed and signatures are not checked."
         ),
     )
     host: HostName = Field("127.0.0.1", min_length=1, description="Address the HTTP server binds. Default: loopback only.")

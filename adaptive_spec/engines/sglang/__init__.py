@@ -4,7 +4,7 @@ Loaded by SGLang's processes; they import numpy and the standard library only, a
 
     plugin                the entry point `register`: decides whether to hook into this SGLang, and registers the hooks
     plugin_settings       the environment variables that configure the plugin
-    hook_targets          which functions of SGLang are hooked or used, for which versions, and which of them are missing
+    contract              all that is hooked or used of SGLang, in groups that may fail separately, and the supported releases
     hook_guard            wraps every hook: counts failures, keeps them from SGLang, detaches after too many
     attachment            what all algorithms share: start-up, the tap, the rank group, results, the engine report
     eagle_attachment      the hooks of an EAGLE server, which decide K of each step
@@ -15,6 +15,7 @@ Loaded by SGLang's processes; they import numpy and the standard library only, a
     steps_in_flight       matches each decode step with its own result and times, and writes the finished step
     stage_clock           stage times: the host's clock on a CPU, CUDA events on a GPU
     confidences           draft confidences from the draft model's logits, copied to the host without waiting
+    switch_upkeep         keeps the log lines and list entries that SGLang leaves at every switch of K in bounds
     ranks                 all tensor-parallel ranks adopt a policy in the same step
 
 Not loaded by SGLang's processes:

@@ -12,9 +12,9 @@ import logging
 import os
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,7 @@ from adaptive_spec import __version__
 from adaptive_spec.domain.engine_info import EngineInfo
 from adaptive_spec.domain.policy import Granularity
 from adaptive_spec.engine_side.tap import EngineTap
+from adaptive_spec.engines.sglang import contract
 from adaptive_spec.engines.sglang.hook_guard import Guard
 from adaptive_spec.engines.sglang.plugin_settings import PluginSettings
 from adaptive_spec.engines.sglang.ranks import Group, RankedTap, Rendezvous, TorchGroup, agree
@@ -47,11 +48,21 @@ class Place(NamedTuple):
 
 
 class Attachment:
-    """The plugin's state in one scheduler process. One per process and algorithm; see the module."""
+    """The plugin's state in one scheduler process. One per process and algorithm; see the module.
+
+    REQUIRED_GROUPS, OPTIONAL_GROUPS: of `contract`, without which it does not attach, or attaches at a lower level. PARTS: group
+    of each part of a hook that may fail without the rest.
+    """
+
+    REQUIRED_GROUPS: ClassVar[tuple[str, ...]] = ()
+    OPTIONAL_GROUPS: ClassVar[tuple[str, ...]] = ()
+    PARTS: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, settings: PluginSettings, guard: Guard, engine: str) -> None:
         self._settings, self._guard, self._engine = settings, guard, engine
-        guard.on_close = self._closed
+        guard.on_close, guard.on_lose, guard.optional = self._closed, self._lost, self.OPTIONAL_GROUPS
+        groups = (*self.REQUIRED_GROUPS, *self.OPTIONAL_GROUPS)
+        guard.groups = {need.hook: need.group for group in groups for need in contract.hooks_of(group)} | dict(self.PARTS)
         self._state: State = "refused"
         self._reason = ""
         self._refused = False
@@ -66,6 +77,14 @@ class Attachment:
         self._reported: EngineReport | None = None
 
     # -- once ----------------------------------------------------------------------------------------------------------
+
+    def own_hooks(self) -> dict[str, Callable[..., None]]:
+        """Hooks that are no pair of `{hook}_before` and `{hook}_after` under the guard."""
+        return {"attach": self.attach}
+
+    def worker_after(self, note: None, worker_class: Any, algorithm: Any, server_args: Any) -> None:
+        """SGLang has chosen its speculative worker: find out what is possible for it."""
+        raise NotImplementedError
 
     def refuse(self, reason: str) -> None:
         """Do not attach to this server: close the guard and report why."""
@@ -212,6 +231,20 @@ class Attachment:
                 step.step_s, step.confidences, step.verify_len, step.accept_len, step.request_ids, step.flags, step.begun,
             )  # fmt: skip
 
+    @property
+    def level(self) -> int | None:
+        """What the plugin does now, 0..3, see `contract.LEVELS`: at 0 it only reports. None: no levels."""
+        if not self.OPTIONAL_GROUPS:
+            return None
+        if not self._tap or self._guard.closed is not None:
+            return 0
+        return 1 + sum(group not in self._guard.lost for group in self.OPTIONAL_GROUPS)
+
+    def _lost(self, group: str) -> None:
+        """A group ended, see `Guard.lose`; what it measured is not there from now on."""
+        if self._tap is not None:
+            self.report(self._state, self._reason)
+
     def _closed(self) -> None:
         self.report("detached", self._guard.closed or "")
 
@@ -229,7 +262,9 @@ class Attachment:
         if not self._first_rank:
             return
         try:
-            report = EngineReport(os.getpid(), self._engine, state, reason, dict(self._guard.failures), self._counters())
+            report = EngineReport(
+                os.getpid(), self._engine, state, reason, dict(self._guard.failures), self._counters(), self.level
+            )
             if report != self._reported:
                 self._settings.runtime_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
                 write_report(self._settings.runtime_dir, report)

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from adaptive_spec.domain.policy import Granularity, Mode
 from adaptive_spec.domain.step_record import StepFlag
 from adaptive_spec.engine_side.tap import BegunStep, EngineTap
+from adaptive_spec.engines.sglang import contract
 from adaptive_spec.engines.sglang.attachment import Attachment, Place, decodes, kv_tokens_of, max_batch, request_id
 from adaptive_spec.engines.sglang.dspark_swap import DSparkSwap, launch_temperatures, nothing_to_swap
 from adaptive_spec.engines.sglang.hook_guard import Guard
@@ -38,6 +39,8 @@ log = logging.getLogger("sglang.adaptive_spec")
 
 class DSparkAttachment(Attachment):
     """One per process. Swaps the SPS table in mode active where the planner uses one; observes otherwise."""
+
+    REQUIRED_GROUPS = (contract.DSPARK,)
 
     def __init__(self, settings: PluginSettings, guard: Guard, engine: str) -> None:
         super().__init__(settings, guard, engine)

@@ -34,13 +34,13 @@ from adaptive_spec.domain.plan_search import best_verified
 from adaptive_spec.domain.policy import Mode, Policy, Trial
 from adaptive_spec.domain.step_record import StepFlag, StepRecord
 from adaptive_spec.engine_side.tap import PAGE_NAME, RING_NAME
-from adaptive_spec.engines.sglang import hook_guard, hook_targets, plugin
+from adaptive_spec.engines.sglang import contract, hook_guard, plugin
 from adaptive_spec.engines.sglang.attachment import Attachment, Place
 from adaptive_spec.engines.sglang.dspark_attachment import DSparkAttachment
 from adaptive_spec.engines.sglang.hook_guard import FAILURES_IN_A_ROW, Guard
-from adaptive_spec.engines.sglang.hook_targets import DSPARK_NEEDED, DSPARK_TARGETS, Target, missing_targets
 from adaptive_spec.engines.sglang.plugin_settings import PluginSettings
 from adaptive_spec.engines.sglang.supported_servers import dspark_unsupported_reason
+from adaptive_spec.engines.static_contract import Need
 from adaptive_spec.wire.engine_report import EngineReport, read_report
 from adaptive_spec.wire.policy_page import PolicyPage, payload_bytes
 from adaptive_spec.wire.ring import RingReader
@@ -127,7 +127,7 @@ class Plugged:
 @pytest.fixture(autouse=True)
 def unhooked(monkeypatch: pytest.MonkeyPatch) -> None:
     """SGLang's classes are as they were when a test is over."""
-    for target in (*hook_targets.TARGETS, *DSPARK_TARGETS):
+    for target in {need.path: need for need in contract.NEEDS if need.hook}.values():
         owner, name = target.path.rsplit(".", 1)
         found = pkgutil.resolve_name(owner)
         monkeypatch.setattr(found, name, vars(found)[name])
@@ -142,7 +142,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_every_target_is_there() -> None:
-    assert missing_targets(DSPARK_TARGETS, DSPARK_NEEDED) == []
+    assert plugin.lacking(contract.DSPARK_GROUPS) == ""
 
 
 def _assigned(owner: type) -> set[str]:
@@ -191,12 +191,12 @@ def test_servers_that_are_left_alone(argument: str, value: Any, words: str) -> N
 
 def test_a_renamed_target_refuses_dspark_and_nobody_else(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     path = "sglang.srt.speculative.dspark_components.dspark_planner.DSparkVerifyPlanner.renamed"
-    monkeypatch.setattr(plugin, "DSPARK_TARGETS", (*DSPARK_TARGETS, Target("plan", path, ("self",))))
-    assert plugin.refusal(PluginSettings("active"), hook_targets.TESTED_VERSIONS[0]) is None, "EAGLE is not concerned"
+    monkeypatch.setattr(contract, "NEEDS", (*contract.NEEDS, Need(contract.DSPARK, path, ("self",), hook="plan")))
+    assert plugin.lacking(contract.EAGLE_GROUPS) == "", "EAGLE is not concerned"
     plugged = Plugged(monkeypatch, folder)
     assert (plugged.report.state, "renamed" in plugged.report.reason) == ("refused", True)
     assert not any("dspark" in target for target in HookRegistry._hooks)
-    assert any("EAGLEWorkerV2" in target for target in HookRegistry._patched)
+    assert not any("EAGLEWorkerV2" in target for target in HookRegistry._hooks), "only what the algorithm needs is hooked"
     plugged.server.step(3)
     plugged.server.drain()
     assert not (plugged.runtime_dir / RING_NAME).exists()
@@ -205,8 +205,7 @@ def test_a_renamed_target_refuses_dspark_and_nobody_else(monkeypatch: pytest.Mon
 def test_eagle_servers_do_not_even_import_dspark(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     HookRegistry.reset()
     plugin._install(PluginSettings("active", folder), "sglang test")
-    assert len(HookRegistry._hooks) == len(hook_targets.TARGETS)
-    assert not any("dspark" in target for target in HookRegistry._hooks)
+    assert list(HookRegistry._hooks) == [need.path for need in contract.hooks_of(contract.OBSERVE)]
 
 
 def test_other_algorithms_are_answered_as_before(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:

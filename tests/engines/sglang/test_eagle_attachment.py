@@ -17,7 +17,7 @@ from adaptive_spec.domain.policy import Mode, Trial
 from adaptive_spec.domain.step_record import StepFlag
 from adaptive_spec.engine_side.tap import PAGE_NAME, RING_NAME
 from adaptive_spec.engines.sglang.attachment import STEP_ATTRIBUTE, Place
-from adaptive_spec.engines.sglang.eagle_attachment import EagleAttachment
+from adaptive_spec.engines.sglang.eagle_attachment import SKIP_EXTEND_VARIABLE, STALE_STEPS, EagleAttachment
 from adaptive_spec.engines.sglang.hook_guard import FAILURES_IN_A_ROW, Guard
 from adaptive_spec.engines.sglang.plugin_settings import PluginSettings
 from adaptive_spec.wire.engine_report import read_report
@@ -68,6 +68,8 @@ class Rank:
             server_args=SimpleNamespace(model_path="/m/x"),
         )  # fmt: skip
         self.policy = self.attachment.draft_policy(self.worker, stock or Stock())
+        self.worker.adaptive_controller.params = self.policy
+        self.grammar = False
         self.captured = False
         self._step = self.guard.around("step", self.attachment.step_before, self.attachment.step_after)
 
@@ -83,6 +85,7 @@ class Rank:
         requests = [SimpleNamespace(rid=f"r{i}") for i in range(rows)]
         batch = SimpleNamespace(
             forward_mode=mode, is_extend_in_batch=False, reqs=requests, seq_lens_sum=kv_tokens,
+            has_grammar=self.grammar, return_logprob=False,
             spec_info=SimpleNamespace(topk_p=torch.full((rows, 1), 0.9)),
         )  # fmt: skip
         found: list[int] = []
@@ -94,7 +97,8 @@ class Rank:
 
         result = self._step(forward, self.worker, batch)
         if hasattr(result, STEP_ATTRIBUTE):
-            self.last_begun = getattr(result, STEP_ATTRIBUTE).begun
+            self.last = getattr(result, STEP_ATTRIBUTE)
+            self.last_begun = self.last.begun
         return found[0]
 
 
@@ -133,7 +137,7 @@ def test_a_rank_that_detaches_takes_all_back(tmp_path: Path, page: PolicyPage, f
     ranks = [Rank(i, tmp_path, group, fallback=fallback) for i in range(RANKS)]
     together(ranks, Rank.attach)
     before = together(ranks, lambda rank: _steps(rank, 2 * INTERVAL, 2))
-    failing = ranks[1].guard.around("verify", lambda: {"a": 1}["x"], None)
+    failing = ranks[1].guard.around("results", lambda: {"a": 1}["x"], None)
     for _ in range(FAILURES_IN_A_ROW):
         failing(lambda: None)
     assert ranks[1].guard.closed
@@ -213,6 +217,84 @@ def test_a_step_that_cannot_be_as_asked_is_limited_and_no_trial(tmp_path: Path) 
     assert not rank.guard.failures
 
 
+def test_a_controller_that_does_not_ask_the_plugin_is_noticed(tmp_path: Path, page: PolicyPage) -> None:
+    """A subclass with a constructor of its own, which does not call the hooked one."""
+
+    class OwnController(SimpleNamespace): ...
+
+    rank = Rank(0, tmp_path, None)
+    rank.worker.adaptive_controller = OwnController(_states=dict.fromkeys(CANDIDATES), params=Stock())
+    rank.attach()
+    report = read_report(tmp_path)
+    assert report is not None
+    assert (report.state, report.reason) == ("observing", "SGLang's OwnController does not ask the plugin's policy for K")
+    rank.step(2, 100)
+    assert rank.last_begun.policy_version == 0
+
+
+def test_a_step_that_waits_on_the_host_is_disturbed(tmp_path: Path) -> None:
+    rank = Rank(0, tmp_path, None)
+    rank.attach()
+    rank.step(2, 100)
+    assert rank.last.flags == 0
+    rank.grammar = True
+    rank.step(2, 100)
+    assert rank.last.flags == StepFlag.DISTURBED
+
+
+@pytest.mark.parametrize("skips", [True, False])
+def test_drafts_after_skipped_ones_teach_no_acceptance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, skips: bool) -> None:
+    monkeypatch.setenv(SKIP_EXTEND_VARIABLE, str(skips).lower())
+    rank = Rank(0, tmp_path, None)
+    rank.attach()
+    flagged = []
+    for k in (3, 0, 0, *[3] * (STALE_STEPS + 2)):
+        rank.step(2, 100, lambda _, k=k: setattr(rank.worker, "speculative_num_steps", k))  # type: ignore[misc]  # k of this round
+        flagged.append(bool(rank.last.flags & StepFlag.CENSORED))
+    assert flagged == [False, False, False, *[skips] * STALE_STEPS, False, False]
+
+
+def _levels(rank: Rank) -> int | None:
+    report = read_report(rank.attachment._settings.runtime_dir)
+    assert report is not None
+    return report.level
+
+
+def test_each_level_fails_alone(tmp_path: Path, page: PolicyPage, caplog: pytest.LogCaptureFixture) -> None:
+    rank = Rank(0, tmp_path, None)
+    rank.attach()
+    side, guard = rank.attachment, rank.guard
+    assert _levels(rank) == 3
+    assert side._confidences is not None
+    for _ in range(FAILURES_IN_A_ROW):
+        guard.part("confidences", lambda: {"a": 1}["x"])
+    assert (_levels(rank), side._confidences) == (2, None)
+    verify = guard.around("verify", lambda *_: {"a": 1}["x"], None)
+    for _ in range(FAILURES_IN_A_ROW):
+        verify(lambda: None)
+    assert _levels(rank) == 1
+    assert guard.closed is None
+    caplog.clear()
+    verify(lambda: None)
+    assert not caplog.records, "one line for each level"
+    assert guard.failures == {"confidences": FAILURES_IN_A_ROW, "verify": FAILURES_IN_A_ROW}
+    results = guard.around("results", side.results_before, side.results_after)
+    rank.step(2, 100)
+    rank.last.ended = side._clock.now()
+    result = SimpleNamespace(num_correct_drafts_per_req_cpu=[1, 2])
+    setattr(result, STEP_ATTRIBUTE, rank.last)
+    requests = [SimpleNamespace(is_retracted=False, finished=lambda: False)] * 2
+    results(lambda *_: [], None, result, SimpleNamespace(reqs=requests))
+    with RingReader.open(tmp_path / RING_NAME) as ring:
+        [record] = ring.poll(8)
+    assert record.flags & StepFlag.WHOLE
+    assert not record.flags & StepFlag.DISTURBED
+    assert (record.draft_s, record.draft_extend_s) == (0.0, 0.0)
+    assert 0.0 < record.verify_s <= record.step_s
+    guard.close("no more")
+    assert _levels(rank) == 0
+
+
 def test_results_reach_the_ring_with_their_own_step(tmp_path: Path, page: PolicyPage) -> None:
     rank = Rank(0, tmp_path, None)
     rank.attach()
@@ -222,8 +304,9 @@ def test_results_reach_the_ring_with_their_own_step(tmp_path: Path, page: Policy
     mode = SimpleNamespace(is_extend=lambda: False, is_idle=lambda: False)
     requests = [SimpleNamespace(rid=f"r{i}", is_retracted=False, finished=lambda i=i: i == 1) for i in range(3)]
     batch = SimpleNamespace(
-        forward_mode=mode, is_extend_in_batch=False, reqs=requests, seq_lens_sum=60, spec_info=SimpleNamespace(topk_p=None)
-    )
+        forward_mode=mode, is_extend_in_batch=False, reqs=requests, seq_lens_sum=60, spec_info=SimpleNamespace(topk_p=None),
+        has_grammar=False, return_logprob=False,
+    )  # fmt: skip
     launched = []
     for _ in range(2):
 

@@ -77,7 +77,7 @@ def test_one_k_can_be_watched(kit: CpuKit, tmp_path: Path) -> None:
         with beside(load):
             refused = run_cli("sweep", "--runtime-dir", server.runtime_dir, "--timeout", "50")
         assert refused.returncode == 2, refused.stderr
-        assert refused.stderr.endswith(f"sweep: not possible: {status['reason']}\n")
+        assert refused.stderr.endswith(f"sweep: cannot run: {status['reason']}\n")
 
 
 def test_shadow_leaves_k_to_sglang(kit: CpuKit, tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ def test_another_sglang_is_left_alone(kit: CpuKit, tmp_path: Path) -> None:
         answers = server.load(some_prompts(12, seed=1), 4)
         assert all(answer.exact for answer in answers)
         log = server.log.read_text(errors="replace")
-        assert "not attached: SGLang 99.0 is not one of the tested versions" in log
+        assert "not attached: SGLang 99.0 is not a supported release" in log
         report = server.report()
         assert report is not None
         assert report.state == "refused"

@@ -139,7 +139,7 @@ def test_the_command_says_it_on_one_line_and_exits_2(tmp_path: Path) -> None:
     assert_one_line(run_cli("bench", good, "--policies", "guess"), "--policies", "guess", "static-3")
     assert_one_line(run_cli("bench", good, "--json", tmp_path / "no" / "where.json"), "--json")
     (tmp_path / "twice.yaml").write_text("name: a\nname: b\n")
-    assert_one_line(run_cli("bench", tmp_path / "twice.yaml"), "line 2", "twice")
+    assert_one_line(run_cli("bench", tmp_path / "twice.yaml"), "line 2", "duplicate key")
 
 
 def test_the_curve_is_that_of_the_next_listed_count_and_goes_on_in_a_line(small: Small) -> None:

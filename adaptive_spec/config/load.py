@@ -70,7 +70,7 @@ def validated(section: type[Section], data: object, name: str) -> Section:
     if not isinstance(data, dict):
         raise BadInput(f"{name}: must be keys and values, got a {type(data).__name__}")
     if (key := _not_unicode(data)) is not None:
-        raise BadInput(f"{name}: {key}must be Unicode text without unpaired surrogates")
+        raise BadInput(f"{name}: {key}must be Unicode text, without unpaired surrogates")
     try:
         # Strict, and from JSON: "5" is not a number and true is not 1, but text is accepted as a path.
         return section.model_validate_json(json.dumps(data, default=str), strict=True)
@@ -103,8 +103,9 @@ def _explain(error: ErrorDetails, root: type[BaseModel]) -> str:
     if kind == "literal_error":
         wanted = str(context["expected"])
     wanted = wanted or _WANTED.get(kind)
+    shown = shown_value(value, is_url=error["loc"][-1] in URL_KEYS)
     reason = f"must be {wanted}" if wanted else shortened(error["msg"].removeprefix("Value error, "))
-    return f"{key}: {reason}, got {shown_value(value, is_url=error['loc'][-1] in URL_KEYS)}"
+    return f"{key}: {reason}, got {shown}"
 
 
 def _section(root: type[BaseModel], location: tuple[int | str, ...]) -> type[BaseModel]:

@@ -184,7 +184,7 @@ def test_a_store_that_is_not_supported(url: str, words: str) -> None:
 
 def test_without_fsspec(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "fsspec.core", None)
-    with pytest.raises(BadInput, match=r"profile_store: 'file:///x': fsspec is not installed: pip install"):
+    with pytest.raises(BadInput, match=r"profile_store: 'file:///x': fsspec is not installed: install the extra 'store'"):
         ProfileStore("file:///x")
 
 

@@ -1,6 +1,6 @@
 """Cost of the ranks' rendezvous per decode step: four processes, gloo on the loopback, nothing else in a step.
 
-Four ranks on fewer cores take turns, so these are upper bounds: with a core for each rank a meeting is quicker.
+Four ranks on fewer cores take turns, so these are upper bounds: with a core for each rank a synchronisation is quicker.
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ def measure(interval: int, swap_every: int) -> float:
 @click.command(help=__doc__)
 def main() -> None:
     for interval in INTERVALS:
-        click.echo(f"meeting every {interval:2d} steps: {measure(interval, 0):8.1f} us a step, no new policy")
-    click.echo(f"meeting every 16 steps: {measure(16, 16):8.1f} us a step, a new policy at every meeting")
+        click.echo(f"synchronisation every {interval:2d} steps: {measure(interval, 0):8.1f} us a step, no new policy")
+    click.echo(f"synchronisation every 16 steps: {measure(16, 16):8.1f} us a step, a new policy each time")
 
 
 if __name__ == "__main__":

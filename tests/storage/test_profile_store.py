@@ -226,7 +226,7 @@ def test_no_secret_in_the_log_of_a_failing_store(caplog: pytest.LogCaptureFixtur
 
 def test_without_fsspec(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "fsspec.core", None)
-    with pytest.raises(BadInput, match=r"profile_store: 'file:///x': fsspec is not installed: pip install"):
+    with pytest.raises(BadInput, match=r"profile_store: 'file:///x': fsspec is not installed: install the extra 'store'"):
         ProfileStore("file:///x")
 
 

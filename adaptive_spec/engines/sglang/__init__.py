@@ -1,6 +1,7 @@
 """The SGLang plugin: chooses K, or the verify lengths of DSpark, inside SGLang's scheduler processes. See docs/sglang.md.
 
-Loaded by SGLang's processes; they import numpy and the standard library only, and torch and SGLang inside functions:
+Loaded by SGLang's processes. They import numpy and the standard library only, torch and SGLang inside functions, and
+`plugin_settings` imports `config` (pydantic, PyYAML) when ADAPTIVE_SPEC_CONFIG is set:
 
     plugin                the entry point `register`: decides whether to hook into this SGLang, and registers the hooks
     plugin_settings       the environment variables that configure the plugin
@@ -15,7 +16,7 @@ Loaded by SGLang's processes; they import numpy and the standard library only, a
     steps_in_flight       matches each decode step with its own result and times, and writes the finished step
     stage_clock           stage times: the host's clock on a CPU, CUDA events on a GPU
     confidences           draft confidences from the draft model's logits, copied to the host without waiting
-    switch_upkeep         keeps the log lines and list entries that SGLang leaves at every switch of K in bounds
+    switch_upkeep         bounds the log lines and list entries that SGLang adds at every K switch
     ranks                 all tensor-parallel ranks adopt a policy in the same step
 
 Not loaded by SGLang's processes:

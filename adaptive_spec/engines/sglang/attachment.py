@@ -190,12 +190,12 @@ class Attachment:
         self._step = None
         if step is None:
             return
-        self._ran(step, worker)
+        self._on_launched(step, worker)
         step.ended = self._clock.now()
         setattr(result, STEP_ATTRIBUTE, step)
         self._report_when_due()
 
-    def _ran(self, step: OpenStep, worker: Any) -> None:
+    def _on_launched(self, step: OpenStep, worker: Any) -> None:
         """Called when a step was launched."""
 
     def results_before(self, processor: Any, result: Any, batch: Any) -> list[bool]:
@@ -208,19 +208,19 @@ class Attachment:
             return
         delattr(result, STEP_ATTRIBUTE)
         self._in_flight.result(step, result.num_correct_drafts_per_req_cpu, counted, self._verified(result))
-        self._took(step)
+        self._on_result(step)
 
     def _verified(self, result: Any) -> NDArray[np.int64] | None:
         """Draft tokens verified by row [b]; None for all that were drafted."""
         return None
 
-    def _took(self, step: OpenStep) -> None:
+    def _on_result(self, step: OpenStep) -> None:
         """Called when the result of a step was taken."""
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
     def _fall_back_if_closed(self) -> None:
-        """Once this rank is detached, make all ranks fall back to the launch K at the next rendezvous."""
+        """Once this rank is detached, make all ranks use the fallback from the next rendezvous on."""
         if self._guard.closed is not None and self._rendezvous is not None:
             self._rendezvous.failed = True
 

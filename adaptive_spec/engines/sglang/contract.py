@@ -1,8 +1,8 @@
 """All that the plugin uses of SGLang, in one table: `NEEDS`.
 
 Read by `make sglang-matrix` for the wheels of several releases, by `doctor` and by the plugin before it hooks anything. This
-module imports the standard library alone, and nothing of SGLang. Whoever uses another name of SGLang adds it here;
-`tests/engines/sglang/test_contract.py` finds what was forgotten.
+module imports the standard library alone, and nothing of SGLang. A name of SGLang that the plugin uses must be listed
+here; `tests/engines/sglang/test_contract.py` fails for one that is not.
 
 Groups, each with what is lost without it; a server needs those of its algorithm (`EAGLE_GROUPS`, `DSPARK_GROUPS`):
 

@@ -5,10 +5,10 @@
 
 DSpark always drafts gamma tokens; what varies is how many of each request are verified. So K is gamma, the granularity is by
 request, and a policy acts through SGLang's own planner: its SPS table and temperatures (`DSparkSwap`), and, for trials of a sweep
-or probe and for a pinned K, the number of draft tokens it verifies. Ranks meet where SGLang plans the budget of a step: in `plan`
-under the overlap scheduler, else in `step`.
+or probe and for a pinned K, the number of draft tokens it verifies. Ranks synchronise where SGLang plans the
+budget of a step: in `plan` under the overlap scheduler, else in `step`.
 
-Exceptions are caught by `hook_guard.Guard`; SGLang then runs the step by itself.
+Exceptions are caught by `hook_guard.Guard`; SGLang then runs the step without the plugin.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class DSparkAttachment(Attachment):
     def plan_before(self, planner: Any, batch: Any, *args: Any, **kwargs: Any) -> None:
         self._begun = None
         if self._tap is not None and planner is self._planner and decodes(batch):
-            self._meet(self._tap, batch)
+            self._begin_step(self._tap, batch)
 
     def step_before(self, worker: Any, batch: Any, *args: Any, **kwargs: Any) -> OpenStep | None:
         self._step = None
@@ -99,7 +99,7 @@ class DSparkAttachment(Attachment):
         if tap is None:
             return None
         started = self._clock.now() if self._guard.closed is None else None
-        begun = self._begun[1] if self._begun is not None and self._begun[0] is batch else self._meet(tap, batch)
+        begun = self._begun[1] if self._begun is not None and self._begun[0] is batch else self._begin_step(tap, batch)
         self._begun = None
         if self._swap is not None:
             self._swap.at_forward()
@@ -142,8 +142,8 @@ class DSparkAttachment(Attachment):
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
-    def _meet(self, tap: EngineTap, batch: Any) -> BegunStep:
-        """Begin a step: all ranks meet, then the planner is set for the step."""
+    def _begin_step(self, tap: EngineTap, batch: Any) -> BegunStep:
+        """Begin a step: all ranks synchronise, then the planner is set for the step."""
         self._fall_back_if_closed()
         rows, kv_tokens = len(batch.reqs), kv_tokens_of(batch)
         tap.begin_step(rows, kv_tokens, time.monotonic_ns())

@@ -3,7 +3,7 @@
     worker, controller, attach      once, while the server starts
     step -> draft, draft_forward -> verify -> draft_extend -> results      every decode step
 
-Exceptions are caught by `hook_guard.Guard`; SGLang then runs the step by itself.
+Exceptions are caught by `hook_guard.Guard`; SGLang then runs the step without the plugin.
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ class EagleAttachment(Attachment):
         rows, kv_tokens = len(batch.reqs), kv_tokens_of(batch)
         self._fall_back_if_closed()
         started = self._clock.now() if self._guard.closed is None else None
-        # Before anything that can fail: the ranks meet in this call.
+        # Before anything that can fail: the ranks synchronise in this call.
         k = tap.begin_step(rows, kv_tokens, time.monotonic_ns())
         begun = tap.begun
         policy = self._policy
@@ -185,7 +185,7 @@ class EagleAttachment(Attachment):
         self._in_flight.begin(self._step)
         return self._step
 
-    def _ran(self, step: OpenStep, worker: Any) -> None:
+    def _on_launched(self, step: OpenStep, worker: Any) -> None:
         step.k = int(worker.speculative_num_steps)
         if self._decided is not None and self._decided not in (LAUNCH, step.k):
             step.begun = step.begun._replace(flags=step.begun.flags & ~(_TRIAL | _STEP_CHOICE) | _LIMITED)
@@ -233,7 +233,7 @@ class EagleAttachment(Attachment):
         if self._confidences is not None:
             self._guard.part("confidences", self._confidences.after_extend, batch_result.next_draft_input)
 
-    def _took(self, step: OpenStep) -> None:
+    def _on_result(self, step: OpenStep) -> None:
         if self._history is not None and not step.flags & _CENSORED and step.accept_len is not None and step.counted is not None:
             self._history.observe(step.request_ids[step.counted].tolist(), step.accept_len[step.counted], step.k)
 
@@ -280,7 +280,7 @@ class EagleAttachment(Attachment):
 
 
 def _waits_on_the_host(batch: Any) -> int:
-    """DISTURBED for a batch whose verify stage does what the model of times does not know, else 0.
+    """DISTURBED for a batch whose verify stage does work that the latency model does not cover, else 0.
 
     Grammars: verify waits for the drafted tokens on the host and computes the mask there. Log-probabilities: verify computes
     them over the vocabulary for every accepted token.

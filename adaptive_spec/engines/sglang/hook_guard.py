@@ -21,8 +21,8 @@ FAULT_VARIABLE = "ADAPTIVE_SPEC_INJECT_FAULT"
 """For tests: comma-separated hooks that raise, such as `draft` or `draft/after`, or `draft:3` to raise three times. `@FILE`: read
 them from a file, which may change."""
 
-MEETING = frozenset({"step", "plan"})
-"""Hooks in which ranks meet; see `Guard.lockstep`."""
+SYNCHRONISING = frozenset({"step", "plan"})
+"""Hooks in which ranks synchronise; see `Guard.lockstep`."""
 ONCE = frozenset({"worker", "controller", "attach"})
 """Hooks that run once, while the server starts. One failure there detaches the plugin: it cannot be attached in part."""
 
@@ -62,8 +62,8 @@ After = Callable[..., None]
 class Guard:
     """Counts failures by hook. closed: None, or why hooks are no longer called. on_close: called once, must not raise.
 
-    lockstep: this is one of several ranks. The hooks of `MEETING` are then called even when the guard is closed, because the
-    other ranks wait for this one in them. The agreed K stays in use until all ranks have fallen back to the launch K.
+    lockstep: this is one of several ranks. The hooks of `SYNCHRONISING` are then called even when the guard is closed: the other
+    ranks wait for this one in them. The agreed K stays in use until all ranks use the fallback.
     """
 
     def __init__(self, faults: str | None = None) -> None:
@@ -94,7 +94,7 @@ class Guard:
         """Stop calling the hooks of an optional group and of those that need it, and log why in one line."""
         if group in self.lost:
             return
-        log.error("adaptive-spec: goes on without %s: %s", group, reason)
+        log.error("adaptive-spec: continues without %s: %s", group, reason)
         for name in self.optional[self.optional.index(group) :]:
             if name not in self.lost:
                 self.lost[name] = reason
@@ -138,7 +138,7 @@ class Guard:
         """Return an AROUND hook for SGLang: `wrapper(original, *args, **kwargs)`."""
 
         def wrapper(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            note, went_well = None, self.closed is None or (self.lockstep and hook in MEETING)
+            note, went_well = None, self.closed is None or (self.lockstep and hook in SYNCHRONISING)
             if self.lost and self.groups.get(hook, "") in self.lost:
                 went_well = False
             if went_well:

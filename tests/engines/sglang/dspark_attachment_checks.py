@@ -77,9 +77,9 @@ class Plugged:
         made: list[DSparkAttachment] = []
         init = DSparkAttachment.__init__
 
-        def noted(side: DSparkAttachment, *args: Any) -> None:
-            init(side, *args)
-            made.append(side)
+        def noted(attachment: DSparkAttachment, *args: Any) -> None:
+            init(attachment, *args)
+            made.append(attachment)
 
         monkeypatch.setattr(DSparkAttachment, "__init__", noted)
         self.runtime_dir = folder / "run"
@@ -87,29 +87,29 @@ class Plugged:
         plugin._install(PluginSettings(plugin_mode, self.runtime_dir), "sglang test")
         HookRegistry.apply_hooks()
         assert SpeculativeAlgorithm.DSPARK.create_worker(SimpleNamespace(**SERVER_ARGS)) is DSparkWorkerV2
-        [self.side] = made
-        self.guard = self.side._guard
+        [self.attachment] = made
+        self.guard = self.attachment._guard
         self.server.start()
-        if self.side._tap is not None:
-            self.side._clock = self.server.clock
+        if self.attachment._tap is not None:
+            self.attachment._clock = self.server.clock
         self.launch_table = getattr(self.server.planner._budget_planner, "sps_table", None)
 
     def page(self) -> PolicyPage:
         page = PolicyPage.create_or_open(self.runtime_dir / PAGE_NAME, payload_bytes(MAX_BATCH, GAMMA))
         page.heartbeat(time.monotonic_ns())
-        assert self.side._tap is not None
-        self.side._tap._look_at = 0
+        assert self.attachment._tap is not None
+        self.attachment._tap._look_at = 0
         return page
 
     def records(self) -> list[StepRecord]:
         self.server.drain()
-        self.side._in_flight.interrupt()
+        self.attachment._in_flight.interrupt()
         with RingReader.open(self.runtime_dir / RING_NAME) as ring:
             return list(ring.poll(10_000))
 
     @property
     def report(self) -> EngineReport:
-        self.side.report(self.side._state, self.side._reason)
+        self.attachment.report(self.attachment._state, self.attachment._reason)
         report = read_report(self.runtime_dir)
         assert report is not None
         return report
@@ -189,7 +189,7 @@ def test_servers_that_are_left_alone(argument: str, value: Any, words: str) -> N
     assert words in reason
 
 
-def test_a_renamed_target_refuses_dspark_and_nobody_else(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+def test_a_renamed_target_refuses_dspark_only(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     path = "sglang.srt.speculative.dspark_components.dspark_planner.DSparkVerifyPlanner.renamed"
     monkeypatch.setattr(contract, "NEEDS", (*contract.NEEDS, Need(contract.DSPARK, path, ("self",), hook="plan")))
     assert plugin.lacking(contract.EAGLE_GROUPS) == "", "EAGLE is not concerned"
@@ -471,7 +471,7 @@ def test_the_loop_finds_staircase_and_temperatures(monkeypatch: pytest.MonkeyPat
         assert worth(plain) > 0.98, "of what our own search finds on the true curve, with confidences of a step or two before"
         assert np.mean([record.num_tokens % TILE == 0 for record in plain]) > 0.9, "to the ends of tiles"
         plugged.server.worker._verify_planner._budget_planner.sps_table = plugged.launch_table
-        plugged.side._swap = None
+        plugged.attachment._swap = None
         for _ in range(50):
             plugged.server.step(5)
         assert worth(ring.poll(64)) < 0.9, "the table of the launch"
@@ -508,17 +508,17 @@ class Rank:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path, group: ThreadGroup, rank: int) -> None:
         self.server = StandInServer(monkeypatch, folder)
         self.guard = Guard("")
-        self.side = DSparkAttachment(
+        self.attachment = DSparkAttachment(
             PluginSettings("active", folder / "run", rendezvous_steps=INTERVAL), self.guard, "sglang test"
         )
         place = Place(rank, RANKS, group.member(rank))
-        self.side._place = lambda: place  # type: ignore[method-assign]  # no SGLang process groups here
-        self.plan = self.guard.around("plan", self.side.plan_before, None)
-        self.step = self.guard.around("step", self.side.step_before, self.side.step_after)
+        self.attachment._place = lambda: place  # type: ignore[method-assign]  # no SGLang process groups here
+        self.plan = self.guard.around("plan", self.attachment.plan_before, None)
+        self.step = self.guard.around("step", self.attachment.step_before, self.attachment.step_after)
         self.overlap = True
 
     def attach(self) -> None:
-        self.side.attach(lambda worker: None, self.server.worker)
+        self.attachment.attach(lambda worker: None, self.server.worker)
 
     def run(self, steps: int) -> list[tuple[str, list[float], float | None]]:
         """After each step: table, temperatures and forced budget."""
@@ -549,8 +549,8 @@ def ranks(monkeypatch: pytest.MonkeyPatch, folder: Path) -> list[Rank]:
 def page(folder: Path, ranks: list[Rank]) -> Iterator[PolicyPage]:
     with PolicyPage.create_or_open(folder / "run" / PAGE_NAME, payload_bytes(MAX_BATCH, GAMMA)) as page:
         page.heartbeat(time.monotonic_ns())
-        assert ranks[0].side._tap is not None
-        ranks[0].side._tap._look_at = 0
+        assert ranks[0].attachment._tap is not None
+        ranks[0].attachment._tap._look_at = 0
         yield page
 
 
@@ -571,14 +571,14 @@ def test_all_ranks_swap_in_the_same_step(ranks: list[Rank], page: PolicyPage, ov
 def test_what_one_rank_refuses_none_takes_over(ranks: list[Rank], page: PolicyPage, monkeypatch: pytest.MonkeyPatch) -> None:
     page.publish(policy(1))
     before = together(ranks, lambda rank: rank.run(2 * INTERVAL))[0][-1]
-    swap = ranks[1].side._swap
+    swap = ranks[1].attachment._swap
     assert swap is not None
     monkeypatch.setattr(swap, "_prepare", lambda *_: {"a": 1}["x"])
     page.publish(policy(2, tile=9))
     found = together(ranks, lambda rank: rank.run(2 * INTERVAL))
     assert found[0] == found[1] == found[2]
     assert found[0][-1] == before
-    swaps = [rank.side._swap for rank in ranks]
+    swaps = [rank.attachment._swap for rank in ranks]
     assert [(s.swaps, s.refused) for s in swaps if s] == [(1, 1)] * RANKS
     assert swaps[0] is not None
     assert swaps[0].reason == "another rank refused it"
@@ -594,6 +594,6 @@ def test_a_rank_that_detaches_takes_all_back_in_the_same_step(ranks: list[Rank],
         failing(lambda: None)
     assert ranks[2].guard.closed
     found = together(ranks, lambda rank: rank.run(3 * INTERVAL))
-    assert found[0] == found[1] == found[2], "also until the meeting"
+    assert found[0] == found[1] == found[2], "also until the next synchronisation"
     assert found[0][0] == swapped
     assert found[0][-1] == (launched, [LAUNCH_TEMPERATURE] * GAMMA, None)

@@ -1,4 +1,4 @@
-"""The table of what the plugin uses of SGLang: nothing is forgotten in it, and releases whose wheels are cached meet it."""
+"""The table of what the plugin uses of SGLang: it is complete, and releases whose wheels are cached meet it."""
 
 from __future__ import annotations
 

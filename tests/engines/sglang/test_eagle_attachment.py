@@ -144,7 +144,7 @@ def test_a_rank_that_detaches_takes_all_back(tmp_path: Path, page: PolicyPage, f
     assert ranks[1].guard.closed
     after = together(ranks, lambda rank: _steps(rank, 10 * INTERVAL, 3))
     assert before[0] == before[1] == before[2]
-    assert after[0] == after[1] == after[2], "also until the meeting"
+    assert after[0] == after[1] == after[2], "also until the next synchronisation"
     assert set(after[0][INTERVAL:]) == {k}
 
 
@@ -158,7 +158,7 @@ def test_a_rank_that_cannot_attach_leaves_all_to_sglang(tmp_path: Path, page: Po
     assert found == [[1] * (3 * INTERVAL)] * RANKS, "SGLang's own policy"
 
 
-def test_ranks_told_different_things_leave_all_to_sglang(tmp_path: Path, page: PolicyPage) -> None:
+def test_ranks_with_different_settings_leave_all_to_sglang(tmp_path: Path, page: PolicyPage) -> None:
     group = ThreadGroup(RANKS)
     ranks = [Rank(i, tmp_path, group, mode="shadow" if i == 1 else "active") for i in range(RANKS)]
     together(ranks, Rank.attach)
@@ -166,7 +166,7 @@ def test_ranks_told_different_things_leave_all_to_sglang(tmp_path: Path, page: P
     assert together(ranks, lambda rank: rank.step(4, 100)) == [1] * RANKS
 
 
-def test_one_rank_alone_asks_nobody(tmp_path: Path, page: PolicyPage) -> None:
+def test_a_single_rank_attaches_without_a_group(tmp_path: Path, page: PolicyPage) -> None:
     rank = Rank(0, tmp_path, None)
     rank.attach()
     assert rank.guard.closed is None
@@ -198,9 +198,9 @@ def test_a_step_that_cannot_be_as_asked_is_limited_and_no_trial(tmp_path: Path) 
     rank = Rank(0, tmp_path, None, stock=Slots({1: [1, 3, 5], 5: [0, 1]}))
     rank.policy.set_cuda_graph_bs(None)
     rank.attach()
-    side = rank.attachment
-    assert side._tap is not None
-    assert side._tap.info.allowed_from == ((1, (1, 3, 5)), (5, (0, 1, 3)))
+    attachment = rank.attachment
+    assert attachment._tap is not None
+    assert attachment._tap.info.allowed_from == ((1, (1, 3, 5)), (5, (0, 1, 3)))
     policy = replace(random_policy(1, random.Random(3)), mode=Mode.ACTIVE, acting=True, trials=(Trial(0, 5, 0, 4),))
     policy.k_table[:] = 5
     with PolicyPage.create_or_open(tmp_path / PAGE_NAME, payload_bytes(MAX_BATCH, MAX_K)) as page:
@@ -266,12 +266,12 @@ def _levels(rank: Rank) -> int | None:
 def test_each_level_fails_alone(tmp_path: Path, page: PolicyPage, caplog: pytest.LogCaptureFixture) -> None:
     rank = Rank(0, tmp_path, None)
     rank.attach()
-    side, guard = rank.attachment, rank.guard
+    attachment, guard = rank.attachment, rank.guard
     assert _levels(rank) == 3
-    assert side._confidences is not None
+    assert attachment._confidences is not None
     for _ in range(FAILURES_IN_A_ROW):
         guard.part("confidences", lambda: {"a": 1}["x"])
-    assert (_levels(rank), side._confidences) == (2, None)
+    assert (_levels(rank), attachment._confidences) == (2, None)
     verify = guard.around("verify", lambda *_: {"a": 1}["x"], None)
     for _ in range(FAILURES_IN_A_ROW):
         verify(lambda: None)
@@ -281,9 +281,9 @@ def test_each_level_fails_alone(tmp_path: Path, page: PolicyPage, caplog: pytest
     verify(lambda: None)
     assert not caplog.records, "one line for each level"
     assert guard.failures == {"confidences": FAILURES_IN_A_ROW, "verify": FAILURES_IN_A_ROW}
-    results = guard.around("results", side.results_before, side.results_after)
+    results = guard.around("results", attachment.results_before, attachment.results_after)
     rank.step(2, 100)
-    rank.last.ended = side._clock.now()
+    rank.last.ended = attachment._clock.now()
     result = SimpleNamespace(num_correct_drafts_per_req_cpu=[1, 2])
     setattr(result, STEP_ATTRIBUTE, rank.last)
     requests = [SimpleNamespace(is_retracted=False, finished=lambda: False)] * 2
@@ -301,9 +301,9 @@ def test_each_level_fails_alone(tmp_path: Path, page: PolicyPage, caplog: pytest
 def test_results_reach_the_ring_with_their_own_step(tmp_path: Path, page: PolicyPage) -> None:
     rank = Rank(0, tmp_path, None)
     rank.attach()
-    side, guard = rank.attachment, rank.guard
-    verify = guard.around("verify", side.verify_before, side.verify_after)
-    results = guard.around("results", side.results_before, side.results_after)
+    attachment, guard = rank.attachment, rank.guard
+    verify = guard.around("verify", attachment.verify_before, attachment.verify_after)
+    results = guard.around("results", attachment.results_before, attachment.results_after)
     mode = SimpleNamespace(is_extend=lambda: False, is_idle=lambda: False)
     requests = [SimpleNamespace(rid=f"r{i}", is_retracted=False, finished=lambda i=i: i == 1) for i in range(3)]
     batch = SimpleNamespace(

@@ -95,8 +95,8 @@ def test_a_failing_rank_takes_all_to_the_launch_k(tmp_path: Path) -> None:
     finally:
         sidecar.stop()
     assert all(np.array_equal(ks[0], other) for other in ks[1:])
-    meetings = versions[0][2::3]
-    assert 0.005 < (meetings == 0).mean() < 0.5
+    synchronisations = versions[0][2::3]
+    assert 0.005 < (synchronisations == 0).mean() < 0.5
 
 
 class Loopback:
@@ -111,8 +111,8 @@ class Loopback:
         return data
 
 
-class Spoiling(Loopback):
-    """Delivers noise."""
+class CorruptingGroup(Loopback):
+    """Delivers zeros in place of the broadcast bytes."""
 
     def from_first(self, data: bytes | None, size: int) -> bytes:
         return bytes(size)
@@ -122,7 +122,7 @@ def _policies() -> list[Policy]:
     return [random_policy(version, random.Random(version)) for version in range(1, 5)]
 
 
-def test_meets_every_n_steps_only() -> None:
+def test_ranks_synchronise_every_n_steps_only() -> None:
     asked: list[int] = []
     policies = iter(_policies())
     rendezvous = Rendezvous(Loopback(), 0, 4)
@@ -137,8 +137,8 @@ def test_meets_every_n_steps_only() -> None:
     assert asked == [4, 8, 12]
 
 
-def test_a_policy_that_cannot_be_read_is_nobodys() -> None:
-    rendezvous = Rendezvous(Spoiling(), 0, 1)
+def test_a_policy_that_cannot_be_decoded_is_adopted_by_no_rank() -> None:
+    rendezvous = Rendezvous(CorruptingGroup(), 0, 1)
     assert rendezvous.at_step(lambda: _policies()[0]) is None
     assert (rendezvous.swaps, rendezvous.failures) == (0, 1)
 

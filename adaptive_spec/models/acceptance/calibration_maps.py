@@ -175,6 +175,11 @@ def all_maps(cumulative: ScoreHistogram, at_risk: ScoreHistogram, river: RiverLo
     }
 
 
+def rate_map(rates: Floats) -> SurvivalMap:
+    """P(position j accepted | all before were), rates [max_k], whatever the confidence."""
+    return _map(np.repeat(rates[:, None], GRID_POINTS, axis=1), conditional=True)
+
+
 def _map(value: Floats, conditional: bool) -> SurvivalMap:
     return SurvivalMap(np.clip(value, FLOOR, 1.0 - FLOOR).astype(np.float32), conditional)
 

@@ -48,6 +48,13 @@ class AcceptanceSettings(_Section):
             "Decode steps remembered by the calibration, 20..1000000. Larger: steadier, slower to follow. Smaller: the reverse."
         ),
     )
+    confidences: bool = Field(
+        True,
+        description=(
+            "on: the SGLang plugin computes the draft's confidences for EAGLE, a pass over the logits of every drafted token. "
+            "off: it does not, and acceptance is learnt from accepted counts alone."
+        ),
+    )
 
 
 class PolicySettings(_Section):

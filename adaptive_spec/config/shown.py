@@ -15,17 +15,15 @@ _SHORTEST_SECRET = 3
 def url_without_secrets(url: str) -> str:
     """Return a URL without user, password, query, fragment and parameters; each URL of a chain (`a::b`) for itself.
 
-    Everything before the last `@` is hidden: a password may hold `/`, `:` and `@`.
+    Everything before the last `@` is left out: a password may hold `/`, `:` and `@`.
     """
     return "::".join(_one_url_without_secrets(part) for part in url.split("::"))
 
 
 def _one_url_without_secrets(url: str) -> str:
     scheme, separator, rest = url.partition("://") if "://" in url else ("", "", url)
-    rest = re.sub(r"([?#;]).*", rf"\1{HIDDEN}", rest, count=1, flags=re.DOTALL)
-    if "@" in rest:
-        rest = f"{HIDDEN}@{rest.rpartition('@')[2]}"
-    return f"{scheme}{separator}{rest}"
+    path = re.split(r"[?#;]", rest, maxsplit=1)[0]
+    return f"{scheme}{separator}{path.rpartition('@')[2]}"
 
 
 def secrets_of(url: str) -> tuple[str, ...]:

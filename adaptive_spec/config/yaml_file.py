@@ -81,7 +81,7 @@ def read_yaml(path: Path, largest_bytes: int = LARGEST_BYTES) -> object:
     try:
         text = read_regular_file(path, largest_bytes, follow_links=True).data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise BadInput(f"{path}: cannot be read: is not UTF-8 text") from error
+        raise BadInput(f"{path}: cannot be read: not UTF-8 text") from error
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else one_line(error)
         raise BadInput(f"{path}: cannot be read: {reason}") from error

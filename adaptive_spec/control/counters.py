@@ -112,9 +112,9 @@ class Counters:
             self.k_switches[reason] += 1
 
     def count_scores(self, scores: Iterable[StepScore]) -> None:
-        """Count the draft tokens that the calibration expected to be accepted."""
+        """Count the draft tokens that the calibration, or the rates of their positions, expected to be accepted."""
         for score in scores:
-            self.expected_accepted += score.expected
+            self.expected_accepted += score.expected + score.unscored
 
     def compare(self, record: StepRecord, comparison: StepComparison | None) -> None:
         """Count an ordinary step against its forecast; None counts nothing."""

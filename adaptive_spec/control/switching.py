@@ -18,6 +18,8 @@ from adaptive_spec.domain.arrays import Floats
 
 MIN_STEPS = 0.01
 """Forgotten tally below which a batch size is not one of late."""
+NOT_ALLOWED_S = 1e9
+"""Seconds lost by a K that is not allowed: more than any table loses."""
 
 
 def charge_switches(goodput: Floats, tokens_per_request: Floats, batches: Floats, crossings: Floats, switch_s: float) -> Floats:
@@ -38,12 +40,11 @@ def charge_switches(goodput: Floats, tokens_per_request: Floats, batches: Floats
         at = np.arange(len(sizes)), best
         step_s = sizes * tokens_per_request[sizes, c][at] / rows[at]
         spent_s = batches[sizes] * step_s
-        with np.errstate(invalid="ignore"):
-            lost = np.where(rows > 0.0, spent_s[:, None] * (1.0 - rows / rows[at][:, None]), np.inf)
+        share = rows / rows[at][:, None]
+        lost = np.where(rows > 0.0, spent_s[:, None] * (1.0 - share), NOT_ALLOWED_S)
         total = _passed(lost, change_s) + _passed(lost[::-1], change_s[::-1])[::-1] - lost
         extra = (total - total.min(axis=1, keepdims=True)) / spent_s[:, None]
-        worth = rows[at][:, None] * np.maximum(1.0 - extra, 1e-6)
-        charged[sizes, c] = np.where(rows > 0.0, worth, 0.0)
+        charged[sizes, c] = np.where(rows > 0.0, rows[at][:, None] * np.maximum(1.0 - extra, 1e-6), 0.0)
     return charged
 
 

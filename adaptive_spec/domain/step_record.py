@@ -9,6 +9,9 @@ import numpy as np
 
 from adaptive_spec.domain.arrays import Float32s, Lengths, RequestIds
 
+UNKNOWN_CONFIDENCE = 0.0
+"""The value in place of a confidence that was not measured. No probability of a most likely token is 0."""
+
 
 class StepFlag(IntFlag):
     """Properties of a step that change how it is used."""
@@ -35,7 +38,7 @@ class StepRecord:
 
     step, time_ns, kv_tokens, policy_version, num_tokens, padded_tokens, batch_size, k, flags: see the table in `wire/slot.py`.
     draft_s, verify_s, draft_extend_s, step_s: seconds, >= 0; step_s is the whole step, overhead included.
-    confidences: float32 [rows, k], the draft model's probability of each token it proposed, in (0, 1].
+    confidences: float32 [rows, k], the draft model's probability of each token it proposed, in (0, 1], or UNKNOWN_CONFIDENCE.
     verify_len: uint8 [rows], draft tokens verified, 0..k. accept_len: uint8 [rows], draft tokens accepted (bonus not
     counted), 0..verify_len. request_ids: uint32 [rows], the engine's own number of each request, the same in all its steps.
     """
@@ -74,6 +77,6 @@ class StepRecord:
         # count_nonzero takes half the time of any() and all() on such small arrays; this runs for every record.
         if np.count_nonzero(self.accept_len > self.verify_len) or np.count_nonzero(self.verify_len > self.k):
             return "lengths"
-        if np.count_nonzero((self.confidences > 0.0) & (self.confidences <= 1.0)) != self.confidences.size:
+        if np.count_nonzero((self.confidences >= UNKNOWN_CONFIDENCE) & (self.confidences <= 1.0)) != self.confidences.size:
             return "confidences"
         return None

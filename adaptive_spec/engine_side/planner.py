@@ -5,9 +5,11 @@ from __future__ import annotations
 import numpy as np
 
 from adaptive_spec.domain.allowed import runnable_table
-from adaptive_spec.domain.arrays import Bools, Float32s, Lengths
+from adaptive_spec.domain.arrays import Bools, Float32s, Floats, Lengths
 from adaptive_spec.domain.plan_search import best_lengths, best_slots
 from adaptive_spec.domain.policy import TRIAL_PATIENCE_STEPS, Granularity, Policy, Trial
+from adaptive_spec.domain.step_record import UNKNOWN_CONFIDENCE
+from adaptive_spec.domain.survival import SurvivalMap
 
 
 class Planner:
@@ -91,7 +93,10 @@ class Planner:
         self._k = k
 
     def verify_lengths(self, confidences: Float32s) -> Lengths:
-        """Choose verify_len [b] for the confidences [b, k] drafted in the step of the last `draft_length`."""
+        """Choose verify_len [b] for the confidences [b, k] drafted in the step of the last `draft_length`.
+
+        A request with an unknown confidence counts as the mean of those without; if all have one, all drafts are verified.
+        """
         b, k = confidences.shape
         policy = self.policy
         if policy is None or not policy.acting or k == 0:
@@ -100,10 +105,15 @@ class Planner:
             wanted = self._running.num_tokens
             if wanted == 0 or policy.granularity is Granularity.BATCH:
                 return np.full(b, k, dtype=np.uint8)
-            return best_slots(policy.survival.survival(confidences), min(max(wanted - b, 0), b * k))
+            survival = _survival(policy.survival, confidences)
+            if survival is None:
+                survival = np.broadcast_to(-np.arange(k, dtype=np.float64), (b, k))  # first tokens first, requests alike
+            return best_slots(survival, min(max(wanted - b, 0), b * k))
         if policy.verify_all or b * (k + 1) >= len(policy.verify_s):
             return np.full(b, k, dtype=np.uint8)
-        survival = policy.survival.survival(confidences)
+        survival = _survival(policy.survival, confidences)
+        if survival is None:
+            return np.full(b, k, dtype=np.uint8)
         fixed = float(policy.fixed_s[k, min(b, policy.fixed_s.shape[1] - 1)]) + policy.context_s_per_token * self._kv_tokens
         return best_lengths(survival, fixed, policy.verify_s)
 
@@ -123,3 +133,14 @@ class Planner:
             self._trial += 1
             self._trial_steps = self._waited = 0
         return None
+
+
+def _survival(calibration: SurvivalMap, confidences: Float32s) -> Floats | None:
+    """Survival [b, k], None where no request has all its confidences."""
+    survival = calibration.survival(confidences)
+    if np.count_nonzero(confidences) != confidences.size:
+        known = (confidences > UNKNOWN_CONFIDENCE).all(axis=1)
+        if not known.any():
+            return None
+        survival[~known] = survival[known].mean(axis=0)
+    return survival

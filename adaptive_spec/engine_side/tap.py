@@ -166,7 +166,7 @@ class EngineTap:
     def verify_lengths(self, confidences: Float32s) -> Lengths:
         """Choose verify_len uint8 [b], draft tokens to verify per request, in the step just begun.
 
-        confidences: float32 [b, k], the draft model's probability of each drafted token, in (0, 1].
+        confidences: float32 [b, k], the draft model's probability of each drafted token, in (0, 1]; 0.0 where unknown.
         """
         try:
             if self._ragged and not self._fallback:

@@ -19,7 +19,7 @@ from adaptive_spec.config.settings import ControllerSettings
 from adaptive_spec.domain.arrays import Floats
 from adaptive_spec.domain.engine_info import EngineInfo
 from adaptive_spec.domain.policy import Granularity
-from adaptive_spec.domain.step_record import StepFlag, StepRecord
+from adaptive_spec.domain.step_record import UNKNOWN_CONFIDENCE, StepFlag, StepRecord
 from adaptive_spec.models.acceptance.online import AcceptanceModel, StepScore
 from adaptive_spec.models.drift import DriftDetector, TrafficDetector
 from adaptive_spec.models.goodput import Forecast, ForecastInputs, forecast
@@ -119,6 +119,8 @@ class ModelSet:
         self._latency_drift = DriftDetector()
         self._calibration_drift = DriftDetector()
         self._traffic_drift = TrafficDetector()
+        self._unscored_traffic_drift = TrafficDetector()
+        """The same by acceptance, for requests whose confidences are unknown."""
         self._latency_bias = 0.0
         self._forecast_speed_factor = 0.0
 
@@ -149,9 +151,11 @@ class ModelSet:
 
     def learn_acceptance(self) -> Findings:
         """Learn the queued labels now."""
-        scores = tuple(score for score in self.acceptance.learn() if score.tokens)
+        scores = tuple(self.acceptance.learn())
         drifts = []
         for score in scores:
+            if not score.tokens:
+                continue
             bias = (score.accepted - score.expected) / math.sqrt(score.variance + 0.25)
             if self._calibration_drift.update(bias) and self.forecast is not None:
                 self.acceptance.discount_past(DRIFT_DISCOUNT)
@@ -237,13 +241,23 @@ class ModelSet:
         return float(forecast_.verify_s[at]) + forecast_.context_s_per_token * record.kv_tokens
 
     def _watch_traffic(self, record: StepRecord) -> Findings:
-        """Notice a change of traffic by the draft's confidence in its first tokens, before enough labels show it."""
-        change = self._traffic_drift.update(record.confidences[:, 0].tolist(), record.request_ids.tolist())
-        if change is None:
-            return Findings()
-        self.acceptance.recent.drop_old_donors(self.acceptance.steps)
-        text = f"the draft's mean confidence moved from {change.before:.0%} to {change.after:.0%}"
-        return Findings((DriftNotice("calibration", text),))
+        """Notice a change of traffic by the draft's confidence in its first tokens, before enough labels show it; where that
+        is unknown by the share of first tokens accepted.
+        """
+        first, requests = record.confidences[:, 0], record.request_ids.tolist()
+        known = first > UNKNOWN_CONFIDENCE
+        texts = []
+        change = self._traffic_drift.update(np.where(known, first, np.nan).tolist(), requests)
+        if change is not None:
+            self.acceptance.recent.drop_old_donors(self.acceptance.steps)
+            texts.append(f"the draft's mean confidence moved from {change.before:.0%} to {change.after:.0%}")
+        if not known.all():
+            accepted = np.where(known | (record.verify_len == 0), np.nan, record.accept_len > 0)
+            change = self._unscored_traffic_drift.update(accepted.tolist(), requests)
+            if change is not None:
+                self.acceptance.discount_past(DRIFT_DISCOUNT)
+                texts.append(f"acceptance of first draft tokens moved from {change.before:.0%} to {change.after:.0%}")
+        return Findings(tuple(DriftNotice("calibration", text) for text in texts))
 
     def _learn_times(self, record: StepRecord, switched: bool) -> Findings:
         """switched: the step is the first one after a change of K, whose cost is no part of the plan's."""

@@ -292,7 +292,7 @@ def _from_folder(settings: SidecarSettings, info: EngineInfo, folder: Path) -> t
         if profile is None:
             return None
         controller.restore_profile(profile.latency, profile.calibration)
-    except ValueError as error:
+    except Exception as error:  # whatever its files hold
         log.warning("profile %s cannot be used: %s; set aside as %s", folder, error, set_aside(folder).name)
         return None
     log.info("already profiled, skipping warmup (%s)", folder)
@@ -305,7 +305,7 @@ def _from_store(settings: SidecarSettings, info: EngineInfo, stored: StoredProfi
     controller = Controller(settings.controller, info)
     try:
         controller.restore_profile(stored.profile.latency, stored.profile.calibration)
-    except ValueError as error:
+    except Exception as error:  # whatever it holds
         log.warning("the profile from the store cannot be used: %s", error)
         return None
     log.info("already profiled by another replica, skipping warmup (profile of %.0f in the store)", stored.written_s)
@@ -323,7 +323,7 @@ def _from_checkpoint(settings: SidecarSettings, ring: RingReader) -> tuple[Contr
         position = int(archive.meta["position"]) if archive.meta["generation"] == str(ring.generation) else None
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # whatever it holds
         log.warning("checkpoint %s cannot be used: %s; set aside as %s", path, error, set_aside(path).name)
         return None
     log.info("continuing from the checkpoint (%s)", path)

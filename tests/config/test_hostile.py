@@ -149,9 +149,9 @@ def test_a_link_to_a_file_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        ({"host": " "}, "command line: host: "),
-        ({"runtime_dir": Path("/")}, "command line: runtime_dir: must be a folder below /"),
-        ({"port": 70_000}, "command line: port: "),
+        ({"host": " "}, "command line: host: must be a host name or an IP address, got ' '"),
+        ({"runtime_dir": Path("/")}, "command line: runtime_dir: must be a folder below /, got '/'"),
+        ({"port": 70_000}, "command line: port: must be at most 65535, got 70000"),
     ],
 )
 def test_options_are_checked_as_the_file_is(overrides: dict[str, object], words: str) -> None:

@@ -106,12 +106,16 @@ class EagleAttachment(Attachment):
         """The computation of the confidences must become part of the CUDA graphs."""
         import torch
 
+        device = torch.device(str(worker.device))
+        self._clock = clock_for(device.type)
+        if self._settings.confidences == "off":
+            return
         from adaptive_spec.engines.sglang.confidences import ConfidenceTap
 
         captured = self._policy.captured if self._policy is not None else (int(worker.speculative_num_steps),)
         device = torch.device(str(worker.device))
         self._clock = clock_for(device.type)
-        if contract.CONFIDENCES not in self._guard.lost:
+        if self._settings.confidences == "on" and contract.CONFIDENCES not in self._guard.lost:
             make = self._guard.part
             self._confidences = make("confidences", ConfidenceTap, worker._draft_worker, max_batch(worker), max(captured), device)
             if self._confidences is None:
@@ -145,7 +149,13 @@ class EagleAttachment(Attachment):
         """Checksum of everything beside the policy that K depends on; never 0."""
         policy = self._policy
         ranges = policy.allowed_from(max_batch(self._worker)) if policy is not None and self._worker is not None else None
-        return self._crc(self._history is not None, policy.captured if policy is not None else None, ranges, self._undecided)
+        return self._crc(
+            self._history is not None,
+            policy.captured if policy is not None else None,
+            ranges,
+            self._undecided,
+            self._settings.confidences,
+        )
 
     # -- every decode step ---------------------------------------------------------------------------------------------
 

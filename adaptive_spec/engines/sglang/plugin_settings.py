@@ -7,6 +7,7 @@
 | ADAPTIVE_SPEC_RUNTIME_DIR | folder shared with the sidecar; takes precedence over the configuration |
 | ADAPTIVE_SPEC_FALLBACK | who chooses K while no policy acts: stock (default, SGLang's own adaptive policy), launch (launch K) |
 | ADAPTIVE_SPEC_BATCH_SCORES | step choice from the batch's own scores: auto (default: with one rank only), on, off |
+| ADAPTIVE_SPEC_CONFIDENCES | draft confidences of EAGLE: on, off; takes precedence over the configuration, whose default is on |
 | ADAPTIVE_SPEC_RENDEZVOUS_STEPS | decode steps between meetings of the ranks, 1..10000, default 16. Larger: later swaps |
 | ADAPTIVE_SPEC_UNTESTED_SGLANG | 1: also attach to an untested SGLang version if all hook targets are found |
 """
@@ -39,6 +40,7 @@ class PluginSettings:
     rendezvous_steps: int = 16
     untested_sglang: bool = False
     fallback: Literal["stock", "launch"] = "stock"
+    confidences: Literal["on", "off"] = "on"
 
 
 def plugin_settings(environment: Mapping[str, str]) -> PluginSettings:
@@ -47,7 +49,7 @@ def plugin_settings(environment: Mapping[str, str]) -> PluginSettings:
     config = environment.get(PREFIX + "CONFIG", "")
     if mode == "off" or not (mode or config):
         return PluginSettings()
-    runtime_dir, max_age_s, k_min, k_max, fallback = DEFAULT_RUNTIME_DIR, 30.0, 0, 32, "stock"
+    runtime_dir, max_age_s, k_min, k_max, fallback, confidences = DEFAULT_RUNTIME_DIR, 30.0, 0, 32, "stock", "on"
     if config:
         from adaptive_spec.config.load import load_settings
 
@@ -56,6 +58,7 @@ def plugin_settings(environment: Mapping[str, str]) -> PluginSettings:
         policy = settings.controller.policy
         runtime_dir, max_age_s, k_min, k_max = settings.runtime_dir, policy.max_age_s, policy.k_min, policy.k_max
         fallback = policy.fallback
+        confidences = "on" if settings.controller.acceptance.confidences else "off"
     runtime_dir = Path(environment.get(PREFIX + "RUNTIME_DIR") or runtime_dir)
     return PluginSettings(
         cast(Literal["off", "shadow", "active"], mode), runtime_dir, max_age_s, k_min, k_max,
@@ -63,6 +66,7 @@ def plugin_settings(environment: Mapping[str, str]) -> PluginSettings:
         _whole(environment, "RENDEZVOUS_STEPS", 1, 10_000, 16),
         _choice(environment, "UNTESTED_SGLANG", ("0", "1"), "0") == "1",
         cast(Literal["stock", "launch"], _choice(environment, "FALLBACK", FALLBACKS, fallback)),
+        cast(Literal["on", "off"], _choice(environment, "CONFIDENCES", ("on", "off"), confidences)),
     )  # fmt: skip
 
 

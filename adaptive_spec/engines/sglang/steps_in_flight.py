@@ -20,7 +20,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from adaptive_spec.domain.step_record import StepFlag
+from adaptive_spec.domain.step_record import UNKNOWN_CONFIDENCE, StepFlag
 from adaptive_spec.engine_side.tap import BegunStep
 
 MOST_OPEN = 8
@@ -73,6 +73,7 @@ class OpenStep:
     ended: Moment | None = None
     next_started: Moment | None = None
     confidences: Confidences | None = None
+    """None: not measured, all unknown."""
     flags: int = 0
     staged: bool = True
     num_tokens: int | None = None
@@ -179,13 +180,12 @@ class StepsInFlight:
             whole_s = forward_s + self._pause_s(len(step.request_ids))
         flags = step.flags
         if values.shape != (len(step.request_ids), step.k):
-            values, flags = np.ones((len(step.request_ids), step.k), np.float32), flags | int(StepFlag.CENSORED)
+            values = np.full((len(step.request_ids), step.k), UNKNOWN_CONFIDENCE, np.float32)
         rows = step.counted
         values = values[rows]
         known = (values > 0.0) & (values <= 1.0)
         if not known.all():
-            # The counts are valid; the confidences are not, so the record must not train the calibration.
-            values, flags = np.where(known, values, np.float32(1.0)), flags | int(StepFlag.CENSORED)
+            values = np.where(known, values, np.float32(UNKNOWN_CONFIDENCE))
         if stages["verify"] <= 0.0:
             flags |= int(StepFlag.DISTURBED if step.staged else StepFlag.WHOLE)
             stages = {"draft": 0.0, "verify": max(forward_s, 1e-9), "draft_extend": 0.0}

@@ -10,11 +10,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from adaptive_spec.domain.policy import Mode, Trial
-from adaptive_spec.domain.step_record import StepFlag
+from adaptive_spec.domain.step_record import UNKNOWN_CONFIDENCE, StepFlag
 from adaptive_spec.engine_side.tap import PAGE_NAME, RING_NAME
 from adaptive_spec.engines.sglang.attachment import STEP_ATTRIBUTE, Place
 from adaptive_spec.engines.sglang.eagle_attachment import SKIP_EXTEND_VARIABLE, STALE_STEPS, EagleAttachment
@@ -48,10 +49,10 @@ class Rank:
 
     def __init__(
         self, rank: int, folder: Path, group: ThreadGroup | None, faults: str = "", mode: Any = "active", fallback: Any = "stock",
-        stock: Any = None,
+        stock: Any = None, confidences: Any = "on",
     ) -> None:  # fmt: skip
         self.guard = Guard(faults)
-        settings = PluginSettings(mode, folder, 30.0, rendezvous_steps=INTERVAL, fallback=fallback)
+        settings = PluginSettings(mode, folder, 30.0, rendezvous_steps=INTERVAL, fallback=fallback, confidences=confidences)
         self.attachment = EagleAttachment(settings, self.guard, "sglang test")
         self.attachment._supported = True
         member = group.member(rank) if group is not None else None
@@ -328,3 +329,60 @@ def test_results_reach_the_ring_with_their_own_step(tmp_path: Path, page: Policy
     assert records[0].accept_len.tolist() == [1, 3], "one had ended"
     assert records[0].verify_len.tolist() == [3, 3]
     assert records[0].num_tokens == 12
+
+
+def _records(rank: Rank, topk_p: torch.Tensor, ran: list[int]) -> list[Any]:
+    """The records of steps of two requests that ran these K, draft-extend skipped throughout."""
+    side, guard = rank.attachment, rank.guard
+    draft = guard.around("draft", side.draft_before, side.draft_after)
+    verify = guard.around("verify", side.verify_before, side.verify_after)
+    results = guard.around("results", side.results_before, side.results_after)
+    mode = SimpleNamespace(is_extend=lambda: False, is_idle=lambda: False)
+    requests = [SimpleNamespace(rid=f"r{i}", is_retracted=False, finished=lambda: False) for i in range(2)]
+    batch = SimpleNamespace(
+        forward_mode=mode, is_extend_in_batch=False, reqs=requests, seq_lens_sum=60, spec_info=SimpleNamespace(topk_p=topk_p),
+        has_grammar=False, return_logprob=False,
+    )  # fmt: skip
+    for k in ran:
+
+        def forward(worker: Any, batch: Any, k: int = k) -> Any:
+            worker.speculative_num_steps = worker._draft_worker.speculative_num_steps = k
+            if k:
+                draft(lambda *_: None, worker._draft_worker, batch)
+            verify(lambda *_: None, worker, batch)
+            return SimpleNamespace(num_correct_drafts_per_req_cpu=[min(k, 1), 0])
+
+        results(lambda *_: [], None, rank._step(forward, rank.worker, batch), batch)
+    rank.attachment._in_flight.interrupt()
+    assert not guard.failures
+    with RingReader.open(rank.attachment._settings.runtime_dir / RING_NAME) as ring:
+        return list(ring.poll(16))
+
+
+def test_without_confidences_the_counts_are_recorded(tmp_path: Path, page: PolicyPage) -> None:
+    rank = Rank(0, tmp_path, None, confidences="off")
+    forward = rank.worker._draft_worker.draft_runner.forward
+    rank.attach()
+    assert rank.worker._draft_worker.draft_runner.forward is forward, "the draft model is left alone"
+    records = _records(rank, torch.ones(2, 1), [3, 3])
+    assert [record.accept_len.tolist() for record in records] == [[1, 0]] * 2
+    assert all((record.confidences == UNKNOWN_CONFIDENCE).all() and record.confidences.shape == (2, 3) for record in records)
+    assert all(record.invalid_reason() is None and not record.flags & StepFlag.CENSORED for record in records)
+
+
+@pytest.mark.parametrize(("confidences", "expected"), [("on", 0.9), ("off", None)])
+def test_the_step_choice_uses_topk_p_only_where_it_is_a_confidence(
+    tmp_path: Path, page: PolicyPage, monkeypatch: pytest.MonkeyPatch, confidences: str, expected: float | None
+) -> None:
+    rank = Rank(0, tmp_path, None, confidences=confidences)
+    rank.attach()
+    seen: list[Any] = []
+
+    def refined(history: Any, planner: Any, ids: Any, first: Any, k: int, *args: Any) -> int:
+        seen.append(first)
+        return k
+
+    monkeypatch.setattr("adaptive_spec.engines.sglang.eagle_attachment.refined_k", refined)
+    _steps(rank, 20, 5)
+    assert seen
+    assert all((first is None) if expected is None else (first == np.float32(expected)).all() for first in seen)

@@ -205,7 +205,7 @@ def test_sweep_through_the_servers_own_api(server: SglangServer) -> None:
     with trace(server) as records:
         result = subprocess.run([*command, "--batch-sizes", "1,3,7"], capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 0, result.stderr
-    assert "sweep over: batch sizes 1, 3, 7" in result.stdout
+    assert "sweep finished: batch sizes 1, 3, 7" in result.stdout
     tried = {(r.batch_size, r.k) for r in records if r.flags & StepFlag.TRIAL}
     assert tried >= {(size, k) for size in (1, 3, 7) for k in CANDIDATES}
     assert {7, 14, 28, 42} <= {tokens for tokens, _, _ in server.status()["latency_points"]}
@@ -264,7 +264,7 @@ def test_kill_9_of_the_sidecar(server: SglangServer) -> None:
         ),
         "the metrics to say so",
     )
-    assert "was started again" in server.log.read_text(errors="replace")
+    assert "was restarted" in server.log.read_text(errors="replace")
 
 
 def test_full_ring(server: SglangServer) -> None:

@@ -77,7 +77,7 @@ def test_one_k_can_be_watched(kit: CpuKit, tmp_path: Path) -> None:
         with beside(load):
             refused = run_cli("sweep", "--runtime-dir", server.runtime_dir, "--timeout", "50")
         assert refused.returncode == 2, refused.stderr
-        assert refused.stderr.endswith(f"sweep: not possible: {status['reason']}\n")
+        assert refused.stderr.endswith(f"sweep: cannot run: {status['reason']}\n")
 
 
 def test_shadow_leaves_k_to_sglang(kit: CpuKit, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from adaptive_spec.engines.sglang import contract, plugin
 from adaptive_spec.engines.sglang.eagle_attachment import EagleAttachment
-from adaptive_spec.engines.sglang.hook_guard import Guard
+from adaptive_spec.engines.sglang.hook_guard import FAULT_VARIABLE, Guard
 from adaptive_spec.engines.sglang.plugin_settings import PluginSettings
 from adaptive_spec.engines.static_contract import Unmet
 from adaptive_spec.wire.engine_report import read_report
@@ -125,6 +125,17 @@ def test_without_counts_and_k_nothing_is_hooked(monkeypatch: pytest.MonkeyPatch,
     report = read_report(tmp_path)
     assert report is not None
     assert (report.state, report.reason, report.level) == ("refused", "sglang test lacks sglang.gone: not there", 0)
+
+
+def test_a_failure_before_there_is_an_attachment_is_reported(
+    monkeypatch: pytest.MonkeyPatch, registry: Registry, tmp_path: Path
+) -> None:
+    monkeypatch.setenv(FAULT_VARIABLE, "worker/after")
+    _hook_eagle(registry, tmp_path)
+    report = read_report(tmp_path)
+    assert report is not None
+    assert (report.state, report.reason) == ("detached", "hook worker failed while the server started")
+    assert report.failures == {"worker": 1}
 
 
 def test_a_controller_is_given_the_sidecars_policy_and_keeps_its_arguments(tmp_path: Path) -> None:

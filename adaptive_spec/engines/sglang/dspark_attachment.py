@@ -5,8 +5,8 @@
 
 DSpark always drafts gamma tokens; what varies is how many of each request are verified. So K is gamma, the granularity is by
 request, and a policy acts through SGLang's own planner: its SPS table and temperatures (`DSparkSwap`), and, for trials of a sweep
-or probe and for a pinned K, the number of draft tokens it verifies. Ranks synchronise where SGLang plans the
-budget of a step: in `plan` under the overlap scheduler, else in `step`.
+or probe and for a pinned K, the number of draft tokens it verifies. Ranks synchronise where SGLang plans the budget of a step:
+in `plan` under the overlap scheduler, else in `step`.
 
 Exceptions are caught by `hook_guard.Guard`; SGLang then runs the step without the plugin.
 """

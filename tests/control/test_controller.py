@@ -101,7 +101,7 @@ def test_an_observe_only_engine_is_shown_as_shadow() -> None:
     s.run(1000)
     snapshot = s.controller.snapshot(s.now_s)
     assert (snapshot.mode, snapshot.observe_only, snapshot.sweep_progress) == (Mode.SHADOW, True, 1.0)
-    assert snapshot.reason.startswith("the engine only lets itself be observe_only: ")
+    assert snapshot.reason.startswith("the engine is observe-only: ")
     assert [e.text for e in snapshot.events if e.kind == "mode"] == [f"sweep → shadow: {snapshot.reason}"], "once"
     # It learns from the traffic.
     assert [tokens for tokens, _, _ in snapshot.latency_points] == [3 * (s.info.launch_k + 1)]

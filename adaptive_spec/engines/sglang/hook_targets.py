@@ -12,6 +12,7 @@ TESTED_VERSIONS = ("0.5.23",)
 _SPECULATIVE = "sglang.srt.speculative."
 _EAGLE = _SPECULATIVE + "eagle_worker_v2."
 _DSPARK = _SPECULATIVE + "dspark_components."
+_RECEIVER = "sglang.srt.managers.scheduler_components.request_receiver."
 _RESULTS = "sglang.srt.managers.scheduler_components.batch_result_processor."
 
 
@@ -44,6 +45,8 @@ DSPARK_TARGETS = (
     Target("verify_all", _DSPARK + "dspark_verify.TargetVerifyExecutor.run_non_compact", ("self", "batch")),
 )
 """Hooked when SGLang has chosen DSPARK, in place of EAGLE's. The plugin attaches only if all of them are found."""
+RANK_TARGETS = (Target("broadcast", _RECEIVER + "SchedulerRequestReceiver._broadcast_reqs_across_ranks", ("self", "recv_reqs")),)
+"""Hooked where K is decided for several tensor-parallel ranks. Without it K is left to SGLang there."""
 
 NEEDED = (
     *(_SPECULATIVE + "adaptive_spec_params." + name for name in ("adaptive_unsupported_reason",)),

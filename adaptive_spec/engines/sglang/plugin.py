@@ -119,14 +119,14 @@ def dspark_side(
 
 
 def _hook(targets: Sequence[Target], own: Mapping[str, Callable[..., Any]], guard: Guard, side: Attachment) -> None:
-    """Register a hook per target: that of `own`, else the side's `{hook}_before` and `{hook}_after`, where it has them."""
+    """Register a hook per target: that of `own`, else the side's `{hook}_before`, `_after` and `_first`, where it has them."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     for target in targets:
         hook = own.get(target.hook)
         if hook is None:
-            before, after = (getattr(side, f"{target.hook}_{half}", None) for half in ("before", "after"))
-            hook = guard.around(target.hook, before, after)
+            before, after, first = (getattr(side, f"{target.hook}_{part}", None) for part in ("before", "after", "first"))
+            hook = guard.around(target.hook, before, after, first)
         HookRegistry.register(target.path, hook, HookType.AROUND)
 
 

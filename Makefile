@@ -76,14 +76,14 @@ release-check: $(STAMP)
 manifests: $(STAMP)
 	$(BIN)/python deploy/kubernetes/rules.py > deploy/kubernetes/monitoring/prometheus-rule.yaml
 
+images: $(STAMP)
+	@$(BIN)/python -m deploy.images $(ARGS)
+
 sglang-matrix: $(STAMP)
 	@$(BIN)/python -m tests.engines.release_matrix sglang $(ARGS)
 
 # Checks that are not part of `make test`.
 nightly: sglang-matrix
-
-images: $(STAMP)
-	@$(BIN)/python -m deploy.images $(ARGS)
 
 # The plots of the status page; npm checks what it fetches against the registry's own checksum.
 UPLOT := 1.6.32

@@ -11,6 +11,7 @@ BENCHMARKS = {
     "refit": "in the sidecar",
     "ingestion": "in the sidecar, one core",
     "ranks": "four tensor-parallel ranks, gloo",
+    "confidences": "draft confidences of EAGLE: what they cost on this CPU, what they gain in simulation",
     "memory": "a sidecar process fed an hour's worth of records",
 }
 

@@ -6,7 +6,7 @@ from grafana_foundation_sdk.builders import common, table, trend
 from grafana_foundation_sdk.models import common as kinds
 from grafana_foundation_sdk.models.dashboard import Dashboard, DynamicConfigValue
 
-from dashboards.parts import DATASOURCE, HEIGHT, joined, lines, number, page, rate, rows, series
+from dashboards.parts import DATASOURCE, HEIGHT, joined, lines, number, page, rate, right_axis, rows, series
 
 FIRST, LAST = series("latency_segment_first_tokens"), series("latency_segment_last_tokens")
 SLOPE, INTERCEPT = series("latency_segment_slope_seconds_per_token"), series("latency_segment_intercept_seconds")
@@ -79,10 +79,6 @@ def latency() -> Dashboard:
         lines("Fit error and drift events", "percentunit", {
             "fit error": series("latency_error_ratio"),
             "drift events per second": rate("drift_events_total", 'signal="latency"'),
-        }, low=0).override_by_name("drift events per second", _right_axis("events/s")),
+        }, low=0).override_by_name("drift events per second", right_axis("events/s")),
     ]  # fmt: skip
     return page("latency", "adaptive-spec: latency model", "The staircase of verify latency and how it changes.", panels)
-
-
-def _right_axis(unit: str) -> list[DynamicConfigValue]:
-    return [DynamicConfigValue("unit", unit), DynamicConfigValue("custom.axisPlacement", "right")]

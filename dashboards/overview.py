@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from grafana_foundation_sdk.models.dashboard import Dashboard
 
-from dashboards.parts import increase, lines, number, page, rate, series
+from dashboards.parts import increase, lines, number, page, rate, right_axis, series
 
 POWERS = 'batch_size=~"1|2|4|8|16|32|64|128|256|512"'
 WHOLE = 'stage="step"'
@@ -51,6 +51,16 @@ def overview() -> Dashboard:
         lines("Swaps by reason", "none", {"{{reason}}": f"sum by (reason) ({increase('policy_swaps_total')})"},
               "sweep: after a cold start. gain: another K is better. drift: the models changed. rollback: a swap was undone.",
               bars=True, low=0),
+        lines("Changes of K per step", "none", {
+            "{{reason}}": f"sum by (reason) ({rate('k_switches_total')})"
+                          f" / ignoring (reason) group_left () (sum({rate('decode_steps_total')}) > 0)",
+        }, "table: another batch size or a swap. step_choice: for the requests of a step. trial: a measurement. allowed: the K "
+           "before is not allowed at this batch size. fallback: without a policy.", low=0),
+        lines("Steps not as asked, cost of a change of K", "none", {
+            "steps not as asked per second": rate("plan_limited_steps_total"),
+            "seconds per change of K": series("k_switch_cost_seconds"),
+        }, "A step is not as asked when the engine does not run the policy's K at its batch size.", low=0)
+        .override_by_name("seconds per change of K", right_axis("s")),
         lines("Decode steps per second", "steps/s", {"steps": rate("decode_steps_total")}, "0 while the engine is idle.", low=0),
     ]  # fmt: skip
     return page("overview", "adaptive-spec: overview", "Draft length K of a live server, and its gain over the launch K.", panels)

@@ -76,6 +76,11 @@ def lines(
     return panel
 
 
+def right_axis(unit: str) -> list[models.DynamicConfigValue]:
+    """Overrides of a series that is drawn by an axis of its own, on the right."""
+    return [models.DynamicConfigValue("unit", unit), models.DynamicConfigValue("custom.axisPlacement", "right")]
+
+
 def number(
     title: str, unit: str, expr: str, description: str = "", *, width: int = 4, decimals: float | None = None,
     base: str = "green", bounds: Sequence[tuple[float, str]] = (), legend: str = "__auto", as_name: bool = False,

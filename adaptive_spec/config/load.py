@@ -7,13 +7,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
-import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from adaptive_spec.config.settings import SidecarSettings
-from adaptive_spec.errors import BadInput, one_line
+from adaptive_spec.config.shown import shortened, shown_key, shown_value
+from adaptive_spec.config.yaml_file import CONFIG_BYTES, read_yaml
+from adaptive_spec.errors import BadInput
 
 _WANTED = {
     "float_type": "a number",
@@ -34,20 +35,10 @@ _WANTED = {
 }
 """What is allowed, by pydantic's type of error."""
 
+URL_KEYS = ("profile_store", "url")
+"""Keys whose value may hold a secret."""
+
 Section = TypeVar("Section", bound=BaseModel)
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """Safe YAML loader that refuses a duplicate key."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                if key.value in seen:
-                    raise yaml.MarkedYAMLError(problem=f"duplicate key {key.value!r}", problem_mark=key.start_mark)
-                seen.add(key.value)
-        return super().construct_mapping(node, deep)
 
 
 def load_settings(path: Path | None, overrides: Mapping[str, object] | None = None) -> SidecarSettings:
@@ -55,24 +46,10 @@ def load_settings(path: Path | None, overrides: Mapping[str, object] | None = No
 
     Raises BadInput with one line: file, dotted key, what is allowed, value.
     """
-    settings = SidecarSettings() if path is None else settings_from(read_yaml(path), str(path))
-    return settings.model_copy(update=dict(overrides or {}))
-
-
-def read_yaml(path: Path) -> object:
-    """Parse a YAML file without duplicate keys. Raises BadInput with one line: file, line, reason."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise BadInput(f"{path}: cannot be read: {reason}") from error
-    try:
-        return yaml.load(text, Loader=_StrictLoader)  # a SafeLoader
-    except yaml.MarkedYAMLError as error:
-        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
-        raise BadInput(f"{path}: {line}not valid YAML: {error.problem or error}") from error
-    except (yaml.YAMLError, ValueError, TypeError) as error:
-        raise BadInput(f"{path}: not valid YAML: {one_line(error)}") from error
+    settings = SidecarSettings() if path is None else settings_from(read_yaml(path, CONFIG_BYTES), str(path))
+    given = {key: str(value) if isinstance(value, Path) else value for key, value in (overrides or {}).items()}
+    checked = validated(SidecarSettings, given, "command line")
+    return settings.model_copy(update={key: getattr(checked, key) for key in given})
 
 
 def settings_from(data: object, name: str) -> SidecarSettings:
@@ -83,6 +60,8 @@ def settings_from(data: object, name: str) -> SidecarSettings:
     policy = settings.controller.policy
     if policy.k_min > policy.k_max:
         raise BadInput(f"{name}: controller.policy.k_min: must be at most k_max, which is {policy.k_max}, got {policy.k_min}")
+    if settings.profile_store_key_file is not None and settings.profile_store is None:
+        raise BadInput(f"{name}: profile_store_key_file: needs profile_store, which is not set")
     return settings
 
 
@@ -90,6 +69,8 @@ def validated(section: type[Section], data: object, name: str) -> Section:
     """Check parsed YAML against a section. Raises BadInput: `name`, dotted key, what is allowed, value."""
     if not isinstance(data, dict):
         raise BadInput(f"{name}: must be keys and values, got a {type(data).__name__}")
+    if (key := _not_unicode(data)) is not None:
+        raise BadInput(f"{name}: {key}must be Unicode text, without unpaired surrogates")
     try:
         # Strict, and from JSON: "5" is not a number and true is not 1, but text is accepted as a path.
         return section.model_validate_json(json.dumps(data, default=str), strict=True)
@@ -97,8 +78,20 @@ def validated(section: type[Section], data: object, name: str) -> Section:
         raise BadInput(f"{name}: {_explain(error.errors(include_url=False)[0], section)}") from error
 
 
+def _not_unicode(data: object, key: str = "") -> str | None:
+    """The place, as `key.key: `, of a text that cannot be encoded; None when there is none."""
+    if isinstance(data, str):
+        return None if data.isascii() or data.encode(errors="ignore").decode() == data else key
+    for name, value in data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ():
+        place = f"{key.removesuffix(': ')}{'.' if key else ''}{shown_key(name)}: "
+        found = _not_unicode(name, place) if isinstance(name, str) else None
+        if (found or _not_unicode(value, place)) is not None:
+            return found or _not_unicode(value, place)
+    return None
+
+
 def _explain(error: ErrorDetails, root: type[BaseModel]) -> str:
-    key = ".".join(str(part) for part in error["loc"])
+    key = ".".join(shown_key(part) for part in error["loc"])
     kind, context, value = error["type"], error.get("ctx", {}), error["input"]
     if kind == "extra_forbidden":
         fields = _section(root, error["loc"][:-1]).model_fields
@@ -110,7 +103,9 @@ def _explain(error: ErrorDetails, root: type[BaseModel]) -> str:
     if kind == "literal_error":
         wanted = str(context["expected"])
     wanted = wanted or _WANTED.get(kind)
-    return f"{key}: must be {wanted}, got {value!r}" if wanted else f"{key}: {error['msg']}, got {value!r}"
+    shown = shown_value(value, is_url=error["loc"][-1] in URL_KEYS)
+    reason = f"must be {wanted}" if wanted else shortened(error["msg"].removeprefix("Value error, "))
+    return f"{key}: {reason}, got {shown}"
 
 
 def _section(root: type[BaseModel], location: tuple[int | str, ...]) -> type[BaseModel]:

@@ -7,6 +7,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from adaptive_spec.config.checks import FilePath, FolderPath, HostName, StoreUrl, WebUrl
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -46,6 +48,13 @@ class AcceptanceSettings(_Section):
             "Decode steps remembered by the calibration, 20..1000000. Larger: steadier, slower to follow. Smaller: the reverse."
         ),
     )
+    confidences: bool = Field(
+        True,
+        description=(
+            "on: the SGLang plugin computes the draft's confidences for EAGLE, a pass over the logits of every drafted token. "
+            "off: it does not, and acceptance is learnt from accepted counts alone."
+        ),
+    )
 
 
 class PolicySettings(_Section):
@@ -82,7 +91,7 @@ class PolicySettings(_Section):
         30.0,
         ge=1.0,
         le=86_400.0,
-        description=("Age of the sidecar's heartbeat, seconds, beyond which the engine returns to its launch K, 1..86400."),
+        description=("Age of the sidecar's heartbeat, seconds, beyond which no policy acts (see `fallback`), 1..86400."),
     )
     fallback: Literal["stock", "launch"] = Field(
         "stock",
@@ -134,10 +143,10 @@ class ControllerSettings(_Section):
 class GrafanaSettings(_Section):
     """Annotations in Grafana for every swap and drift event. Needs the extra `grafana`."""
 
-    url: str | None = Field(
+    url: WebUrl | None = Field(
         None, min_length=1, description="URL of Grafana, with its path prefix if it has one. None: no annotations."
     )
-    token_file: Path | None = Field(
+    token_file: FilePath | None = Field(
         None, description="File with the token of a service account that may write annotations. None: no token is sent."
     )
     timeout_s: float = Field(
@@ -157,11 +166,13 @@ class GrafanaSettings(_Section):
 class SidecarSettings(_Section):
     """The sidecar's own configuration file."""
 
-    runtime_dir: Path = Field(
+    runtime_dir: FolderPath = Field(
         Path("/dev/shm/adaptive-spec"), description="Folder of the ring and the policy page, shared with the engine."
     )
-    profile_dir: Path = Field(Path("profiles"), description="Folder of profiles, one sub-folder per model, GPU and TP degree.")
-    profile_store: str | None = Field(
+    profile_dir: FolderPath = Field(
+        Path("profiles"), description="Folder of profiles, one sub-folder per model, GPU and TP degree."
+    )
+    profile_store: StoreUrl | None = Field(
         None,
         min_length=1,
         description=(
@@ -170,9 +181,17 @@ class SidecarSettings(_Section):
             "extra `store`, and the storage's own fsspec package."
         ),
     )
-    host: str = Field("127.0.0.1", min_length=1, description="Address the HTTP server binds. Default: loopback only.")
+    profile_store_key_file: FilePath | None = Field(
+        None,
+        description=(
+            "File with a key, at least 32 characters, shared by the fleet: profiles given to the store are signed with it "
+            "(HMAC-SHA256), and a profile without a valid signature is not taken. Must not be readable by others. None: profiles "
+            "are not signed and signatures are not checked."
+        ),
+    )
+    host: HostName = Field("127.0.0.1", min_length=1, description="Address the HTTP server binds. Default: loopback only.")
     port: int = Field(9477, ge=0, le=65_535, description="Port of the HTTP server, 0..65535. 0: a free port.")
-    control_token_file: Path | None = Field(
+    control_token_file: FilePath | None = Field(
         None,
         description=("File with the token that `ctl` must send. None: a token is created at start in runtime_dir, mode 0600."),
     )

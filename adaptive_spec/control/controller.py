@@ -26,6 +26,7 @@ from adaptive_spec.control.checkpoint import ControllerState
 from adaptive_spec.control.counters import Counters, Histogram
 from adaptive_spec.control.decision import Decision, Proposal
 from adaptive_spec.control.engine_response import OBSERVE_ONLY, EngineResponse, PendingTrials
+from adaptive_spec.control.k_switches import switch_reason
 from adaptive_spec.control.probing import ProbeBudget, probe_plans
 from adaptive_spec.control.publication import Publisher
 from adaptive_spec.control.snapshot import Snapshot, build_snapshot
@@ -54,13 +55,14 @@ class Controller:
         self.mode = Mode.SWEEP if settings.mode == "active" else Mode.SHADOW
         self.reason = "cold start"
         self._decision = Decision(settings.policy, info)
-        self._publisher = Publisher(info)
+        self._publisher = Publisher(info, settings.policy.min_gain)
         self._budget = ProbeBudget(settings.policy.probe_budget)
         self._sweep = Sweep(settings.sweep, info, settings.latency.jump_threshold)
         self._sweep_started_s: float | None = None
         self._swept = False
         self._trials = PendingTrials()
         self._engine_response = EngineResponse()
+        self._last_record: StepRecord | None = None
         self._next_refit_s = 0.0
         self._mode_before_failure = self.mode
 
@@ -70,6 +72,8 @@ class Controller:
         """Learn one step. now_s: seconds on any steadily rising clock. Returns a policy when the engine must get one at once."""
         self._budget.earn(record.step_s)
         self.counters.count(record)
+        self.counters.count_switch(switch_reason(self._last_record, record, self.info))
+        self._last_record = record
         self._take_findings(self.models.observe(record), now_s)
         self.counters.compare(record, self.models.compare(record))
         if self.mode is not Mode.SWEEP:
@@ -136,7 +140,8 @@ class Controller:
             return ()
         b, c = self._decision.entry(traffic)
         k_now, min_gain = int(self._decision.table[b, c]), self.settings.policy.min_gain
-        return self._budget.choose(probe_plans(forecast, proposal.goodput, b, c, k_now, self.info.granularity, min_gain))
+        plans = probe_plans(forecast, proposal.goodput, b, c, k_now, self.info.granularity, min_gain)
+        return self._budget.choose(plans, forecast.switch_s)
 
     def _follow_swap(self, record: StepRecord, now_s: float) -> Policy | None:
         forecast = self.models.forecast
@@ -312,7 +317,8 @@ class Controller:
             # A mode that was changed in the configuration since wins over the mode of the old process.
             self.mode = Mode(self.settings.mode) if state.asked != self.settings.mode else state.mode
             self.reason = "continued from the checkpoint"
-        self._decision.table, self.models.batches, self.models.kv_per_request = table, state.batches, state.kv_per_request
+        self._decision.table = self._decision.runnable(table)
+        self.models.batches, self.models.kv_per_request = state.batches, state.kv_per_request
         self._swept, self._sweep.steps = state.swept, state.sweep_steps
         self._engine_response = EngineResponse(state.ignored)
         self.resume_version(state.policy_version)

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from adaptive_spec.domain.step_record import StepRecord
+from adaptive_spec.control.k_switches import REASONS, Reason
+from adaptive_spec.domain.step_record import StepFlag, StepRecord
 from adaptive_spec.models.acceptance.online import StepScore
 from adaptive_spec.models.model_set import StepComparison
 
@@ -76,6 +77,10 @@ class Counters:
         self.sweep_s = 0.0
         self.drift: Counter[str] = Counter(latency=0, calibration=0)
         self.swaps: Counter[str] = Counter()
+        self.k_switches: Counter[str] = Counter(dict.fromkeys(REASONS, 0))
+        """Changes of the K that was run, by reason."""
+        self.limited_steps = 0
+        """Steps whose K was not the one that the policy asked for."""
         self.dropped: Counter[str] = Counter()
         self.stages = {stage: Histogram() for stage in STAGES}
         self.refits: dict[str, Histogram] = {}
@@ -89,6 +94,7 @@ class Counters:
         self.steps += 1
         self.output_tokens += record.output_tokens
         self.decode_s += record.step_s
+        self.limited_steps += bool(record.flags & StepFlag.LIMITED)
         k = min(record.k, len(self.draft))
         if k:
             self.draft[:k] += record.batch_size
@@ -100,10 +106,15 @@ class Counters:
         self.stages["verify"].add(record.verify_s)
         self.stages["step"].add(record.step_s)
 
+    def count_switch(self, reason: Reason | None) -> None:
+        """Count a change of K; None counts nothing."""
+        if reason is not None:
+            self.k_switches[reason] += 1
+
     def count_scores(self, scores: Iterable[StepScore]) -> None:
-        """Count the draft tokens that the calibration expected to be accepted."""
+        """Count the draft tokens that the calibration, or the rates of their positions, expected to be accepted."""
         for score in scores:
-            self.expected_accepted += score.expected
+            self.expected_accepted += score.expected + score.unscored
 
     def compare(self, record: StepRecord, comparison: StepComparison | None) -> None:
         """Count an ordinary step against its forecast; None counts nothing."""
@@ -146,6 +157,7 @@ class Counters:
             "draft": self.draft.tolist(), "verified": self.verified.tolist(), "accepted": self.accepted.tolist(),
             "scalars": {name: getattr(self, name) for name in _SCALARS},
             "drift": dict(self.drift), "swaps": dict(self.swaps), "dropped": dict(self.dropped),
+            "k_switches": dict(self.k_switches), "limited_steps": self.limited_steps,
             "stages": {name: [h.counts, h.sum_s] for name, h in self.stages.items()},
             "refits": {name: [h.counts, h.sum_s] for name, h in self.refits.items()},
         }  # fmt: skip
@@ -156,6 +168,9 @@ class Counters:
             positions = {name: np.array(state[name], dtype=np.int64) for name in ("draft", "verified", "accepted")}
             scalars = {name: type(getattr(self, name))(state["scalars"][name]) for name in _SCALARS}
             tallies = {name: Counter({str(k): int(v) for k, v in state[name].items()}) for name in ("drift", "swaps", "dropped")}
+            # Absent from checkpoints of older versions.
+            tallies["k_switches"] = Counter({reason: int(state.get("k_switches", {}).get(reason, 0)) for reason in REASONS})
+            scalars["limited_steps"] = int(state.get("limited_steps", 0))
             histograms = {name: {s: _histogram(*h) for s, h in state[name].items()} for name in ("stages", "refits")}
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"counters are damaged: {error}") from error

@@ -16,7 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adaptive_spec.config.settings import PolicySettings
-from adaptive_spec.control.guard_rails import SwapWatch, Table, allowed, better_table, table_for
+from adaptive_spec.control.guard_rails import SwapWatch, Table, better_table, table_for, within_rails
+from adaptive_spec.control.switching import charge_switches
+from adaptive_spec.domain.allowed import runnable_table
 from adaptive_spec.domain.arrays import Floats
 from adaptive_spec.domain.engine_info import EngineInfo
 from adaptive_spec.domain.step_record import StepRecord
@@ -43,11 +45,12 @@ class Proposal:
 
 
 class Decision:
-    """Owns the K table [max_batch + 1, contexts] and the watch over its last swap."""
+    """Owns the K table [max_batch + 1, contexts] and the watch over its last swap. Every entry is allowed at its batch size."""
 
     def __init__(self, settings: PolicySettings, info: EngineInfo) -> None:
         self._settings, self._info = settings, info
-        self.table: Table = np.full((info.max_batch + 1, 1), info.launch_k, dtype=np.uint8)
+        self._runnable = runnable_table(info.allowed_mask())
+        self.table = self.runnable(np.full((info.max_batch + 1, 1), info.launch_k, dtype=np.uint8))
         self._swap_time_s = -math.inf
         self._drift_time_s = -math.inf
         self._watch: SwapWatch | None = None
@@ -57,13 +60,15 @@ class Decision:
     def propose(self, forecast: Forecast, traffic: Traffic, now_s: float, first: bool) -> Proposal:
         """Best table by the forecast. first: take the best K everywhere, whatever ran before."""
         rails = self._settings
-        goodput = allowed(forecast, rails.k_min, rails.k_max)
+        goodput = within_rails(forecast, rails.k_min, rails.k_max)
+        worth = charge_switches(goodput, forecast.tokens_per_request, traffic.batches, traffic.crossings, forecast.switch_s)
         current = table_for(self.table, goodput.shape[1])
         if first:
-            wanted = goodput.argmax(axis=-1).astype(np.uint8)
+            wanted = worth.argmax(axis=-1).astype(np.uint8)
         else:
             banned = self._bans(goodput.shape, now_s)
-            wanted = better_table(goodput, forecast.uncertainty, current, rails.min_gain, banned)
+            wanted = better_table(worth, forecast.uncertainty, current, rails.min_gain, banned)
+        wanted = self.runnable(wanted)
         used = traffic.batches > USED_SHARE * max(traffic.batches.sum(), 1e-9)
         if not (wanted != current)[used, min(traffic.context, wanted.shape[1] - 1)].any():
             return Proposal(wanted, current, goodput, None)
@@ -126,8 +131,13 @@ class Decision:
         self._watch = None
 
     def pin(self, k: int) -> None:
-        """One K for every batch size."""
-        self.table = np.full_like(self.table, k)
+        """One K for every batch size, or what runs in its place where it is not allowed."""
+        self.table = self.runnable(np.full_like(self.table, k))
+
+    def runnable(self, table: Table) -> Table:
+        """The table with every K that is not allowed at its batch size replaced, see `runnable_table`."""
+        k = np.minimum(table, self._runnable.shape[1] - 1)
+        return np.take_along_axis(self._runnable, k.astype(np.int64), axis=1)
 
     def entry(self, traffic: Traffic) -> tuple[int, int]:
         """Batch size and context bucket of the table for the last step."""

@@ -32,7 +32,8 @@ class PendingTrials:
         """Take one step; return whether with it the trials of policy `version` ended."""
         if self.left == 0 or record.policy_version != version:
             return False
-        trial = bool(record.flags & StepFlag.TRIAL)
+        # A step of a trial that the engine could not run as asked is over all the same.
+        trial = bool(record.flags & (StepFlag.TRIAL | StepFlag.LIMITED))
         self.left -= trial
         self._ordinary_steps = 0 if trial else self._ordinary_steps + 1
         # The planner skips a trial whose batch size does not come: the round then ends without it.

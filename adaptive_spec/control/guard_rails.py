@@ -15,17 +15,15 @@ from adaptive_spec.models.goodput import Forecast
 Table = NDArray[np.uint8]
 
 
-def allowed(forecast: Forecast, k_min: int, k_max: int) -> Floats:
-    """Goodput with the K outside [k_min, k_max] set to 0; if no K is inside, the nearest one stays."""
-    goodput = forecast.goodput.copy()
+def within_rails(forecast: Forecast, k_min: int, k_max: int) -> Floats:
+    """Goodput with the K outside [k_min, k_max] set to 0; at a batch size where no allowed K is inside, the nearest one stays."""
+    goodput = forecast.goodput
     k = np.arange(goodput.shape[-1])
-    runnable = goodput[1].max(axis=0) > 0.0
+    runnable = goodput.max(axis=1) > 0.0
     inside = runnable & (k >= k_min) & (k <= k_max)
-    if not inside.any():
-        inside = np.zeros_like(runnable)
-        inside[min(np.flatnonzero(runnable), key=lambda x: abs(int(x) - k_max))] = True
-    goodput[:, :, ~inside] = 0.0
-    return goodput
+    nearest = np.where(runnable, np.abs(k - k_max), len(k) + abs(k_max)).argmin(axis=1)
+    inside |= ~inside.any(axis=1, keepdims=True) & (k == nearest[:, None])
+    return np.where(inside[:, None, :], goodput, 0.0)
 
 
 def better_table(

@@ -73,17 +73,18 @@ class ProbeBudget:
         """Count the seconds a trial step lost against the best plan; less than 0 for a lucky one."""
         self._add(-lost_s)
 
-    def choose(self, candidates: Sequence[ProbeCandidate]) -> tuple[Trial, ...]:
+    def choose(self, candidates: Sequence[ProbeCandidate], switch_s: float = 0.0) -> tuple[Trial, ...]:
         """Trials to run now, ranked by possible gain per second that they cost and have cost lately.
 
+        switch_s: seconds that a change of K costs; a trial changes K twice.
         If the top-ranked probe is too expensive now, accumulate budget instead of running cheaper ones.
         """
+        cost_of = [(candidate, self._cost_s(candidate) + 2.0 * switch_s) for candidate in candidates]
         for plan in self.spent_s:
             self.spent_s[plan] *= self.FORGET
-        ranked = sorted(candidates, key=lambda p: (p.upper_gain - 1.0) / (self._cost_s(p) + self.spent_s[_plan(p)]), reverse=True)
+        ranked = sorted(cost_of, key=lambda p: (p[0].upper_gain - 1.0) / (p[1] + self.spent_s[_plan(p[0])]), reverse=True)
         left_s, trials = self.credit_s, []
-        for candidate in ranked[: self.MAX_PLANS]:
-            cost_s = self._cost_s(candidate)
+        for candidate, cost_s in ranked[: self.MAX_PLANS]:
             if cost_s > self._cap_s:
                 continue
             if cost_s > left_s:
@@ -134,10 +135,10 @@ def _probe_tokens(forecast: Forecast, row: int, batch_size: int, now: float, min
     out = forecast.expected_tokens.get(batch_size)
     if out is None:
         return []
-    max_k = len(forecast.fixed_s) - 1
-    slots = np.arange(min(len(out), len(forecast.verify_s) - batch_size))
+    runnable = np.flatnonzero(forecast.goodput[row].max(axis=0) > 0.0)
+    slots = np.arange(min(len(out), len(forecast.verify_s) - batch_size, batch_size * int(runnable[-1]) + 1))
     # One position deeper than an even spread needs, so that slots can go to the requests most likely to accept.
-    k = np.minimum(-(-slots // batch_size) + 1, max_k)
+    k = runnable[np.minimum(np.searchsorted(runnable, -(-slots // batch_size) + 1), len(runnable) - 1)]
     seconds = forecast.fixed_s[k, row] + forecast.verify_s[batch_size + slots]
     error = forecast.verify_error_s[batch_size + slots]
     upper_goodput = out[slots] / np.maximum(seconds - OPTIMISM * error, 0.25 * seconds)

@@ -6,7 +6,7 @@ import numpy as np
 
 from adaptive_spec.control.guard_rails import Table, table_for
 from adaptive_spec.domain.engine_info import EngineInfo
-from adaptive_spec.domain.policy import Granularity, Mode, Policy, Trial
+from adaptive_spec.domain.policy import STEP_CHOICE_GAIN, Granularity, Mode, Policy, Trial
 from adaptive_spec.domain.survival import SurvivalMap
 from adaptive_spec.models.goodput import Forecast
 
@@ -14,13 +14,18 @@ NOT_ACTING = (Mode.SHADOW, Mode.FALLBACK)
 """Modes in which the engine stays on its launch K."""
 MIN_COST_CHANGE, MIN_CALIBRATION_CHANGE = 0.005, 0.01
 """Relative change of a verify time, and change of a survival, below which the per-step search would choose the same."""
+MIN_SWITCH_CHANGE = 0.2
+"""Relative change of the cost of a change of K below which the step choice would choose the same."""
 
 
 class Publisher:
     """latest: the newest policy, None before the first. version: its number, never falling. time_s: when it was made."""
 
-    def __init__(self, info: EngineInfo) -> None:
+    def __init__(self, info: EngineInfo, min_gain: float) -> None:
+        """min_gain: of the settings; the step choice needs this gain and at least `STEP_CHOICE_GAIN`."""
         self._info = info
+        self._allowed_from = info.allowed_ranges()
+        self._min_gain = max(min_gain, STEP_CHOICE_GAIN)
         self.latest: Policy | None = None
         self.version = 0
         self.time_s = 0.0
@@ -44,6 +49,7 @@ class Publisher:
         self.latest = Policy(
             self.version, mode, mode not in NOT_ACTING, info.granularity, info.max_k, table_for(table, len(edges) + 1), edges,
             fixed_s.astype(np.float32), verify_s.astype(np.float32), slope, survival, verify_all, trials,
+            self._allowed_from, self._min_gain, forecast.switch_s if forecast is not None else 0.0,
         )  # fmt: skip
         return self.latest
 
@@ -59,6 +65,7 @@ class Publisher:
         calibration_change = float(np.max(np.abs(last.survival.table - forecast.survival.table)))
         return (
             cost_change > MIN_COST_CHANGE
+            or abs(forecast.switch_s - last.switch_s) > MIN_SWITCH_CHANGE * last.switch_s
             or calibration_change > MIN_CALIBRATION_CHANGE
             or last.survival.conditional != forecast.survival.conditional
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from adaptive_spec.control.counters import Counters, Event, HistogramData
 from adaptive_spec.control.publication import Publisher
@@ -65,6 +65,12 @@ class Snapshot:
     events: tuple[Event, ...] = ()
     batch_size: int = 0
     """Requests in the latest decode step, 0 before the first."""
+    k_switches: Mapping[str, int] = field(default_factory=dict)
+    """Changes of the K that was run, by reason."""
+    limited_steps: int = 0
+    """Steps whose K was not the one that the policy asked for."""
+    switch_s: float | None = None
+    """Seconds that a change of K costs, None while too few were measured."""
     watched_only: bool = False
     """The mode is shadow, though another was asked for, because the engine runs none of the policies made for it."""
 
@@ -97,4 +103,5 @@ def build_snapshot(
         sweep_steps=sweep.steps, sweep_progress=sweep.progress if mode is Mode.SWEEP else 1.0, sweep_s=counters.sweep_s,
         probe_share=counters.probe_lost_s / counters.decode_s if counters.decode_s > 0.0 else 0.0,
         events=tuple(counters.events), batch_size=models.batch_size,
+        k_switches=dict(counters.k_switches), limited_steps=counters.limited_steps, switch_s=models.switch_cost.measured_s,
     )  # fmt: skip

@@ -55,9 +55,9 @@ class Sweep:
         info = self._info
         batches = range(1, info.max_batch + 1) if info.holds_batch else [max(batch_size, 1)]
         if info.granularity is Granularity.REQUEST:
-            counts = np.arange(batches[0], batches[-1] * (info.max_k + 1) + 1)
+            counts = np.arange(batches[0], max(b * (info.allowed_k(b)[-1] + 1) for b in batches) + 1)
         else:
-            counts = np.unique([b * (k + 1) for b in batches for k in info.candidates])
+            counts = np.unique([b * (k + 1) for b in batches for k in info.allowed_k(b)])
         return counts[counts <= max(self._settings.max_tokens, int(counts[0]))]
 
     def next_round(self, measured: MeasuredCounts, batch_size: int) -> tuple[Trial, ...]:
@@ -117,14 +117,17 @@ class Sweep:
         elif info.granularity is Granularity.REQUEST:
             lowest = -(-tokens // (info.max_k + 1))
             batch = min(max(-(-tokens // (preferred + 1)), lowest), min(tokens, info.max_batch))
+            if batch * (info.allowed_k(batch)[-1] + 1) < tokens:
+                # Not enough K is allowed at that size: the smallest one that reaches the count.
+                reaching = (b for b in range(1, info.max_batch + 1) if b <= tokens <= b * (info.allowed_k(b)[-1] + 1))
+                batch = next(reaching, batch)
         else:
-            fitting = [
-                tokens // (k + 1) for k in info.candidates if tokens % (k + 1) == 0 and tokens // (k + 1) <= info.max_batch
-            ]
+            sizes = [(tokens // (k + 1), k) for k in info.candidates if tokens % (k + 1) == 0]
+            fitting = [b for b, k in sizes if b <= info.max_batch and k in info.allowed_k(b)]
             if not fitting:
                 return None
             batch = fitting[self._turn % len(fitting)]
-        k = next((k for k in info.candidates if batch * (k + 1) >= tokens), None)
+        k = next((k for k in info.allowed_k(batch) if batch * (k + 1) >= tokens), None)
         if k is None or batch > tokens:
             return None
         return Trial(batch if info.holds_batch else 0, k, tokens if info.granularity is Granularity.REQUEST else 0, steps)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-from bisect import bisect_right
 from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from adaptive_spec.domain.allowed import AllowedFrom, allowed_at, ranges
 from adaptive_spec.domain.arrays import Bools
 from adaptive_spec.domain.policy import Granularity
 
@@ -34,7 +34,7 @@ class EngineInfo:
     granularity: Granularity
     holds_batch: bool
     pid: int
-    allowed_from: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    allowed_from: AllowedFrom = ()
 
     @property
     def max_k(self) -> int:
@@ -49,15 +49,24 @@ class EngineInfo:
         """K that the engine runs at a batch size, ascending; among them the launch K."""
         if not self.allowed_from:
             return self.candidates
-        at = bisect_right(self.allowed_from, batch_size, key=lambda entry: entry[0])
-        return tuple(sorted({*self.allowed_from[max(at - 1, 0)][1], self.launch_k}))
+        return tuple(sorted({*allowed_at(self.allowed_from, batch_size), self.launch_k}))
 
     def allowed_mask(self) -> Bools:
         """[max_batch + 1, max_k + 1], whether the engine runs K (column) at a batch size (row). Row 0 is row 1."""
         mask = np.zeros((self.max_batch + 1, self.max_k + 1), np.bool_)
         for batch_size in range(self.max_batch + 1):
-            mask[batch_size, [k for k in self.allowed_k(max(batch_size, 1)) if k <= self.max_k]] = True
+            mask[batch_size, self._table_k(batch_size)] = True
         return mask
+
+    def allowed_ranges(self) -> AllowedFrom:
+        """`allowed_mask` as a policy carries it: with the launch K in every entry, () when every K 0..max_k is allowed."""
+        if not self.allowed_from and len(self.candidates) == self.max_k + 1:
+            return ()
+        return ranges([self._table_k(batch_size) for batch_size in range(1, self.max_batch + 1)])
+
+    def _table_k(self, batch_size: int) -> tuple[int, ...]:
+        """`allowed_k` without a launch K above max_k."""
+        return tuple(k for k in self.allowed_k(max(batch_size, 1)) if k <= self.max_k) or (self.max_k,)
 
     def to_json(self) -> bytes:
         return json.dumps(asdict(self)).encode()

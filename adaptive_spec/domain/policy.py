@@ -8,12 +8,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from adaptive_spec.domain.allowed import AllowedFrom, allowed_at
 from adaptive_spec.domain.arrays import Float32s, KTable
 from adaptive_spec.domain.survival import SurvivalMap
 
 
 class Mode(StrEnum):
-    """What the controller does. SWEEP, ACTIVE and PINNED set K; the other modes leave the engine on its launch K."""
+    """What the controller does. In SHADOW and FALLBACK its policies do not act; in the other modes they set K."""
 
     SWEEP = "sweep"
     SHADOW = "shadow"
@@ -30,6 +31,8 @@ class Granularity(StrEnum):
     REQUEST = "request"
 
 
+STEP_CHOICE_GAIN = 0.01
+"""Least relative gain in predicted goodput for which the step choice leaves the table's K, so that usual requests stay on it."""
 TRIAL_PATIENCE_STEPS = 64
 """Steps without the trial's batch size after which the engine skips the trial, so that a sweep always ends."""
 
@@ -51,13 +54,14 @@ class Trial(NamedTuple):
 class Policy:
     """One immutable decision of the controller, as the engine adopts it.
 
-    version: 1, 2, ... acting: False keeps the engine on its launch K (shadow, paused, ...). mode, granularity: see the enums.
+    version: 1, 2, ... acting: False in SHADOW and FALLBACK: the engine's fallback decides K. mode, granularity: see the enums.
     max_k: largest K. k_table: uint8 [max_batch + 1, contexts], K by batch size and context bucket.
     context_edges: float [contexts - 1], mean KV tokens per request at which the next context bucket begins.
     fixed_s: float32 [max_k + 1, max_batch + 1], seconds of a step other than verification (draft, draft-extend, overhead).
     verify_s: float32 [tokens + 1], predicted verify seconds by num_tokens. context_s_per_token: seconds per KV token.
     survival: calibration. verify_all: verify every drafted token (pinned, and batch granularity). trials: run once, before the
-    table is used.
+    table is used. allowed_from: K allowed by batch size, () for every K; every entry of k_table is allowed at its batch size.
+    min_gain: relative gain that the step choice needs, >= 0. switch_s: seconds that a change of K costs, 0 when not known.
     """
 
     version: int
@@ -73,6 +77,13 @@ class Policy:
     survival: SurvivalMap
     verify_all: bool
     trials: tuple[Trial, ...] = field(default=())
+    allowed_from: AllowedFrom = ()
+    min_gain: float = STEP_CHOICE_GAIN
+    switch_s: float = 0.0
+
+    def allows(self, batch_size: int, k: int) -> bool:
+        """Whether K is allowed at a batch size."""
+        return not self.allowed_from or k in allowed_at(self.allowed_from, batch_size)
 
     def draft_length(self, batch_size: int, kv_tokens: int) -> int:
         """K of the table for a batch. A batch larger than the table uses its last row."""

@@ -9,6 +9,9 @@ import numpy as np
 
 from adaptive_spec.domain.arrays import Float32s, Lengths, RequestIds
 
+UNKNOWN_CONFIDENCE = 0.0
+"""The value in place of a confidence that was not measured. No probability of a most likely token is 0."""
+
 
 class StepFlag(IntFlag):
     """Properties of a step that change how it is used."""
@@ -16,7 +19,7 @@ class StepFlag(IntFlag):
     TRIAL = 1
     """K came from a trial of the controller (sweep or probe), not from the policy's table."""
     FALLBACK = 2
-    """The engine ran its launch K because it had no fresh policy."""
+    """The engine had no fresh policy: its fallback decided K."""
     DISTURBED = 4
     """Other work ran inside the step (a prefill, a first graph replay): its times are not used."""
     CENSORED = 8
@@ -25,6 +28,8 @@ class StepFlag(IntFlag):
     """The step choice moved K from the policy's table."""
     LIMITED = 32
     """The K that ran is not the one the policy asked for: it is not allowed at this batch size. Such a step is never a TRIAL."""
+    WHOLE = 64
+    """The engine does not time the stages of its steps: verify_s is the whole forward, the other stages are 0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +38,7 @@ class StepRecord:
 
     step, time_ns, kv_tokens, policy_version, num_tokens, padded_tokens, batch_size, k, flags: see the table in `wire/slot.py`.
     draft_s, verify_s, draft_extend_s, step_s: seconds, >= 0; step_s is the whole step, overhead included.
-    confidences: float32 [rows, k], the draft model's probability of each token it proposed, in (0, 1].
+    confidences: float32 [rows, k], the draft model's probability of each token it proposed, in (0, 1], or UNKNOWN_CONFIDENCE.
     verify_len: uint8 [rows], draft tokens verified, 0..k. accept_len: uint8 [rows], draft tokens accepted (bonus not
     counted), 0..verify_len. request_ids: uint32 [rows], the engine's own number of each request, the same in all its steps.
     """
@@ -72,6 +77,6 @@ class StepRecord:
         # count_nonzero takes half the time of any() and all() on such small arrays; this runs for every record.
         if np.count_nonzero(self.accept_len > self.verify_len) or np.count_nonzero(self.verify_len > self.k):
             return "lengths"
-        if np.count_nonzero((self.confidences > 0.0) & (self.confidences <= 1.0)) != self.confidences.size:
+        if np.count_nonzero((self.confidences >= UNKNOWN_CONFIDENCE) & (self.confidences <= 1.0)) != self.confidences.size:
             return "confidences"
         return None

@@ -4,22 +4,34 @@ from __future__ import annotations
 
 import numpy as np
 
-from adaptive_spec.domain.arrays import Float32s, Lengths
+from adaptive_spec.domain.allowed import runnable_table
+from adaptive_spec.domain.arrays import Bools, Float32s, Floats, Lengths
 from adaptive_spec.domain.plan_search import best_lengths, best_slots
 from adaptive_spec.domain.policy import TRIAL_PATIENCE_STEPS, Granularity, Policy, Trial
+from adaptive_spec.domain.step_record import UNKNOWN_CONFIDENCE
+from adaptive_spec.domain.survival import SurvivalMap
 
 
 class Planner:
     """Executes a policy step by step: its trials first, then its table of K; where allowed, verify lengths by request.
 
-    launch_k: K the engine was started with, used while no policy acts. max_k: largest K the engine can run. A trial whose batch
-    size does not occur within `TRIAL_PATIENCE_STEPS` steps is skipped, so that a sweep always ends.
+    launch_k: K the engine was started with, used while no policy acts. max_k: largest K the engine can run. allowed: the K it
+    runs at each batch size, [max_batch + 1, max_k + 1]; None: all. No other K is ever returned. A trial that cannot run exactly
+    as asked waits like one whose batch size does not occur; after `TRIAL_PATIENCE_STEPS` steps it is skipped, so that a sweep
+    always ends.
+
+    limited: the K of this step is not the one the policy's table asked for. moved: the step choice replaced the table's K.
+    last_k, last_moved: K of the step before, and whether the step choice had chosen it. stayed: steps in a row with last_k.
     """
 
-    def __init__(self, launch_k: int, max_k: int) -> None:
+    def __init__(self, launch_k: int, max_k: int, allowed: Bools | None = None) -> None:
         self.launch_k = launch_k
         self.max_k = max_k
         self.policy: Policy | None = None
+        self.limited = self.moved = self.last_moved = False
+        self.last_k = launch_k
+        self.stayed = 0
+        self._runnable = runnable_table(np.ones((1, max_k + 1), np.bool_) if allowed is None else allowed)
         self._running: Trial | None = None
         self._trial = 0
         self._trial_steps = 0
@@ -55,24 +67,36 @@ class Planner:
 
     def draft_length(self, batch_size: int, kv_tokens: int) -> int:
         """Choose K of the coming step, 0..max_k: launch K without an acting policy, else the trial's, else the table's."""
-        self._kv_tokens, self._running = kv_tokens, None
+        self.stayed = self.stayed + 1 if self._k == self.last_k else 1
+        self.last_k, self.last_moved = self._k, self.moved
+        self._kv_tokens, self._running, self.limited, self.moved = kv_tokens, None, False, False
         policy = self.policy
         if policy is None or not policy.acting:
             self._k = self.launch_k
             return self._k
         trial = self._current_trial()
         if trial is not None:
-            if trial.batch_size in (0, batch_size):
+            if trial.batch_size in (0, batch_size) and self._runs(trial.k, batch_size):
                 self._running = trial
                 self._trial_steps += 1
-                self._k = min(trial.k, self.max_k)
+                self._k = trial.k
                 return self._k
             self._waited += 1
-        self._k = min(policy.draft_length(batch_size, kv_tokens), self.max_k)
+        asked = policy.draft_length(batch_size, kv_tokens)
+        self._k = self._runnable_k(asked, batch_size)
+        self.limited = self._k != asked
         return self._k
 
+    def move(self, k: int) -> None:
+        """The step choice runs another K than `draft_length` returned: k, one that the engine runs at this batch size."""
+        self.moved = k != self._k
+        self._k = k
+
     def verify_lengths(self, confidences: Float32s) -> Lengths:
-        """Choose verify_len [b] for the confidences [b, k] drafted in the step of the last `draft_length`."""
+        """Choose verify_len [b] for the confidences [b, k] drafted in the step of the last `draft_length`.
+
+        A request with an unknown confidence counts as the mean of those without; if all have one, all drafts are verified.
+        """
         b, k = confidences.shape
         policy = self.policy
         if policy is None or not policy.acting or k == 0:
@@ -81,12 +105,23 @@ class Planner:
             wanted = self._running.num_tokens
             if wanted == 0 or policy.granularity is Granularity.BATCH:
                 return np.full(b, k, dtype=np.uint8)
-            return best_slots(policy.survival.survival(confidences), min(max(wanted - b, 0), b * k))
+            survival = _survival(policy.survival, confidences)
+            if survival is None:
+                survival = np.broadcast_to(-np.arange(k, dtype=np.float64), (b, k))  # first tokens first, requests alike
+            return best_slots(survival, min(max(wanted - b, 0), b * k))
         if policy.verify_all or b * (k + 1) >= len(policy.verify_s):
             return np.full(b, k, dtype=np.uint8)
-        survival = policy.survival.survival(confidences)
+        survival = _survival(policy.survival, confidences)
+        if survival is None:
+            return np.full(b, k, dtype=np.uint8)
         fixed = float(policy.fixed_s[k, min(b, policy.fixed_s.shape[1] - 1)]) + policy.context_s_per_token * self._kv_tokens
         return best_lengths(survival, fixed, policy.verify_s)
+
+    def _runs(self, k: int, batch_size: int) -> bool:
+        return k <= self.max_k and self._runnable_k(k, batch_size) == k
+
+    def _runnable_k(self, k: int, batch_size: int) -> int:
+        return int(self._runnable[min(batch_size, len(self._runnable) - 1), min(k, self.max_k)])
 
     def _current_trial(self) -> Trial | None:
         if self.policy is None or not self.policy.acting:
@@ -98,3 +133,14 @@ class Planner:
             self._trial += 1
             self._trial_steps = self._waited = 0
         return None
+
+
+def _survival(calibration: SurvivalMap, confidences: Float32s) -> Floats | None:
+    """Survival [b, k], None where no request has all its confidences."""
+    survival = calibration.survival(confidences)
+    if np.count_nonzero(confidences) != confidences.size:
+        known = (confidences > UNKNOWN_CONFIDENCE).all(axis=1)
+        if not known.any():
+            return None
+        survival[~known] = survival[known].mean(axis=0)
+    return survival

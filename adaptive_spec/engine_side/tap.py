@@ -4,14 +4,16 @@
     verify_len = tap.verify_lengths(confidences)           # engines with ragged verification
     tap.end_step(...)                                      # writes the step's record
 
-Regimes: a fresh policy that acts is executed; a fresh one that does not act (shadow, paused) leaves the launch K; with no
-policy page, no policy on it, or a heartbeat older than max_age_s, the launch K is used and the step is marked as fallback,
-until the heartbeat is fresh again. No method raises or waits: a failure is counted and the launch K is used.
+Regimes: a fresh policy that acts is executed; a fresh one that does not act (modes shadow and fallback) gives the launch K; with
+no policy page, no policy on it, or a heartbeat older than max_age_s, the tap returns the launch K and the step is marked as
+fallback, until the heartbeat is fresh again. No method raises or waits: a failure is counted and the launch K is returned. The
+SGLang plugin lets SGLang's own policy decide instead of the launch K, unless its setting `fallback` is `launch`.
 """
 
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,7 +36,7 @@ RING_BYTES_LIMIT = 32 << 20
 LOOK_STEPS = 64
 """Steps between checks for a new policy page."""
 
-_TRIAL, _FALLBACK = int(StepFlag.TRIAL), int(StepFlag.FALLBACK)
+_TRIAL, _FALLBACK, _LIMITED = int(StepFlag.TRIAL), int(StepFlag.FALLBACK), int(StepFlag.LIMITED)
 
 log = logging.getLogger(__name__)
 
@@ -75,11 +77,9 @@ class EngineTap:
         """Use an open ring (None: every record counts as failed). Engines call `open`."""
         self.info = info
         candidates = info.candidates or (info.launch_k,)
-        wanted = range(max(*candidates, info.launch_k, 0) + 1)
-        # By any K the planner can return: the largest candidate that is not larger, else the smallest candidate.
-        self._runnable_k = [max((c for c in candidates if c <= k), default=min(candidates)) for k in wanted]
-        self._launch_k = self._runnable_k[max(info.launch_k, 0)]
-        self.planner = Planner(self._launch_k, max(candidates))
+        self._launch_k = max((c for c in candidates if c <= info.launch_k), default=min(candidates))
+        allowed = replace(info, launch_k=self._launch_k, candidates=candidates).allowed_mask()
+        self.planner = Planner(self._launch_k, max(candidates), allowed)
         self._ragged = info.granularity is Granularity.REQUEST
         self._ring = ring
         self._page_path = str(Path(runtime_dir) / PAGE_NAME)
@@ -131,7 +131,7 @@ class EngineTap:
             return 0
 
     def begin_step(self, batch_size: int, kv_tokens: int, now_ns: int) -> int:
-        """Choose K of the coming step, one of the engine's candidates.
+        """Choose K of the coming step, one that the engine runs at this batch size.
 
         batch_size: requests in the step. kv_tokens: their tokens in the KV cache. now_ns: time.monotonic_ns().
         """
@@ -145,8 +145,8 @@ class EngineTap:
                 if policy is not planner.policy:
                     planner.adopt(policy)
                     self._adoptions += 1
-                k = self._runnable_k[planner.draft_length(batch_size, kv_tokens)]
-                version, flags = planner.version, _TRIAL if planner.in_trial else 0
+                k = planner.draft_length(batch_size, kv_tokens)
+                version, flags = planner.version, _TRIAL if planner.in_trial else _LIMITED if planner.limited else 0
                 self._fallback = False
         except Exception:
             self._hook_failures += 1
@@ -167,7 +167,7 @@ class EngineTap:
     def verify_lengths(self, confidences: Float32s) -> Lengths:
         """Choose verify_len uint8 [b], draft tokens to verify per request, in the step just begun.
 
-        confidences: float32 [b, k], the draft model's probability of each drafted token, in (0, 1].
+        confidences: float32 [b, k], the draft model's probability of each drafted token, in (0, 1]; 0.0 where unknown.
         """
         try:
             if self._ragged and not self._fallback:
@@ -191,8 +191,8 @@ class EngineTap:
     ) -> None:  # fmt: skip
         """Write the record of a step: fields, units and array types of `StepRecord`; K is the columns of confidences.
 
-        flags: the engine's own (DISTURBED, CENSORED); TRIAL and FALLBACK are added here. begun: the step that ends, by default
-        the last one begun.
+        flags: the engine's own (DISTURBED, CENSORED, STEP_CHOICE); TRIAL, FALLBACK and LIMITED are added here. begun: the step
+        that ends, by default the last one begun.
         """
         try:
             ring = self._ring

@@ -118,14 +118,14 @@ class TrafficDetector:
         self._mean = self._variance = self._burst_sum = 0.0
         self._above, self._below = _Side(), _Side()
 
-    def update(self, confidences: Sequence[float], request_ids: Sequence[int]) -> TrafficChange | None:
-        """Take one step: the confidence of the first draft token of every request [b]; a change when established with it."""
+    def update(self, values: Sequence[float], request_ids: Sequence[int]) -> TrafficChange | None:
+        """Take one step: the watched value of every request [b], NaN where unknown; a change when established with it."""
         samples: list[float] = []
         running, self._running = self._running, {}
-        for request, confidence in zip(request_ids, confidences, strict=True):
+        for request, value in zip(request_ids, values, strict=True):
             drafts, total = running.pop(request, (0, 0.0))
-            if drafts >= 0:
-                drafts, total = drafts + 1, total + confidence
+            if drafts >= 0 and not math.isnan(value):
+                drafts, total = drafts + 1, total + value
                 if drafts >= self.SAMPLE_STEPS:
                     samples.append(total / drafts)
                     drafts = -1

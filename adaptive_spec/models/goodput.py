@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from adaptive_spec.domain.arrays import Floats
+from adaptive_spec.domain.arrays import Bools, Floats
 from adaptive_spec.domain.policy import Granularity
 from adaptive_spec.domain.survival import SurvivalMap
 from adaptive_spec.models.acceptance.online import AcceptanceModel
@@ -42,7 +42,8 @@ class Forecast:
 
     tokens_per_request: [max_batch + 1, contexts, max_k + 1], expected output of a step per request. fixed_s:
     [max_k + 1, max_batch + 1]. verify_s, verify_error_s: by num_tokens. context_edges: [contexts - 1]. expected_tokens:
-    request granularity only, by batch size: tokens out by verified draft tokens 0..b max_k, the best slots first.
+    request granularity only, by batch size: tokens out by verified draft tokens 0..b max_k, the best slots first. switch_s:
+    seconds that a change of K costs, 0 while unknown. Goodput of a K that is not allowed at a batch size is 0.
     """
 
     goodput: Floats
@@ -55,6 +56,7 @@ class Forecast:
     context_edges: NDArray[np.float32]
     survival: SurvivalMap
     expected_tokens: Mapping[int, Floats]
+    switch_s: float = 0.0
 
     def context_of(self, batch_size: int, kv_tokens: int) -> int:
         return int(np.searchsorted(self.context_edges, kv_tokens / max(batch_size, 1), side="right"))
@@ -73,10 +75,14 @@ class ForecastInputs:
     padding: Padding
     granularity: Granularity
     candidates: tuple[int, ...]
+    allowed: Bools
+    """[max_batch + 1, max_k + 1], whether the engine runs K at a batch size."""
     max_batch: int
     kv_per_request: float
     batches: NDArray[np.float64]
     """Forgetting tally of batch sizes, [max_batch + 1]."""
+    switch_s: float
+    """Seconds that a change of K costs, 0 while unknown."""
 
 
 def forecast(models: ForecastInputs, seed: int) -> Forecast | None:
@@ -116,10 +122,10 @@ def forecast(models: ForecastInputs, seed: int) -> Forecast | None:
             expected_tokens = _per_request(models, seed, costs, outputs)
         else:
             _per_batch(models, costs, outputs)
-    excluded = [k for k in range(max_k + 1) if k not in models.candidates]
-    goodput[:, :, excluded] = 0.0
+    goodput *= models.allowed[:, None, :]
     return Forecast(
-        goodput, uncertainty, tokens, fixed_s, verify_s, verify_error_s, slope, edges, models.acceptance.survival, expected_tokens
+        goodput, uncertainty, tokens, fixed_s, verify_s, verify_error_s, slope, edges, models.acceptance.survival,
+        expected_tokens, models.switch_s,
     )  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from adaptive_spec.config.settings import ControllerSettings
 from adaptive_spec.domain.arrays import Floats
 from adaptive_spec.domain.engine_info import EngineInfo
 from adaptive_spec.domain.policy import Granularity
-from adaptive_spec.domain.step_record import StepFlag, StepRecord
+from adaptive_spec.domain.step_record import UNKNOWN_CONFIDENCE, StepFlag, StepRecord
 from adaptive_spec.models.acceptance.online import AcceptanceModel, StepScore
 from adaptive_spec.models.drift import DriftDetector, TrafficDetector
 from adaptive_spec.models.goodput import Forecast, ForecastInputs, forecast
@@ -29,11 +29,14 @@ from adaptive_spec.models.latency.plan_cost import PlanCostModel
 from adaptive_spec.models.latency.robust_mean import CLIP_SIGMAS
 from adaptive_spec.models.latency.speed_factor import SpeedFactor
 from adaptive_spec.models.latency.staircase import LatencyFit, LatencyModel
+from adaptive_spec.models.latency.switch_cost import SwitchCost
 
 LEARN_AT_TOKENS = 8192
 """Queued draft tokens at which the acceptance model learns without waiting for the refit."""
 DRIFT_DISCOUNT = 0.25
 """Weight of the calibration's past after a drift."""
+TALLY_DECAY = 0.998
+"""Weight of a step in the tallies of batch sizes one step later: they remember about 500 steps."""
 MATERIAL_BIAS = 0.05
 """Mean relative error of predicted latency below which an alarm of the drift detector is ignored."""
 
@@ -74,11 +77,15 @@ class StepComparison:
 
 @dataclass(frozen=True)
 class Traffic:
-    """Traffic lately. batch_size, context bucket: of the last step (0 before the first). batches: tally [max_batch + 1]."""
+    """Traffic lately. batch_size, context bucket: of the last step (0 before the first). batches: tally [max_batch + 1].
+
+    crossings: tally [max_batch + 1] of consecutive steps of which one has at most b requests and the other more.
+    """
 
     batch_size: int
     context: int
     batches: Floats
+    crossings: Floats
 
 
 class ModelSet:
@@ -86,6 +93,7 @@ class ModelSet:
 
     forecast: goodput of every plan as of the last `fit`, None before the first. steps: decode steps observed since the models
     began or were restored. batch_size, context: of the last step. batches: forgetting tally of batch sizes [max_batch + 1].
+    crossings: see `Traffic`. switch_cost: what a change of K costs.
     """
 
     def __init__(self, settings: ControllerSettings, info: EngineInfo) -> None:
@@ -105,9 +113,14 @@ class ModelSet:
         self.context = 0
         self.kv_per_request = 512.0
         self.batches = np.zeros(info.max_batch + 1)
+        self.crossings = np.zeros(info.max_batch + 1)
+        self.switch_cost = SwitchCost(info.granularity, self.speed_factor)
+        self._allowed = info.allowed_mask()
         self._latency_drift = DriftDetector()
         self._calibration_drift = DriftDetector()
         self._traffic_drift = TrafficDetector()
+        self._unscored_traffic_drift = TrafficDetector()
+        """The same by acceptance, for requests whose confidences are unknown."""
         self._latency_bias = 0.0
         self._forecast_speed_factor = 0.0
 
@@ -115,14 +128,19 @@ class ModelSet:
         """Learn one step."""
         self.steps += 1
         self.padding.observe(record)
+        self.crossings *= TALLY_DECAY
+        if self.batch_size not in (0, record.batch_size):
+            low, high = sorted((self.batch_size, record.batch_size))
+            self.crossings[low:high] += 1.0
         self.batch_size = record.batch_size
         self.kv_per_request += 0.02 * (record.kv_tokens / record.batch_size - self.kv_per_request)
-        self.batches *= 0.998
+        self.batches *= TALLY_DECAY
         self.batches[min(record.batch_size, self.info.max_batch)] += 1.0
         disturbed = bool(record.flags & StepFlag.DISTURBED)
         if self.forecast is not None and not disturbed:
             self.context = self.forecast.context_of(record.batch_size, record.kv_tokens)
-        findings = Findings() if disturbed else self._learn_times(record)
+        switched = self.switch_cost.observe(record)
+        findings = Findings() if disturbed else self._learn_times(record, switched)
         if not record.flags & StepFlag.CENSORED:
             self.acceptance.observe(record)
             if record.k and self.forecast is not None:
@@ -133,9 +151,11 @@ class ModelSet:
 
     def learn_acceptance(self) -> Findings:
         """Learn the queued labels now."""
-        scores = tuple(score for score in self.acceptance.learn() if score.tokens)
+        scores = tuple(self.acceptance.learn())
         drifts = []
         for score in scores:
+            if not score.tokens:
+                continue
             bias = (score.accepted - score.expected) / math.sqrt(score.variance + 0.25)
             if self._calibration_drift.update(bias) and self.forecast is not None:
                 self.acceptance.discount_past(DRIFT_DISCOUNT)
@@ -151,6 +171,7 @@ class ModelSet:
             self.verify.refit()
             for stage in self.stages.values():
                 stage.refit()
+            self.switch_cost.refit()
         with stopwatch("policy"):
             self.forecast = forecast(self._forecast_inputs(), seed=0)
             self._forecast_speed_factor = self.speed_factor.value
@@ -165,9 +186,11 @@ class ModelSet:
             padding=self.padding,
             granularity=info.granularity,
             candidates=info.candidates,
+            allowed=self._allowed,
             max_batch=info.max_batch,
             kv_per_request=self.kv_per_request,
             batches=self.batches,
+            switch_s=self.switch_cost.seconds,
         )
 
     def compare(self, record: StepRecord) -> StepComparison | None:
@@ -191,7 +214,7 @@ class ModelSet:
 
     @property
     def traffic(self) -> Traffic:
-        return Traffic(self.batch_size, self.context, self.batches)
+        return Traffic(self.batch_size, self.context, self.batches, self.crossings)
 
     @property
     def staircase(self) -> LatencyFit | None:
@@ -218,18 +241,31 @@ class ModelSet:
         return float(forecast_.verify_s[at]) + forecast_.context_s_per_token * record.kv_tokens
 
     def _watch_traffic(self, record: StepRecord) -> Findings:
-        """Notice a change of traffic by the draft's confidence in its first tokens, before enough labels show it."""
-        change = self._traffic_drift.update(record.confidences[:, 0].tolist(), record.request_ids.tolist())
-        if change is None:
-            return Findings()
-        self.acceptance.recent.drop_old_donors(self.acceptance.steps)
-        text = f"the draft's mean confidence moved from {change.before:.0%} to {change.after:.0%}"
-        return Findings((DriftNotice("calibration", text),))
+        """Notice a change of traffic by the draft's confidence in its first tokens, before enough labels show it; where that
+        is unknown by the share of first tokens accepted.
+        """
+        first, requests = record.confidences[:, 0], record.request_ids.tolist()
+        known = first > UNKNOWN_CONFIDENCE
+        texts = []
+        change = self._traffic_drift.update(np.where(known, first, np.nan).tolist(), requests)
+        if change is not None:
+            self.acceptance.recent.drop_old_donors(self.acceptance.steps)
+            texts.append(f"the draft's mean confidence moved from {change.before:.0%} to {change.after:.0%}")
+        if not known.all():
+            accepted = np.where(known | (record.verify_len == 0), np.nan, record.accept_len > 0)
+            change = self._unscored_traffic_drift.update(accepted.tolist(), requests)
+            if change is not None:
+                self.acceptance.discount_past(DRIFT_DISCOUNT)
+                texts.append(f"acceptance of first draft tokens moved from {change.before:.0%} to {change.after:.0%}")
+        return Findings(tuple(DriftNotice("calibration", text) for text in texts))
 
-    def _learn_times(self, record: StepRecord) -> Findings:
+    def _learn_times(self, record: StepRecord, switched: bool) -> Findings:
+        """switched: the step is the first one after a change of K, whose cost is no part of the plan's."""
         step = self.steps
         shift = self.verify.observe(record.padded_tokens, record.kv_tokens, record.verify_s, step)
         overhead_s = record.step_s - record.draft_s - record.verify_s - record.draft_extend_s
+        if switched:
+            overhead_s -= self.switch_cost.seconds
         times = {"draft": record.draft_s, "draft_extend": record.draft_extend_s, "overhead": overhead_s}
         for name, seconds in times.items():
             self.stages[name].observe(record.k, record.batch_size, seconds, step)
@@ -255,6 +291,7 @@ class ModelSet:
         for name, stage in self.stages.items():
             state |= {f"{name}.{k}": v for k, v in stage.state().items()}
         state["padding"] = self.padding.state()
+        state["switch_cost"] = self.switch_cost.state()
         return state | (self.verify.fit.state() if self.verify.fit is not None else {})
 
     def calibration_state(self) -> dict[str, NDArray[Any]]:
@@ -268,6 +305,8 @@ class ModelSet:
             self.verify.restore({"rows": latency["cells.rows"], "noise": latency["cells.noise"]})
             for name, stage in self.stages.items():
                 stage.restore({"rows": latency[f"{name}.rows"], "noise": latency[f"{name}.noise"]})
+            if "switch_cost" in latency:  # absent from profiles of older versions
+                self.switch_cost.restore(latency["switch_cost"])
             self.acceptance.restore(calibration)
         except KeyError as error:
             raise ValueError(f"profile lacks {error.args[0]}") from error

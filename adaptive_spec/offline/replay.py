@@ -31,7 +31,7 @@ from adaptive_spec.control.snapshot import Snapshot
 from adaptive_spec.domain.arrays import Floats, Ints, Lengths
 from adaptive_spec.domain.engine_info import EngineInfo
 from adaptive_spec.domain.policy import Granularity, Mode
-from adaptive_spec.domain.step_record import StepFlag, StepRecord
+from adaptive_spec.domain.step_record import UNKNOWN_CONFIDENCE, StepFlag, StepRecord
 from adaptive_spec.engine_side.planner import Planner
 from adaptive_spec.models.goodput import Forecast
 from adaptive_spec.models.model_set import ModelSet
@@ -238,13 +238,14 @@ class Hindsight:
     def _beyond(self, record: StepRecord, wanted: Lengths, rows: Ints, part: Part) -> tuple[float, float]:
         """Expected tokens behind those verified and accepted, and their uncertainty."""
         survival = part.forecast.survival.survival(record.confidences) if record.k else np.zeros((len(wanted), 0))
+        known = np.logical_and.accumulate(record.confidences > UNKNOWN_CONFIDENCE, axis=1).sum(axis=1)
         extra = doubt = 0.0
         for row in rows.tolist():
             reached, error = 1.0, 0.0
             verified = int(record.verify_len[row])
             base = float(survival[row, verified - 1]) if verified else 1.0
             for j in range(verified, int(wanted[row])):
-                if j < record.k:
+                if j < known[row]:
                     reached = float(survival[row, j]) / max(base, 1e-9)
                 else:
                     reached *= float(part.rates[j])

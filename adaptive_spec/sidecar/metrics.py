@@ -12,6 +12,7 @@ from prometheus_client.registry import Collector
 
 from adaptive_spec import __version__
 from adaptive_spec.control.counters import HistogramData
+from adaptive_spec.control.k_switches import REASONS
 from adaptive_spec.control.snapshot import Snapshot
 from adaptive_spec.domain.policy import Mode
 from adaptive_spec.sidecar.view import CurrentView, View
@@ -113,7 +114,7 @@ def _about_sidecar(family: _Families, view: View) -> Iterable[Metric]:
     )
     yield family.counter(
         "controller_failures",
-        "Controller calls that raised an exception; the engine then runs its launch K.",
+        "Controller calls that raised an exception; no policy then acts until a refit succeeds.",
         _by_name(view.failures),
         ("call",),
     )
@@ -122,9 +123,11 @@ def _about_sidecar(family: _Families, view: View) -> Iterable[Metric]:
     yield family.gauge(
         "engine_state", "1 for the state that the engine reports in engine.json, 0 for the others.", states, ("state",)
     )
+    text = "What the plugin does: 0 reports only, 1 counts and K, 2 stage times too, 3 confidences too."
+    yield family.gauge("engine_level", text, _one(report.level if report else None))
     text = "Plugin calls that raised an exception inside the engine; the engine continued without them."
     yield family.counter("engine_failures", text, _by_name(report.failures if report else {}), ("hook",))
-    text = "Events counted by the engine: unusable records and pages, policies adopted, steps on the launch K, SPS swaps."
+    text = "Events counted by the engine: unusable records and pages, policies adopted, steps without a fresh policy, SPS swaps."
     yield family.counter("engine_events", text, _by_name(report.counters if report else {}), ("event",))
     text = "Operations of the profile store, by result."
     yield family.counter("profile_store_operations", text, (view.store or {}).items(), ("operation", "result"))
@@ -201,6 +204,12 @@ def _about_policy(family: _Families, s: Snapshot) -> Iterable[Metric]:
     text = "Batch size of the newest decode step."
     yield family.gauge("batch_size_requests", text, _one(s.batch_size or None))
     yield family.counter("policy_swaps", "Policy swaps, by reason.", _by_name(s.swaps), ("reason",))
+    reasons: dict[str, float] = {**dict.fromkeys(REASONS, 0), **s.k_switches}
+    yield family.counter("k_switches", "Changes of the K that was run, by reason.", _by_name(reasons), ("reason",))
+    text = "Steps that ran another K than the policy asked for, because the engine does not run that one at this batch size."
+    yield family.counter("plan_limited_steps", text, _one(s.limited_steps))
+    text = "Extra time of the first step after a change of K; absent until enough changes were measured."
+    yield family.gauge("k_switch_cost_seconds", text, _one(s.switch_s))
     text = "Predicted goodput gain over the launch K; 0 = no gain."
     yield family.gauge("policy_predicted_gain_ratio", text, _one(s.predicted_gain))
     text = "Measured goodput divided by the estimated goodput of the launch K, minus 1; 0 = no gain."

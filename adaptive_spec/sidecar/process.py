@@ -31,6 +31,7 @@ from adaptive_spec.storage.archive import write_atomically
 from adaptive_spec.storage.profile import check_writable
 from adaptive_spec.storage.profile_store import ProfileStore
 from adaptive_spec.storage.profile_store_worker import StoreWorker
+from adaptive_spec.storage.signature import read_key
 from adaptive_spec.wire import mapped_file
 from adaptive_spec.wire.engine_report import read_report
 
@@ -53,7 +54,7 @@ class Sidecar:
         self.settings = settings
         _check_runtime_dir(settings.runtime_dir)
         check_writable(settings.profile_dir)
-        self._store = StoreWorker(ProfileStore(settings.profile_store)) if settings.profile_store else None
+        self._store = _store_worker(settings)
         self._annotator = Annotator.of(settings.grafana)
         self._current_view = CurrentView(time.monotonic())
         self._web = WebServer(self._current_view, settings.host, settings.port, _control_token(settings))
@@ -196,6 +197,14 @@ def _check_runtime_dir(folder: Path) -> None:
         raise BadInput(f"runtime_dir: '{folder}': other users can write to it; must be your own folder with mode 0700")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise BadInput(f"runtime_dir: '{folder}': Permission denied; must be a writable folder")
+
+
+def _store_worker(settings: SidecarSettings) -> StoreWorker | None:
+    """Open the profile store, None when there is none. Raises BadInput."""
+    if settings.profile_store is None:
+        return None
+    key = read_key(settings.profile_store_key_file) if settings.profile_store_key_file else None
+    return StoreWorker(ProfileStore(settings.profile_store, key))
 
 
 def _control_token(settings: SidecarSettings) -> str:

@@ -33,6 +33,7 @@ def status_document(view: View, heartbeat_s: float, now_s: float) -> dict[str, A
         document["engine_report"] = {
             "pid": report.pid, "engine": report.engine, "state": report.state, "reason": report.reason,
             "failures": dict(report.failures), "counters": dict(report.counters),
+            "level": report.level,
         }  # fmt: skip
         if not info and report.reason:
             document["reason"] = report.reason
@@ -40,6 +41,7 @@ def status_document(view: View, heartbeat_s: float, now_s: float) -> dict[str, A
         document["engine"] = {
             "name": info.name, "model": info.model, "gpu": info.gpu, "tp": info.tp, "launch_k": info.launch_k,
             "candidates": list(info.candidates), "max_batch": info.max_batch, "granularity": info.granularity.value,
+            "allowed_from": {str(b): list(ks) for b, ks in info.allowed_ranges()},
         }  # fmt: skip
     if not s:
         return document
@@ -74,6 +76,9 @@ def status_document(view: View, heartbeat_s: float, now_s: float) -> dict[str, A
         "expected_accepted_tokens": s.expected_accepted_tokens,
         "drift_events": dict(s.drift_events),
         "swaps": dict(s.swaps),
+        "k_switches": dict(s.k_switches),
+        "plan_limited_steps": s.limited_steps,
+        "k_switch_ms": None if s.switch_s is None else 1e3 * s.switch_s,
         "predicted_gain": s.predicted_gain,
         "measured_gain": s.measured_gain,
         "observations": s.observations,

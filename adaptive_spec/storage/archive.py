@@ -10,7 +10,6 @@ import io
 import json
 import os
 import tempfile
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,9 +18,15 @@ import numpy as np
 
 from adaptive_spec.domain.arrays import AnyArray, Arrays
 from adaptive_spec.errors import one_line
+from adaptive_spec.regular_file import read_regular_file
+from adaptive_spec.storage.npz import read_npz
 
 FORMAT = "adaptive-spec"
 FORMAT_VERSION = 1
+LARGEST_BYTES = 64 << 20
+LARGEST_INFLATED = 64 << 20
+"""Of a profile or a checkpoint. Those of a server with 1024 token counts are below 1 MB."""
+LONGEST_REASON = 200
 _HEADER = "header"
 _PREFIX = "array/"
 
@@ -71,47 +76,56 @@ def archive_bytes(kind: str, arrays: Arrays, meta: Mapping[str, Any] | None = No
     return buffer.getvalue()
 
 
-def load_archive(path: Path, kind: str) -> Archive:
-    """Read and check an archive. Raises ArchiveError when it is not valid, FileNotFoundError when there is no file."""
+def load_archive(
+    path: Path,
+    kind: str,
+    *,
+    largest_bytes: int = LARGEST_BYTES,
+    largest_inflated: int = LARGEST_INFLATED,
+    follow_links: bool = False,
+) -> Archive:
+    """Read and check an archive. Raises ArchiveError when it is not valid, FileNotFoundError when there is no file.
+
+    Only a regular file is read; follow_links: also by way of a symbolic link.
+    """
     try:
-        data = path.read_bytes()
+        data = read_regular_file(path, largest_bytes, follow_links=follow_links).data
     except FileNotFoundError:
         raise
     except OSError as error:
-        raise ArchiveError(f"{path.name} is damaged: {one_line(error)}") from error
-    return parse_archive(data, kind, path.name)
+        raise ArchiveError(f"{path.name} cannot be read: {error.strerror or one_line(error)}") from error
+    return parse_archive(data, kind, path.name, largest_inflated)
 
 
-def parse_archive(data: bytes, kind: str, name: str) -> Archive:
+def parse_archive(data: bytes, kind: str, name: str, largest_inflated: int = LARGEST_INFLATED) -> Archive:
     """Check and read the bytes of an archive. Raises ArchiveError, whose message begins with `name`, when it is not valid."""
     try:
-        # zipfile and not np.load: for a damaged file, np.load's object raises again when it is garbage-collected.
-        with zipfile.ZipFile(io.BytesIO(data)) as file:
-            entries = {entry.removesuffix(".npy") for entry in file.namelist()}
-            if _HEADER not in entries:
-                raise ArchiveError(f"{name} was not written by adaptive-spec")
-            header = json.loads(_entry(file, _HEADER).tobytes())
-            arrays = {entry.removeprefix(_PREFIX): _entry(file, entry) for entry in entries - {_HEADER}}
+        # read_npz and not np.load: for a damaged file, np.load's object raises again when it is garbage-collected.
+        entries = read_npz(data, largest_inflated)
+        if _HEADER not in entries:
+            raise ArchiveError(f"{name} was not written by adaptive-spec")
+        header = json.loads(entries.pop(_HEADER).tobytes())
+        arrays = {entry.removeprefix(_PREFIX): array for entry, array in entries.items()}
+        if not isinstance(header, dict) or header.get("format") != FORMAT:
+            raise ArchiveError(f"{name} was not written by adaptive-spec")
+        if header.get("version") != FORMAT_VERSION:
+            raise ArchiveError(f"{name}: format version must be {FORMAT_VERSION}, got {_short(header.get('version'))}")
+        if header.get("kind") != kind:
+            raise ArchiveError(f"{name}: kind must be {kind!r}, got {_short(header.get('kind'))}")
+        stated = header.pop("sha256", None)
+        if stated != _digest(header, arrays):
+            raise ArchiveError(f"{name} is damaged: checksum does not match")
+        if not isinstance(header.get("meta"), dict):
+            raise ArchiveError(f"{name} is damaged: no meta")
     except ArchiveError:
         raise
-    except Exception as error:  # a damaged zip file raises ValueError, BadZipFile, zlib.error, struct.error, ...
-        raise ArchiveError(f"{name} is damaged: {one_line(error)}") from error
-    if not isinstance(header, dict) or header.get("format") != FORMAT:
-        raise ArchiveError(f"{name} was not written by adaptive-spec")
-    if header.get("version") != FORMAT_VERSION:
-        raise ArchiveError(f"{name}: format version must be {FORMAT_VERSION}, got {header.get('version')}")
-    if header.get("kind") != kind:
-        raise ArchiveError(f"{name}: kind must be {kind!r}, got {header.get('kind')!r}")
-    stated = header.pop("sha256", None)
-    if stated != _digest(header, arrays):
-        raise ArchiveError(f"{name} is damaged: checksum does not match")
+    except Exception as error:  # a damaged zip file raises ValueError, BadZipFile, zlib.error, struct.error, RecursionError, ...
+        raise ArchiveError(f"{name} is damaged: {one_line(error)[:LONGEST_REASON]}") from error
     return Archive(arrays, header["meta"])
 
 
-def _entry(file: zipfile.ZipFile, name: str) -> AnyArray:
-    with file.open(f"{name}.npy") as entry:
-        array: AnyArray = np.lib.format.read_array(entry, allow_pickle=False)
-    return array
+def _short(value: object) -> str:
+    return repr(value)[:LONGEST_REASON]
 
 
 def _digest(header: Mapping[str, Any], arrays: Arrays) -> str:

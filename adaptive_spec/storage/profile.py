@@ -18,12 +18,15 @@ from typing import Any, NamedTuple
 from adaptive_spec.domain.arrays import AnyArray
 from adaptive_spec.domain.engine_info import EngineInfo
 from adaptive_spec.domain.policy import Granularity
-from adaptive_spec.errors import BadInput
+from adaptive_spec.errors import BadInput, one_line
+from adaptive_spec.regular_file import read_regular_file
 from adaptive_spec.storage.archive import ArchiveError, load_archive, save_archive, write_atomically
 
 LATENCY_MODEL = "latency_model"
 CALIBRATION = "calibration"
 POLICY_VERSION = 1
+LARGEST_POLICY_BYTES = 4 << 20
+"""The table of a server with 1024 requests is about 100 KB."""
 
 
 class Profile(NamedTuple):
@@ -88,7 +91,7 @@ def save_profile(folder: Path, info: EngineInfo, profile: Profile, policy: Mappi
 def profiled_engine(folder: Path) -> EngineInfo:
     """Return what a profile knows of its engine; other fields have placeholders. Raises ProfileError."""
     _check_policy_file(folder / "policy.json")
-    document = json.loads((folder / "policy.json").read_bytes())
+    document = json.loads(_policy_text(folder / "policy.json"))
     found = re.fullmatch(r"(\S+) (.+) tp(\d+)", str(document["engine"]))
     try:
         candidates = tuple(int(k) for k in document["policy"]["candidates"])
@@ -109,16 +112,20 @@ def identity(info: EngineInfo) -> str:
 
 def _check_policy_file(path: Path) -> None:
     try:
-        document = json.loads(path.read_bytes())
+        document = json.loads(_policy_text(path))
         stated = document.pop("sha256")
     except FileNotFoundError as error:
         raise ProfileError("policy.json is missing") from error
-    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
-        raise ProfileError(f"policy.json is damaged: {error}") from error
+    except Exception as error:  # what JSON can hold: no dict, a number too long, nesting too deep
+        raise ProfileError(f"policy.json is damaged: {one_line(error)[:200]}") from error
     if document.get("format_version") != POLICY_VERSION:
         raise ProfileError(f"policy.json: format version must be {POLICY_VERSION}, got {document.get('format_version')}")
     if stated != _checksum(document):
         raise ProfileError("policy.json is damaged: checksum does not match")
+
+
+def _policy_text(path: Path) -> bytes:
+    return read_regular_file(path, LARGEST_POLICY_BYTES).data
 
 
 def _checksum(document: Mapping[str, Any]) -> str:

@@ -16,12 +16,14 @@ import socket
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
 
+from adaptive_spec.config.shown import hide, secrets_of, url_without_secrets
 from adaptive_spec.domain.engine_info import EngineInfo
 from adaptive_spec.errors import BadInput, one_line
+from adaptive_spec.regular_file import read_regular_file
 from adaptive_spec.storage.archive import ArchiveError, archive_bytes, parse_archive, write_atomically
 from adaptive_spec.storage.profile import CALIBRATION, LATENCY_MODEL, Profile, ProfileError, identity
+from adaptive_spec.storage.signature import check_signature, signed
 
 KIND = "profile"
 KEPT = 8
@@ -29,6 +31,7 @@ KEPT = 8
 LISTINGS = 3
 """Times a reader lists the store when profiles are removed while it reads."""
 LARGEST_BYTES = 64 << 20
+LONGEST_REASON = 300
 """Larger objects are not read."""
 FUTURE_S = 300.0
 """Seconds a writer's clock may be ahead of the reader's; profiles dated later are ignored."""
@@ -49,25 +52,33 @@ class StoredProfile(NamedTuple):
 class ProfileStore:
     """Reads and writes a store. Calls block as long as the storage does: `profile_store_worker` calls them in a thread.
 
+    key: signs what is saved, and only what is signed with it is loaded; None: without signatures.
     Raises BadInput when the URL is not supported, or fsspec or its package for this storage is not installed.
     """
 
-    def __init__(self, url: str) -> None:
-        self.shown = _without_secrets(url)
+    def __init__(self, url: str, key: bytes | None = None) -> None:
+        self.shown = url_without_secrets(url)
+        self._secrets = secrets_of(url)
+        self._key = key
         allowed = "must be a URL that fsspec supports, like file:///mnt/profiles or s3://bucket/profiles"
         try:
             from fsspec.core import url_to_fs
         except ImportError as error:
             raise BadInput(
-                f"profile_store: {self.shown!r}: fsspec is not installed: pip install 'adaptive-spec[store]'"
+                f"profile_store: {self.shown!r}: fsspec is not installed: "
+                "install the extra 'store' (pip install '.[store]' in a checkout)"
             ) from error
         try:
             self._files, self._root = url_to_fs(url)
-        except (ImportError, ValueError, OSError) as error:
-            raise BadInput(f"profile_store: {self.shown!r}: {one_line(error)}; {allowed}") from error
+        except Exception as error:  # each storage's package has its own errors
+            raise BadInput(f"profile_store: {self.shown!r}: {self.reason(error)}; {allowed}") from error
         self._root = self._root.rstrip("/")
         protocols = self._files.protocol
         self._local = "file" in ((protocols,) if isinstance(protocols, str) else protocols)
+
+    def reason(self, error: BaseException) -> str:
+        """Return the message of an error on one line, without the secrets of the URL."""
+        return hide(one_line(error), self._secrets)[:LONGEST_REASON]
 
     def save(self, info: EngineInfo, profile: Profile, now_s: float) -> str:
         """Add a profile and remove those beyond the newest KEPT. now_s: Unix seconds. Returns its path. Raises OSError."""
@@ -75,6 +86,8 @@ class ProfileStore:
         folder = f"{self._root}/{info.profile_name}"
         host = re.sub(r"[^A-Za-z0-9.-]+", "-", socket.gethostname())[:63]
         path = f"{folder}/{int(1000 * now_s):013d}-{host}-{secrets.token_hex(4)}.npz"
+        if self._key is not None:
+            data = signed(data, _name(path), self._key)
         self._files.makedirs(folder, exist_ok=True)
         if self._local:
             write_atomically(Path(path), data, SHARED_MODE)
@@ -101,8 +114,8 @@ class ProfileStore:
                 except FileNotFoundError:
                     gone = True  # a writer removed it, so there are newer ones
                     continue
-                except (OSError, ValueError) as error:
-                    log.warning("profile %s in the store: cannot be used: %s", path.rsplit("/", 1)[1], one_line(error))
+                except Exception as error:  # whatever a file holds, it is passed over and the next one is tried
+                    log.warning("profile %s in the store: cannot be used: %s", _name(path), self.reason(error))
                     continue
                 return StoredProfile(written_s, profile)
             if not gone:
@@ -110,13 +123,25 @@ class ProfileStore:
         return None
 
     def _read(self, path: str, info: EngineInfo) -> Profile:
-        size = self._files.size(path)
-        if size is not None and size > LARGEST_BYTES:
-            raise ProfileError(f"size must be at most {LARGEST_BYTES} bytes, got {size}")
-        archive = parse_archive(self._files.cat_file(path), KIND, path.rsplit("/", 1)[1])
+        data = self._content(path)
+        if self._key is not None:
+            check_signature(data, _name(path), self._key)
+        archive = parse_archive(data, KIND, _name(path))
         if archive.meta.get("engine") != identity(info):
             raise ProfileError(f"it is of another engine: {archive.meta.get('engine', 'unknown')}")
         return _unflat(archive.arrays)
+
+    def _content(self, path: str) -> bytes:
+        if self._local:
+            return read_regular_file(Path(path), LARGEST_BYTES).data
+        size = self._files.size(path)
+        if size is not None and size > LARGEST_BYTES:
+            raise ProfileError(f"size must be at most {LARGEST_BYTES} bytes, got {size}")
+        # The size may be unknown, or another one by now: ask for one byte more than is allowed, to see whether there is more.
+        data: bytes = self._files.cat_file(path, start=0, end=LARGEST_BYTES + 1)
+        if len(data) > LARGEST_BYTES:
+            raise ProfileError(f"size must be at most {LARGEST_BYTES} bytes")
+        return data
 
     def _listed(self, folder: str, now_s: float) -> list[tuple[float, str]]:
         """Return (Unix seconds, path) of the objects named like profiles, newest first; none dated after now_s + FUTURE_S."""
@@ -136,6 +161,10 @@ class ProfileStore:
                 log.debug("profile %s was not removed from the store: %s", path, error)
 
 
+def _name(path: str) -> str:
+    return path.rsplit("/", 1)[-1]
+
+
 def _flat(profile: Profile) -> dict[str, Any]:
     return {
         f"{kind}.{name}": array
@@ -152,8 +181,3 @@ def _unflat(arrays: dict[str, Any]) -> Profile:
             raise ArchiveError(f"array {name!r}: not part of a profile")
         parts[kind][rest] = array
     return Profile(parts[LATENCY_MODEL], parts[CALIBRATION])
-
-
-def _without_secrets(url: str) -> str:
-    parts = urlsplit(url)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="").geturl() if "@" in parts.netloc else url

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from adaptive_spec.domain.engine_info import EngineInfo
-from adaptive_spec.errors import one_line
 from adaptive_spec.storage.profile import Profile
 from adaptive_spec.storage.profile_store import ProfileStore, StoredProfile
 
@@ -116,7 +115,7 @@ class StoreWorker:
             result = "none" if found is None else "found"
         except Exception as error:  # each storage has its own exceptions
             result = "failed"
-            log.warning("profile store %s: cannot be read: %s", self.store.shown, one_line(error))
+            log.warning("profile store %s: cannot be read: %s", self.store.shown, self.store.reason(error))
         with self._changed:
             if info != self._asked or self._answered:
                 return  # already counted as late, or the engine has changed
@@ -133,7 +132,7 @@ class StoreWorker:
                 log.warning(
                     "profile store %s: cannot be written: %s; from now on only counted",
                     self.store.shown,
-                    one_line(error),
+                    self.store.reason(error),
                 )
         with self._changed:
             self.counts["save", result] += 1

@@ -21,6 +21,8 @@ from adaptive_spec.errors import BadInput
 from adaptive_spec.storage.archive import ArchiveError, load_archive, save_archive
 
 TRACE = "trace"
+LARGEST_BYTES = 1 << 30
+LARGEST_INFLATED = 4 << 30
 _COUNTS = 10
 _PACKED = {"confidences": np.float32, "request_ids": np.uint32, "verify_len": np.uint8, "accept_len": np.uint8}
 
@@ -57,7 +59,7 @@ def save_trace(path: Path, trace: Trace) -> None:
 def load_trace(path: Path) -> Trace:
     """Read a trace and check every record. Raises BadInput with one line: the file and the reason."""
     try:
-        archive = load_archive(path, TRACE)
+        archive = load_archive(path, TRACE, largest_bytes=LARGEST_BYTES, largest_inflated=LARGEST_INFLATED, follow_links=True)
         info = EngineInfo.from_json(json.dumps(archive.meta["engine"]).encode())
         records = _records(archive.arrays)
         return Trace(info, tuple(records), int(archive.meta["lost"]))

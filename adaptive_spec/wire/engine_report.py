@@ -28,7 +28,8 @@ class EngineReport:
 
     pid: of the engine. engine: name and version. state: attached; observing (writes records, K cannot be changed); refused (not
     attached at start); detached (after repeated failures). reason: why, one line, "" when attached. failures: calls that raised
-    inside the engine, by hook. counters: of the tap, by name.
+    inside the engine, by hook. counters: of the tap, by name. level: what the engine's side does now, 0 nothing but this report,
+    1 counts and K, 2 stage times too, 3 confidences too; None where an engine has no levels.
     """
 
     pid: int
@@ -37,6 +38,7 @@ class EngineReport:
     reason: str = ""
     failures: Mapping[str, int] = field(default_factory=dict)
     counters: Mapping[str, int] = field(default_factory=dict)
+    level: int | None = None
 
     @property
     def records_come(self) -> bool:
@@ -59,7 +61,7 @@ def read_report(runtime_dir: Path) -> EngineReport | None:
             fields = json.loads(file.read(LARGEST_BYTES))
         report = EngineReport(
             int(fields["pid"]), str(fields["engine"]), fields["state"], str(fields["reason"]), _tally(fields["failures"]),
-            _tally(fields["counters"]),
+            _tally(fields["counters"]), _level(fields.get("level")),
         )  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
@@ -68,3 +70,7 @@ def read_report(runtime_dir: Path) -> EngineReport | None:
 
 def _tally(data: Mapping[str, object]) -> dict[str, int]:
     return {str(name): max(int(str(count)), 0) for name, count in data.items()}
+
+
+def _level(value: object) -> int | None:
+    return None if value is None else int(str(value))

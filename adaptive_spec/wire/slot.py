@@ -19,7 +19,7 @@ Layout of one slot, little-endian, `slot_bytes` long, 8-byte aligned (layout ver
 | 60 | f32 | verify_s |
 | 64 | f32 | draft_extend_s |
 | 68 | f32 | step_s: the whole step, overhead included |
-| 72 | f32[max_batch * max_k] | confidences, [rows, k] packed |
+| 72 | f32[max_batch * max_k] | confidences, [rows, k] packed: in (0, 1], 0.0 where unknown |
 | then | u32[max_batch] | request_ids |
 | then | u8[max_batch] | verify_len |
 | then | u8[max_batch] | accept_len |

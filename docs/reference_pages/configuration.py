@@ -37,7 +37,8 @@ def _type_words(info: FieldInfo) -> str:
     if choices:
         return " or ".join(f"`{choice}`" for choice in choices)
     names = {"int": "whole number", "float": "number", "str": "text", "Path": "path", "bool": "true or false"}
-    optional = [kind for kind in get_args(info.annotation) if kind is not type(None)]
+    # A checked type, as FolderPath, is Annotated[Path, ...]: its first argument is the type.
+    optional = [getattr(kind, "__origin__", kind) for kind in get_args(info.annotation) if kind is not type(None)]
     if len(optional) == 1:
         return f"{names[optional[0].__name__]} or nothing"
     return names[getattr(info.annotation, "__name__", "")]

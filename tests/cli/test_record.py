@@ -42,7 +42,7 @@ def test_record_says_what_is_wrong_in_one_line(tmp_path: Path) -> None:
     NumbersEngine(tmp_path).close()
     assert_one_line(run_cli("record", "--runtime-dir", tmp_path, "--out", tmp_path / "no" / "t.npz"), "--out")
     result = run_cli("record", "--runtime-dir", tmp_path, "--out", tmp_path / "t.npz", "--duration", "0.2")
-    assert_one_line(result, "no step")
+    assert_one_line(result, "no decode step")
     assert not (tmp_path / "t.npz").exists()
 
 

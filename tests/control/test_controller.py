@@ -7,6 +7,7 @@ import pytest
 from adaptive_spec.config.settings import ControllerSettings, PolicySettings
 from adaptive_spec.control.controller import Controller
 from adaptive_spec.domain.policy import Granularity, Mode
+from adaptive_spec.wire.policy_page import check_policy
 from tests.support.simulated_server import SimulatedServer, engine_info, staircase
 
 
@@ -310,3 +311,50 @@ def test_decisions_do_not_depend_on_anything_but_their_arguments() -> None:
     assert one.controller.k_by_batch_size() == other.controller.k_by_batch_size()
     assert one.now_s == other.now_s
     assert version_of(one) == version_of(other)
+
+
+SETS = ((1, (1, 3, 5, 7)), (8, (0, 1, 3)), (32, (0, 1)))
+
+
+def test_every_table_is_allowed_at_its_batch_size() -> None:
+    info = dataclasses.replace(engine_info(Granularity.BATCH), allowed_from=SETS)
+    s = SimulatedServer(info, staircase())
+
+    def check() -> None:
+        policy = s.controller.latest_policy
+        assert policy is not None
+        check_policy(policy)
+        assert policy.allowed_from == info.allowed_ranges()
+        assert all(k in info.allowed_k(b) for b, k in s.controller.k_by_batch_size().items())
+
+    for batch_size in (4, 16, 40):
+        s.batch_size = batch_size
+        s.run(300)
+        check()
+    s._publish(s.controller.command("pin", s.now_s, 7))
+    check()
+    assert [s.controller.k_by_batch_size()[b] for b in (1, 7, 8, 31, 32)] == [7, 7, 3, 3, 3]
+    s.controller.command("pin", s.now_s, 0)
+    assert [s.controller.k_by_batch_size()[b] for b in (1, 8)] == [1, 0]
+    assert s.controller.counters.limited_steps == 0
+
+
+def test_a_checkpoint_of_a_server_without_limits_is_cut_to_what_is_allowed() -> None:
+    s = server()
+    s.controller.command("pin", s.now_s, 7)
+    info = dataclasses.replace(s.info, allowed_from=SETS)
+    limited = Controller(ControllerSettings(), info)
+    limited.restore(s.controller.state())
+    table = limited.policy_summary()["table"]
+    assert [table[b][0] for b in (0, 1, 8, 32)] == [7, 7, 3, 3]
+
+
+def test_switch_counters_and_cost_survive_a_restart() -> None:
+    s = server()
+    s.run(300)
+    counters = s.controller.counters
+    assert counters.k_switches["trial"] > 0
+    again = Controller(ControllerSettings(), s.info)
+    again.restore(s.controller.state())
+    assert again.counters.k_switches == counters.k_switches
+    assert again.models.switch_cost.state().tolist() == pytest.approx(s.controller.models.switch_cost.state().tolist())

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -77,3 +79,22 @@ def test_trials_are_always_plans_the_engine_can_run() -> None:
         assert trial.k in info.candidates
         assert 1 <= trial.batch_size <= 24
         assert trial.num_tokens == 0
+
+
+@pytest.mark.parametrize("granularity", list(Granularity))
+@pytest.mark.parametrize("holds_batch", [True, False])
+def test_it_asks_only_for_k_allowed_at_the_batch_size(granularity: Granularity, holds_batch: bool) -> None:
+    info = replace(
+        engine_info(granularity, holds_batch=holds_batch), allowed_from=((1, (1, 3, 5, 7)), (8, (0, 1, 3)), (32, (0,)))
+    )
+    planned = Sweep(SweepSettings(), info, 0.15)
+    for batch_size in (1, 9, 40):
+        counts = planned.reachable(batch_size)
+        assert counts[-1] <= max(b * (info.allowed_k(b)[-1] + 1) for b in range(1, 65))
+        trials = planned.next_round(MeasuredCounts({}, {}, 0.01), batch_size)
+        for trial in trials:
+            b = trial.batch_size or batch_size
+            assert trial.k in info.allowed_k(b)
+            assert b <= (trial.num_tokens or b) <= b * (trial.k + 1)
+        planned = Sweep(SweepSettings(), info, 0.15)
+        assert trials

@@ -16,7 +16,8 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from adaptive_spec.config.load import load_settings, read_yaml
+from adaptive_spec.config.load import load_settings
+from adaptive_spec.config.yaml_file import read_yaml
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"

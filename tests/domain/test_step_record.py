@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from adaptive_spec.domain.step_record import StepRecord
+from adaptive_spec.domain.step_record import UNKNOWN_CONFIDENCE, StepRecord
 
 
 def a_record(**changes: object) -> StepRecord:
@@ -39,13 +39,14 @@ def spoilt(value: float) -> NDArray[np.float32]:
         ("times", {"step_s": float("inf")}),
         ("lengths", {"accept_len": np.array([1, 3], np.uint8)}),
         ("lengths", {"verify_len": np.array([4, 2], np.uint8)}),
-        ("confidences", {"confidences": spoilt(0.0)}),
+        ("confidences", {"confidences": spoilt(-0.1)}),
         ("confidences", {"confidences": spoilt(1.0001)}),
         ("confidences", {"confidences": spoilt(float("nan"))}),
     ],
 )
 def test_impossible_values_are_named(reason: str, changes: dict[str, object]) -> None:
     assert a_record().invalid_reason() is None
+    assert a_record(confidences=spoilt(UNKNOWN_CONFIDENCE)).invalid_reason() is None
     assert a_record(**changes).invalid_reason() == reason
 
 

@@ -148,3 +148,39 @@ def test_lengths_are_in_range_for_any_confidences(b: int, k: int, seed: int) -> 
     assert lengths.dtype == np.uint8
     assert lengths.shape == (b,)
     assert (lengths <= k).all()
+
+
+ALLOWED = np.array([[k in ((1, 3, 7) if b < 3 else (0, 1)) for k in range(8)] for b in range(9)])
+
+
+def test_a_k_that_is_not_allowed_at_a_batch_size_is_replaced_and_noted() -> None:
+    made = Planner(LAUNCH_K, 7, ALLOWED)
+    made.adopt(policy())
+    assert [(made.draft_length(b, kv), made.limited) for b, kv in ((2, 0), (2, 9999), (3, 0), (5, 0), (99, 900_000))] == [
+        (3, False), (3, True), (1, True), (1, False), (1, True)
+    ]  # fmt: skip
+
+
+def test_a_trial_runs_only_as_asked() -> None:
+    made = Planner(LAUNCH_K, 7, ALLOWED)
+    made.adopt(policy(trials=(Trial(0, 7, 0, 2), Trial(0, 9, 0, 1), Trial(0, 0, 0, 1))))
+    assert [(made.draft_length(b, 0), made.in_trial) for b in (5, 2, 5, 2)] == [(1, False), (7, True), (1, False), (7, True)]
+    # No engine with max_k = 7 runs the second one: it is skipped.
+    steps = [made.draft_length(2, 0) for _ in range(TRIAL_PATIENCE_STEPS)]
+    assert (set(steps), made.in_trial) == ({3}, False)
+    assert made.draft_length(5, 0) == 0
+    assert (made.in_trial, made.limited) == (True, False)
+
+
+def test_it_remembers_the_k_that_ran_and_for_how_long() -> None:
+    made = planner(policy())
+    made.move(made.draft_length(2, 0))
+    seen = []
+    for moved_to in (2, 2, 2, 3):
+        made.draft_length(2, 0)
+        seen.append((made.last_k, made.stayed, made.last_moved))
+        made.move(moved_to)
+    made.draft_length(2, 0)
+    assert [*seen, (made.last_k, made.stayed, made.last_moved)] == [
+        (3, 1, False), (2, 1, True), (2, 2, True), (2, 3, True), (3, 1, False)
+    ]  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from adaptive_spec.domain.policy import Granularity, Mode, Policy, Trial
 from adaptive_spec.domain.survival import GRID_POINTS, LOGIT_LIMIT, SurvivalMap
 from adaptive_spec.engine_side.planner import Planner
-from adaptive_spec.engine_side.step_choice import AcceptanceHistory, best_k, refined_k, survival
+from adaptive_spec.engine_side.step_choice import MAX_DWELL_STEPS, AcceptanceHistory, best_k, dwell_steps, refined_k, survival
 
 MAX_K = 5
 CANDIDATES = (0, 1, 3, 5)
@@ -185,3 +186,47 @@ def test_in_a_trial_its_own_k_stays() -> None:
 
 def test_with_a_single_candidate_there_is_no_choice() -> None:
     assert _refined(_policy(), (3,)) == 3
+
+
+def test_only_what_the_policy_allows_at_this_batch_size() -> None:
+    limited = replace(_policy(0.0, 0.0), allowed_from=((1, (0, 1, 3, 5)), (4, (1, 3))))
+    assert best_k(np.ones((3, MAX_K)), USUAL, limited, 3, 0, 3, CANDIDATES) == 5
+    assert best_k(np.ones((4, MAX_K)), USUAL, limited, 3, 0, 4, CANDIDATES) == 3
+
+
+def test_the_least_gain_that_counts_pays_for_a_change_within_the_dwell() -> None:
+    policy = _policy()
+    assert dwell_steps(policy, 0.01) == 0
+    for switch_s, step_s, steps in ((0.0003, 0.01, 3), (1e-6, 0.01, 1), (1.0, 0.01, MAX_DWELL_STEPS)):
+        assert dwell_steps(replace(policy, switch_s=switch_s), step_s) == steps
+    assert dwell_steps(replace(policy, switch_s=0.1, min_gain=0.0), 0.01) == MAX_DWELL_STEPS
+
+
+def test_a_change_must_gain_what_it_costs() -> None:
+    policy, chances = _policy(), np.tile(np.cumprod(np.full(MAX_K, 0.9)), (4, 1))
+    assert best_k(chances, USUAL, policy, 3, 0, 4, CANDIDATES, running_k=3) == 5
+    costly = replace(policy, switch_s=64.0)
+    assert best_k(chances, USUAL, costly, 3, 0, 4, CANDIDATES, running_k=3) == 3
+    assert best_k(chances, USUAL, costly, 3, 0, 4, CANDIDATES, running_k=5) == 5
+    assert best_k(chances, USUAL, costly, 3, 0, 4, CANDIDATES) == 5, "nothing runs yet, so nothing is charged"
+
+
+def test_a_k_chosen_for_a_step_stays_for_the_dwell() -> None:
+    def chosen(switch_s: float) -> list[int]:
+        planner = Planner(3, MAX_K)
+        planner.adopt(replace(_policy(), switch_s=switch_s))
+        histories = {rate: _seen({1: rate, 2: rate}) for rate in (0.95, 0.2)}
+        found = []
+        for i in range(60):
+            history = histories[0.95 if i % 4 < 2 else 0.2]
+            table_k = planner.draft_length(2, 0)
+            found.append(refined_k(history, planner, [1, 2], np.array([0.99, 0.99] if i % 4 < 2 else [0.02, 0.02]), table_k, 0, 2,
+                                   CANDIDATES))  # fmt: skip
+        return found
+
+    def changes(found: list[int]) -> int:
+        return sum(a != b for a, b in itertools.pairwise(found))
+
+    free, costly = chosen(0.0), chosen(0.2)
+    assert changes(free) > 25
+    assert changes(costly) <= 60 / dwell_steps(replace(_policy(), switch_s=0.2), 2.0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from adaptive_spec.cli.replay import ReplayedEma, policies_of
 from adaptive_spec.config.settings import ControllerSettings
 from adaptive_spec.domain.engine_info import EngineInfo
 from adaptive_spec.domain.policy import Granularity
-from adaptive_spec.domain.step_record import StepRecord
+from adaptive_spec.domain.step_record import UNKNOWN_CONFIDENCE, StepRecord
 from adaptive_spec.engines.simulated.adaptive import engine_info
 from adaptive_spec.engines.simulated.decider import Static
 from adaptive_spec.engines.simulated.scenario import Scenario, load_scenario
@@ -77,6 +78,21 @@ def test_estimates_agree_with_running_the_policies(name: str) -> None:
     assert result.step_time_mape < 0.06
     assert result.snapshot.calibration_error is not None
     assert result.snapshot.calibration_error < 0.05
+
+
+def test_a_trace_without_confidences_is_judged_by_rates() -> None:
+    scenario = scenario_of("h100-70b-steady")
+    records = [
+        replace(record, confidences=np.full_like(record.confidences, UNKNOWN_CONFIDENCE))
+        for record in traced(scenario, range(8), 40.0)
+    ]
+    result = replayed(scenario, records, "static,adaptive")
+    for k in (0, 2, 7):
+        truth = SimulatedServer(scenario, 5).run(Static(k), 40.0).goodput
+        assert result.estimates[f"static-{k}"].goodput == pytest.approx(truth, rel=0.05), k
+    best = max(one.goodput for label, one in result.estimates.items() if label.startswith("static"))
+    assert result.estimates["adaptive"].goodput > 0.95 * best
+    assert result.snapshot.calibration_error is None
 
 
 def test_phases_count_by_their_seconds_and_not_by_their_steps() -> None:

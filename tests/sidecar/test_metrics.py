@@ -42,6 +42,9 @@ CONTRACT = {
     "policy_age_seconds": ("gauge", set()),
     "policy_draft_tokens": ("gauge", {"batch_size"}),
     "policy_swaps_total": ("counter", {"reason"}),
+    "k_switches_total": ("counter", {"reason"}),
+    "plan_limited_steps_total": ("counter", set()),
+    "k_switch_cost_seconds": ("gauge", set()),
     "policy_predicted_gain_ratio": ("gauge", set()),
     "policy_measured_gain_ratio": ("gauge", set()),
     "observations_total": ("counter", set()),
@@ -63,7 +66,7 @@ SNAPSHOT = Snapshot(
     calibration_error=0.02, calibration_brier=0.2, calibration_log_loss=0.5, calibration_curve=((0.5, 0.45, 0.5, 9),),
     drift_events={"latency": 1}, swaps={"sweep": 1, "gain": 2}, predicted_gain=0.2, measured_gain=-0.1, observations=20,
     dropped={"lost": 3}, refit_histograms={"all": HISTOGRAM}, sweep_steps=12, sweep_progress=1.0, sweep_s=0.5, probe_share=0.001,
-    events=(Event(1.0, "swap", "K 2 to 3"),),
+    events=(Event(1.0, "swap", "K 2 to 3"),), k_switches={"trial": 4}, limited_steps=7, switch_s=0.0003,
 )  # fmt: skip
 
 
@@ -109,6 +112,10 @@ def test_values() -> None:
     assert _value(families, "accepted_tokens_total", position="2") == 10
     assert _value(families, "policy_draft_tokens", batch_size="2") == 3
     assert _value(families, "policy_swaps_total", reason="gain") == 2
+    assert _value(families, "k_switches_total", reason="trial") == 4
+    assert _value(families, "k_switches_total", reason="allowed") == 0, "every reason from the start"
+    assert _value(families, "plan_limited_steps_total") == 7
+    assert _value(families, "k_switch_cost_seconds") == 0.0003
     assert _value(families, "policy_measured_gain_ratio") == -0.1
     assert _value(families, "drift_events_total", signal="latency") == 1
     assert _value(families, "drift_events_total", signal="calibration") == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 import subprocess
@@ -21,6 +22,7 @@ from adaptive_spec.storage import profile_store
 from adaptive_spec.storage.archive import archive_bytes
 from adaptive_spec.storage.profile import Profile
 from adaptive_spec.storage.profile_store import KEPT, KIND, ProfileStore
+from adaptive_spec.storage.profile_store_worker import StoreWorker
 from tests.sidecar.test_process import RunningEngine
 from tests.support.processes import SidecarProcess, assert_one_line, run_cli
 from tests.support.store_writer import accept_any, number_of, numbered
@@ -182,9 +184,49 @@ def test_a_store_that_is_not_supported(url: str, words: str) -> None:
     assert str(error.value).startswith("profile_store: ")
 
 
+ODD = [
+    "http://[::1", "s3://", "::", "::::", "simplecache::", "simplecache::nosuch://user:hunter2@b", "http://user:hunter2@[::1/x",
+    "https://host/p?sig=hunter2&x=[", "memory", "zip://x::file:///no/such", "reference://user:hunter2@", "file://\u00e9/hunter2@",
+    "blockcache::simplecache::s3://k:hunter2@b", "github://user:hunter2@host", "ftp://user:hunter2@127.0.0.1:1/x",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("url", ODD)
+def test_an_odd_url_is_one_line_without_its_secret(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # some of these are relative paths
+    with contextlib.suppress(BadInput):
+        assert "hunter2" not in ProfileStore(url).shown
+        return
+    with pytest.raises(BadInput) as error:
+        ProfileStore(url)
+    assert "hunter2" not in str(error.value)
+    assert "\n" not in str(error.value)
+    assert str(error.value).startswith("profile_store: ")
+
+
+def test_no_secret_in_the_log_of_a_failing_store(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The errors of a storage may repeat the URL, a part of it, or its signature percent-decoded."""
+    url = "memory://user:hunter2@bucket/x?sig=a%2Fbcd&se=2030"
+    store = ProfileStore(url)
+
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError(f"403 at {url}\nsig=a/bcd user:hunter2")
+
+    monkeypatch.setattr(store._files, "ls", fail)
+    worker = StoreWorker(store)
+    worker.ask(INFO, accept_any, time.monotonic())
+    worker.save(INFO, numbered(1))
+    worker.close()
+    deadline_s = time.monotonic() + 30.0
+    while "cannot be read" not in caplog.text and time.monotonic() < deadline_s:
+        threading.Event().wait(0.01)
+    assert "cannot be read: 403 at" in caplog.text
+    assert not any(secret in caplog.text for secret in ("hunter2", "a/bcd", "a%2Fbcd"))
+
+
 def test_without_fsspec(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "fsspec.core", None)
-    with pytest.raises(BadInput, match=r"profile_store: 'file:///x': fsspec is not installed: pip install"):
+    with pytest.raises(BadInput, match=r"profile_store: 'file:///x': fsspec is not installed: install the extra 'store'"):
         ProfileStore("file:///x")
 
 

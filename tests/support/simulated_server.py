@@ -11,7 +11,7 @@ from adaptive_spec.config.settings import ControllerSettings
 from adaptive_spec.control.controller import Controller
 from adaptive_spec.domain.engine_info import EngineInfo
 from adaptive_spec.domain.policy import Granularity
-from adaptive_spec.domain.step_record import StepFlag, StepRecord
+from adaptive_spec.domain.step_record import UNKNOWN_CONFIDENCE, StepFlag, StepRecord
 from adaptive_spec.engine_side.planner import Planner
 
 Curve = Callable[[int], float]
@@ -29,7 +29,7 @@ def engine_info(granularity: Granularity, max_batch: int = 64, holds_batch: bool
 class SimulatedServer:
     """One engine with its planner, driven by a controller; time is virtual.
 
-    watched: it runs none of the policies, its own K throughout.
+    watched: it runs none of the policies, its own K throughout. confidences_known: otherwise all are UNKNOWN_CONFIDENCE.
     """
 
     info: EngineInfo
@@ -45,12 +45,13 @@ class SimulatedServer:
     context: int = 600
     seed: int = 0
     watched: bool = False
+    confidences_known: bool = True
     settings: ControllerSettings = field(default_factory=ControllerSettings)
 
     def __post_init__(self) -> None:
         self.rng = np.random.default_rng(self.seed)
         self.controller = Controller(self.settings, self.info)
-        self.planner = Planner(self.info.launch_k, self.info.max_k)
+        self.planner = Planner(self.info.launch_k, self.info.max_k, self.info.allowed_mask())
         self.now_s = 0.0
         self.steps = 0
         self.records: list[StepRecord] = []
@@ -83,6 +84,8 @@ class SimulatedServer:
         q = np.clip(self.rng.beta(self.accept * 4, (1 - self.accept) * 4, (b, k)), 1e-5, 1 - 1e-5)
         p = 1 / (1 + np.exp(-(np.log(q / (1 - q)) - self.bias) / self.slope))
         confidences = np.clip(p, 1e-6, 1.0).astype(np.float32)
+        if not self.confidences_known:
+            confidences[:] = UNKNOWN_CONFIDENCE
         verify_len = (
             self.planner.verify_lengths(confidences) if self.info.granularity is Granularity.REQUEST else np.full(b, k, np.uint8)
         )
@@ -96,7 +99,7 @@ class SimulatedServer:
         step_s = verify_s + draft_s + 0.0005
         self.now_s += step_s
         self.steps += 1
-        flags = int(StepFlag.TRIAL) if self.planner.in_trial else 0
+        flags = int(StepFlag.TRIAL) if self.planner.in_trial else int(StepFlag.LIMITED) if self.planner.limited else 0
         return StepRecord(
             self.steps, int(self.now_s * 1e9), kv, self.planner.version, num_tokens, num_tokens, b, k, flags, draft_s, verify_s,
             0.0,            step_s, confidences, verify_len, accept_len, np.arange(b, dtype=np.uint32),

@@ -23,6 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from adaptive_spec.domain.allowed import allowed_at, runnable_table
 from adaptive_spec.domain.policy import Granularity, Mode, Policy, Trial
 from adaptive_spec.domain.survival import GRID_POINTS, SurvivalMap
 from adaptive_spec.wire import policy_page
@@ -53,12 +54,22 @@ def policies(draw: st.DrawFn) -> Policy:
     fixed_s[-1, -1], verify_s[0] = draw(seconds), draw(seconds)
     table = rng.random((draw(st.integers(max_k, 32)), GRID_POINTS)).astype(np.float32)
     table[:1] = draw(st.sampled_from([0.0, 1.0]))
-    trial = st.builds(Trial, st.integers(0, 4096), st.integers(0, max_k), st.integers(0, 135_000), st.integers(1, 1_000_000))
+    k_table = rng.integers(0, max_k + 1, (rows, contexts)).astype(np.uint8)
+    sizes = sorted(draw(st.sets(st.integers(2, 90), max_size=4)))
+    allowed_from = tuple(
+        (b, tuple(sorted(draw(st.sets(st.integers(0, max_k), min_size=1))))) for b in ([1, *sizes] if draw(st.booleans()) else [])
+    )
+    trial_sizes = st.integers(0, 4096)
+    if allowed_from:
+        mask = np.array([np.isin(np.arange(max_k + 1), allowed_at(allowed_from, b)) for b in range(rows)])
+        k_table = np.take_along_axis(runnable_table(mask), k_table.astype(np.int64), axis=1)
+        trial_sizes = st.just(0)
+    trial = st.builds(Trial, trial_sizes, st.integers(0, max_k), st.integers(0, 135_000), st.integers(1, 1_000_000))
     return Policy(
         draw(st.integers(1, 2**63)), draw(st.sampled_from(Mode)), draw(st.booleans()), draw(st.sampled_from(Granularity)), max_k,
-        rng.integers(0, max_k + 1, (rows, contexts)).astype(np.uint8), np.arange(contexts - 1, dtype=np.float32) * 1000.5,
+        k_table, np.arange(contexts - 1, dtype=np.float32) * 1000.5,
         fixed_s, verify_s, draw(st.floats(0.0, 3599.0)), SurvivalMap(table, draw(st.booleans())), draw(st.booleans()),
-        tuple(draw(st.lists(trial, max_size=5))),
+        tuple(draw(st.lists(trial, max_size=5))), allowed_from, draw(st.floats(0.0, 1.0)), draw(st.floats(0.0, 3599.0)),
     )  # fmt: skip
 
 
@@ -89,6 +100,7 @@ def test_a_page_made_for_the_engine_holds_its_largest_policy(max_batch: int, max
         np.arange(15, dtype=np.float32), np.zeros((max_k + 1, max_batch + 1), np.float32),
         np.zeros(2 * max_batch * (max_k + 1) + 1, np.float32), 0.0,
         SurvivalMap(np.zeros((max_k, GRID_POINTS), np.float32), True), False, (Trial(1, 0, 1, 1),) * policy_page.MAX_TRIALS,
+        tuple((b, tuple(range(b % 2 * max_k + 1))) for b in range(1, max_batch + 1)),
     )  # fmt: skip
     assert len(encode_policy(largest)) == payload_bytes(max_batch, max_k) <= policy_page.MAX_CAPACITY
 
@@ -127,6 +139,13 @@ INVALID = {
     "trial k": replace(GOOD, trials=(Trial(0, 8, 0, 1),)),
     "trial steps": replace(GOOD, trials=(Trial(0, 1, 0, 0),)),
     "trial num_tokens": replace(GOOD, trials=(Trial(0, 1, 10**7, 1),)),
+    "min_gain": replace(GOOD, min_gain=-0.1),
+    "switch_s": replace(GOOD, switch_s=float("inf")),
+    "allowed_from: must have ascending batch sizes": replace(GOOD, allowed_from=((2, (0, 3)),)),
+    "allowed_from: batch size 9": replace(GOOD, allowed_from=((1, (0, 3)), (9, ()))),
+    "allowed_from: batch size 8": replace(GOOD, allowed_from=((1, (0, 3)), (8, (3, 8)))),
+    "k_table from batch size 8 on": replace(GOOD, allowed_from=((1, (0, 3)), (8, (0, 1)))),
+    "trial k: must be allowed": replace(GOOD, trials=(Trial(8, 5, 0, 1),), allowed_from=((1, (3, 5)), (8, (0, 3)))),
     "trial batch_size": replace(GOOD, trials=(Trial(5000, 1, 0, 1),)),
 }  # fmt: skip
 
@@ -290,7 +309,7 @@ def resealed(data: bytes, at: int, form: str, value: int) -> bytes:
         ("size", lambda data: data[:4000]),
         ("size", lambda data: data[:-1]),
         ("magic", lambda data: b"ADSPRING" + data[8:]),
-        ("layout version", lambda data: resealed(data, 8, "<I", 2)),
+        ("layout version", lambda data: resealed(data, 8, "<I", 1)),
         ("header checksum", lambda data: data[:17] + b"\x13" + data[18:]),
         ("capacity", lambda data: resealed(data, 16, "<Q", 2**40)),
         ("size", lambda data: resealed(data, 16, "<Q", 4096)),

@@ -273,7 +273,7 @@ def test_records_with_impossible_values_are_dropped_and_counted(tmp_path: Path) 
     for record in (
         replace(good, verify_s=0.0),
         replace(good, padded_tokens=1),
-        replace(good, confidences=np.zeros((64, 7), np.float32)),
+        replace(good, confidences=np.full((64, 7), -0.5, np.float32)),
         good,
     ):
         writer.write(record)

@@ -1,10 +1,11 @@
 """The SGLang plugin: chooses K, or the verify lengths of DSpark, inside SGLang's scheduler processes. See docs/sglang.md.
 
-Loaded by SGLang's processes; they import numpy and the standard library only, and torch and SGLang inside functions:
+Loaded by SGLang's processes. They import numpy and the standard library only, torch and SGLang inside functions, and
+`plugin_settings` imports `config` (pydantic, PyYAML) when ADAPTIVE_SPEC_CONFIG is set:
 
     plugin                the entry point `register`: decides whether to hook into this SGLang, and registers the hooks
     plugin_settings       the environment variables that configure the plugin
-    hook_targets          which functions of SGLang are hooked or used, for which versions, and which of them are missing
+    contract              all that is hooked or used of SGLang, in groups that may fail separately, and the supported releases
     hook_guard            wraps every hook: counts failures, keeps them from SGLang, detaches after too many
     attachment            what all algorithms share: start-up, the tap, the ranks, results, the engine report
     eagle_attachment      the hooks of an EAGLE server, which decide K of each step
@@ -15,6 +16,7 @@ Loaded by SGLang's processes; they import numpy and the standard library only, a
     steps_in_flight       matches each decode step with its own result and times, and writes the finished step
     stage_clock           stage times: the host's clock on a CPU, CUDA events on a GPU
     confidences           draft confidences from the draft model's logits, copied to the host without waiting
+    switch_upkeep         bounds the log lines and list entries that SGLang adds at every K switch
     ranks                 all tensor-parallel ranks act on the same policy in every step
     rank_notes            what ranks tell rank 0: a thread on the store of torch.distributed
 

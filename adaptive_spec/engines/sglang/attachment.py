@@ -13,10 +13,10 @@ import logging
 import os
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,11 +25,13 @@ from adaptive_spec import __version__
 from adaptive_spec.domain.engine_info import EngineInfo
 from adaptive_spec.domain.policy import Granularity, Policy
 from adaptive_spec.engine_side.tap import EngineTap
+from adaptive_spec.engines.sglang import contract
 from adaptive_spec.engines.sglang.hook_guard import Guard
 from adaptive_spec.engines.sglang.plugin_settings import PluginSettings
 from adaptive_spec.engines.sglang.ranks import Notes, RankedTap, Steering, carried, try_policy
 from adaptive_spec.engines.sglang.stage_clock import HostClock, StageClock
 from adaptive_spec.engines.sglang.steps_in_flight import FinishedStep, OpenStep, StepsInFlight
+from adaptive_spec.engines.static_contract import installed, unmet
 from adaptive_spec.wire.engine_report import EngineReport, State, write_report
 from adaptive_spec.wire.slot import MAX_BATCH_LIMIT
 
@@ -49,11 +51,21 @@ class Place(NamedTuple):
 
 
 class Attachment:
-    """The plugin's state in one scheduler process. One per process and algorithm; see the module."""
+    """The plugin's state in one scheduler process. One per process and algorithm; see the module.
+
+    REQUIRED_GROUPS, OPTIONAL_GROUPS: of `contract`, without which it does not attach, or attaches at a lower level. PARTS: group
+    of each part of a hook that may fail without the rest.
+    """
+
+    REQUIRED_GROUPS: ClassVar[tuple[str, ...]] = ()
+    OPTIONAL_GROUPS: ClassVar[tuple[str, ...]] = ()
+    PARTS: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, settings: PluginSettings, guard: Guard, engine: str) -> None:
         self._settings, self._guard, self._engine = settings, guard, engine
-        guard.on_close = self._closed
+        guard.on_close, guard.on_lose, guard.optional = self._closed, self._lost, self.OPTIONAL_GROUPS
+        groups = (*self.REQUIRED_GROUPS, *self.OPTIONAL_GROUPS)
+        guard.groups = {need.hook: need.group for group in groups for need in contract.hooks_of(group)} | dict(self.PARTS)
         self._state: State = "refused"
         self._reason = ""
         self._refused = False
@@ -69,6 +81,14 @@ class Attachment:
         self._reported: EngineReport | None = None
 
     # -- once ----------------------------------------------------------------------------------------------------------
+
+    def own_hooks(self) -> dict[str, Callable[..., None]]:
+        """Hooks that are no pair of `{hook}_before` and `{hook}_after` under the guard."""
+        return {"attach": self.attach}
+
+    def worker_after(self, note: None, worker_class: Any, algorithm: Any, server_args: Any) -> None:
+        """SGLang has chosen its speculative worker: find out what is possible for it."""
+        raise NotImplementedError
 
     def refuse(self, reason: str) -> None:
         """Do not attach to this server: close the guard and report why."""
@@ -176,12 +196,12 @@ class Attachment:
     def _hook_broadcast(self) -> None:
         from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-        from adaptive_spec.engines.sglang.hook_targets import RANK_TARGETS, missing_targets
-
-        missing = missing_targets(RANK_TARGETS, ())
+        tree = installed("sglang")
+        missing = unmet(tree, contract.needs_of((contract.RANKS,))) if tree is not None else ["its source"]
         if missing:
-            raise RuntimeError(f"{self._engine} lacks {'; '.join(missing)}")
-        HookRegistry.register(RANK_TARGETS[0].path, self.broadcast, HookType.AROUND)
+            raise RuntimeError(f"{self._engine} lacks {missing[0]}")
+        [need] = contract.hooks_of(contract.RANKS)
+        HookRegistry.register(need.path, self.broadcast, HookType.AROUND)
         HookRegistry.apply_hooks()
 
     def broadcast(self, original: Callable[..., Any], receiver: Any, requests: Any, *args: Any, **kwargs: Any) -> Any:
@@ -247,12 +267,12 @@ class Attachment:
         self._step = None
         if step is None:
             return
-        self._ran(step, worker)
+        self._on_launched(step, worker)
         step.ended = self._clock.now()
         setattr(result, STEP_ATTRIBUTE, step)
         self._report_when_due()
 
-    def _ran(self, step: OpenStep, worker: Any) -> None:
+    def _on_launched(self, step: OpenStep, worker: Any) -> None:
         """Called when a step was launched."""
 
     def results_before(self, processor: Any, result: Any, batch: Any) -> list[bool]:
@@ -265,13 +285,13 @@ class Attachment:
             return
         delattr(result, STEP_ATTRIBUTE)
         self._in_flight.result(step, result.num_correct_drafts_per_req_cpu, counted, self._verified(result))
-        self._took(step)
+        self._on_result(step)
 
     def _verified(self, result: Any) -> NDArray[np.int64] | None:
         """Draft tokens verified by row [b]; None for all that were drafted."""
         return None
 
-    def _took(self, step: OpenStep) -> None:
+    def _on_result(self, step: OpenStep) -> None:
         """Called when the result of a step was taken."""
 
     # -- inside --------------------------------------------------------------------------------------------------------
@@ -282,6 +302,20 @@ class Attachment:
                 time.monotonic_ns(), step.num_tokens, step.padded_tokens, step.draft_s, step.verify_s, step.draft_extend_s,
                 step.step_s, step.confidences, step.verify_len, step.accept_len, step.request_ids, step.flags, step.begun,
             )  # fmt: skip
+
+    @property
+    def level(self) -> int | None:
+        """What the plugin does now, 0..3, see `contract.LEVELS`: at 0 it only reports. None: no levels."""
+        if not self.OPTIONAL_GROUPS:
+            return None
+        if not self._tap or self._guard.closed is not None:
+            return 0
+        return 1 + sum(group not in self._guard.lost for group in self.OPTIONAL_GROUPS)
+
+    def _lost(self, group: str) -> None:
+        """A group ended, see `Guard.lose`; what it measured is not there from now on."""
+        if self._tap is not None:
+            self.report(self._state, self._reason)
 
     def _closed(self) -> None:
         if self._steering is not None:
@@ -307,7 +341,9 @@ class Attachment:
         if not self._first_rank:
             return
         try:
-            report = EngineReport(os.getpid(), self._engine, state, reason, dict(self._guard.failures), self._counters())
+            report = EngineReport(
+                os.getpid(), self._engine, state, reason, dict(self._guard.failures), self._counters(), self.level
+            )
             if report != self._reported:
                 self._settings.runtime_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
                 write_report(self._settings.runtime_dir, report)

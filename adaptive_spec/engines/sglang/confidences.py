@@ -1,6 +1,6 @@
 """Draft confidences, which SGLang does not keep at topk = 1: the probability of the most likely token, from the draft's logits.
 
-    confidence = max softmax(logits) = exp(max logit - logsumexp(logits))
+    confidence = max softmax(logits), see `max_probability`
 
 Positions 2..K come from the logits of the forwards inside `draft_forward`; position 1 from those of draft-extend (or prefill) of
 the step before, carried in `next_draft_input.topk_p`, which SGLang filters and merges with the batch but does not read at
@@ -18,12 +18,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from adaptive_spec.engines.sglang.max_probability import GROUP_ELEMENTS, max_probability
 from adaptive_spec.engines.sglang.steps_in_flight import MOST_OPEN, Confidences, KnownConfidences
-
-
-def top_probability(logits: Tensor) -> Tensor:
-    """Logits [..., V] -> float32 [...], the probability of the most likely token."""
-    return torch.softmax(logits.float(), dim=-1).amax(dim=-1)
 
 
 class LogitsTap:
@@ -62,7 +58,14 @@ def _logits(result: Any) -> Tensor:
 
 
 def _probabilities(result: Any) -> Tensor:
-    return top_probability(_logits(result))
+    return max_probability(_logits(result))
+
+
+def _of_each(logits: list[Tensor]) -> Tensor:
+    """Logits of k forwards, [b, V] each, on the CPU -> float32 [b, k]."""
+    if len(logits) * logits[0].numel() <= GROUP_ELEMENTS:  # fewer calls; beyond, the copy costs more
+        return max_probability(torch.stack(logits, dim=1))
+    return torch.stack([max_probability(one) for one in logits], dim=1)
 
 
 def host_confidences(first: Tensor, later: Tensor | None) -> Confidences:
@@ -199,7 +202,7 @@ class ConfidenceTap:
         if self._static is not None:
             self._static.store(k, torch.stack(found, dim=1))
         else:
-            self._later = top_probability(torch.stack(found, dim=1))
+            self._later = _of_each(found)
 
     def after_draft(self, first: Tensor, k: int) -> Confidences:
         """Confidences of the drafted tokens. first: topk_p [b, 1] as it came with the batch."""
@@ -228,4 +231,4 @@ class ConfidenceTap:
         logits = outputs[-1].next_token_logits
         carried = next_draft_input.topk_p
         if carried is not None and carried.shape == (len(logits), 1):
-            next_draft_input.topk_p = top_probability(logits).reshape(-1, 1).to(carried.dtype)
+            next_draft_input.topk_p = max_probability(logits).reshape(-1, 1).to(carried.dtype)

@@ -1,8 +1,8 @@
 """All that the plugin uses of SGLang, in one table: `NEEDS`.
 
-Read by `make sglang-matrix` for the wheels of several releases, and meant for `doctor` and the plugin's own check. This module
-imports the standard library alone, and nothing of SGLang. Whoever uses another name of SGLang adds it here;
-`tests/engines/sglang/test_contract.py` finds what was forgotten.
+Read by `make sglang-matrix` for the wheels of several releases, by `doctor` and by the plugin before it hooks anything. This
+module imports the standard library alone, and nothing of SGLang. A name of SGLang that the plugin uses must be listed
+here; `tests/engines/sglang/test_contract.py` fails for one that is not.
 
 Groups, each with what is lost without it; a server needs those of its algorithm (`EAGLE_GROUPS`, `DSPARK_GROUPS`):
 
@@ -75,7 +75,7 @@ NEEDS = (
     Need(OBSERVE, _SRT + "runtime_context.ParallelContext", attributes=("tp_rank", "tp_size")),
     # -- counts and K: the policy protocol, the step and its result ----------------------------------------------------
     Need(COUNTS_AND_K, _CONTROLLER + ".__init__", ("self", "worker", "policy"), hook="controller"),
-    Need(COUNTS_AND_K, _CONTROLLER, attributes=("_states",)),
+    Need(COUNTS_AND_K, _CONTROLLER, attributes=("_states", "params")),
     Need(COUNTS_AND_K, _CONTROLLER + ".init_states", calls=("set_cuda_graph_bs", "cuda_graph_bs_for_step")),
     Need(COUNTS_AND_K, _CONTROLLER + ".activate_step_by_batch", ("self", "batch_size"), calls=("get_steps_for_batch",)),
     Need(COUNTS_AND_K, _CONTROLLER + ".on_verify_complete", calls=("on_verify_complete",)),
@@ -98,7 +98,9 @@ NEEDS = (
     )),
     Need(COUNTS_AND_K, _SRT + "managers.tp_worker.TpModelWorker", attributes=("model_runner",)),
     Need(COUNTS_AND_K, _MODEL_RUNNER, attributes=("max_running_requests",)),
-    Need(COUNTS_AND_K, _BATCH, attributes=("reqs", "forward_mode", "is_extend_in_batch", "seq_lens_sum", "spec_info")),
+    Need(COUNTS_AND_K, _BATCH, attributes=(
+        "reqs", "forward_mode", "is_extend_in_batch", "seq_lens_sum", "spec_info", "has_grammar", "return_logprob",
+    )),
     Need(COUNTS_AND_K, _SRT + "managers.schedule_batch.Req", attributes=(
         "rid", "origin_input_ids", "output_ids", "is_retracted", "finished",
     )),

@@ -67,7 +67,7 @@ class CpuKit:
     ) -> list[str]:
         """SGLang's flags. algorithm: "" for no speculation. models: "models" (tiny) or "models-64m". k: K at launch.
 
-        adaptive: file of candidate K, in the kit or anywhere; None for one K.
+        adaptive: file of candidate K, in the kit or anywhere; "" for SGLang's default ones; None for one K.
         """
         folder = self.home / models
         flags = [
@@ -92,5 +92,7 @@ class CpuKit:
             str(k + 1),
         ]
         if adaptive is not None:
-            flags += ["--speculative-adaptive", "--speculative-adaptive-config", str(self.folder / adaptive)]
+            flags += ["--speculative-adaptive"]
+        if adaptive:
+            flags += ["--speculative-adaptive-config", str(self.folder / adaptive)]
         return flags

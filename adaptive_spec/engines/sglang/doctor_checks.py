@@ -10,7 +10,9 @@ import os
 import sys
 from importlib import metadata
 
-from adaptive_spec.engines.sglang.hook_targets import DSPARK_NEEDED, DSPARK_TARGETS, TARGETS, TESTED_VERSIONS, missing_targets
+from adaptive_spec.engines.releases import version_refusal
+from adaptive_spec.engines.sglang import contract
+from adaptive_spec.engines.sglang.plugin import WAY_OUT, lacking
 from adaptive_spec.engines.sglang.plugin_settings import plugin_settings
 from adaptive_spec.errors import BadInput
 
@@ -22,22 +24,12 @@ def findings() -> list[tuple[str, str, str]]:
     """(state, subject, text) as `doctor.Finding` has them."""
     found: list[tuple[str, str, str]] = []
     version = metadata.version("sglang")
-    tested = ", ".join(TESTED_VERSIONS)
-    if version in TESTED_VERSIONS:
-        found.append(("ok", "sglang", f"{version}, tested"))
+    reason = version_refusal("SGLang", version, contract.SUPPORTED_RELEASES, WAY_OUT)
+    if reason is None:
+        found.append(("ok", "sglang", f"{version}, supported"))
     else:
-        text = f"{version} is not one of the tested versions ({tested}): the plugin does not attach; see docs/sglang.md"
-        found.append(("note", "sglang", text))
-    missing = missing_targets()
-    for text in missing:
-        found.append(("note", "sglang hooks", f"{text}: the plugin does not attach"))
-    if not missing:
-        found.append(("ok", "sglang hooks", f"all {len(TARGETS)} targets found"))
-    missing = missing_targets(DSPARK_TARGETS, DSPARK_NEEDED)
-    for text in missing:
-        found.append(("note", "sglang dspark hooks", f"{text}: the plugin does not attach to DSPARK servers"))
-    if not missing:
-        found.append(("ok", "sglang dspark hooks", f"all {len(DSPARK_TARGETS)} targets found"))
+        found.append(("note", "sglang", f"{reason}: the plugin does not attach; see docs/sglang.md"))
+    found.extend(_hooks())
     found.append(_entry_point())
     try:
         settings = plugin_settings(os.environ)
@@ -46,6 +38,17 @@ def findings() -> list[tuple[str, str, str]]:
     else:
         words = "inert: ADAPTIVE_SPEC_MODE is not set here" if settings.mode == "off" else f"mode {settings.mode}"
         found.append(("ok", "sglang plugin", words))
+    return found
+
+
+def _hooks() -> list[tuple[str, str, str]]:
+    """One finding per group of the contract that is not met, one for each algorithm whose groups all are."""
+    found: list[tuple[str, str, str]] = []
+    for subject, groups in (("sglang hooks", contract.EAGLE_GROUPS), ("sglang dspark hooks", (contract.DSPARK,))):
+        missing = {group: text for group in groups if (text := lacking((group,)))}
+        found.extend(("note", subject, f"{group}: SGLang lacks {text}") for group, text in missing.items())
+        if not missing:
+            found.append(("ok", subject, f"all that is needed was found: {', '.join(groups)}"))
     return found
 
 

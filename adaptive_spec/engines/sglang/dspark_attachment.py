@@ -8,7 +8,7 @@ request, and a policy acts through SGLang's own planner: its SPS table and tempe
 or probe and for a pinned K, the number of draft tokens it verifies. A step is decided where SGLang plans its budget: in `plan`
 under the overlap scheduler, else in `step`; in both before the hooks that may fail (`Guard.around`, `first`).
 
-Exceptions are caught by `hook_guard.Guard`; SGLang then runs the step by itself.
+Exceptions are caught by `hook_guard.Guard`; SGLang then runs the step without the plugin.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from adaptive_spec.domain.policy import Granularity, Mode, Policy
 from adaptive_spec.domain.step_record import StepFlag
 from adaptive_spec.engine_side.tap import BegunStep, EngineTap
+from adaptive_spec.engines.sglang import contract
 from adaptive_spec.engines.sglang.attachment import Attachment, Place, decodes, kv_tokens_of, max_batch, request_id
 from adaptive_spec.engines.sglang.dspark_swap import DSparkSwap, launch_temperatures, nothing_to_swap
 from adaptive_spec.engines.sglang.hook_guard import Guard
@@ -36,6 +37,8 @@ log = logging.getLogger("sglang.adaptive_spec")
 
 class DSparkAttachment(Attachment):
     """One per process. Swaps the SPS table in mode active where the planner uses one; observes otherwise."""
+
+    REQUIRED_GROUPS = (contract.DSPARK,)
 
     def __init__(self, settings: PluginSettings, guard: Guard, engine: str) -> None:
         super().__init__(settings, guard, engine)

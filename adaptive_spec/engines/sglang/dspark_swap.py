@@ -44,8 +44,10 @@ class CostTable(NamedTuple):
 
 
 def cost_table(policy: Policy, gamma: int, kv_per_request: float = 0.0) -> CostTable:
-    """The policy's predicted step time as SGLang's table. gamma: draft tokens per request. kv_per_request: context tokens of one,
-    whose cost SGLang's table can only know as one of requests.
+    """The policy's predicted step time as SGLang's table.
+
+    gamma: draft tokens per request. kv_per_request: context tokens per request. SGLang's table has no context dimension, so
+    their cost is added to the cost per request.
 
     Raises ValueError when the policy predicts no step time for gamma, or one that is not finite and > 0.
     """
@@ -189,7 +191,7 @@ class DSparkSwap:
         self._temperatures = wanted
 
     def force(self, draft_tokens: int | None, rows: int) -> None:
-        """Verify exactly `draft_tokens` draft tokens of `rows` requests in the next step; None: let the table decide again."""
+        """Verify exactly `draft_tokens` draft tokens of `rows` requests in the next step; None: the table decides."""
         if draft_tokens is None:
             if self._forced:
                 self._planner.set_forced_budget_frac(None)

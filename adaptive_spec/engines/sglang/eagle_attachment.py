@@ -3,14 +3,16 @@
     worker, controller, attach      once, while the server starts
     step -> draft, draft_forward -> verify -> draft_extend -> results      every decode step
 
-Exceptions are caught by `hook_guard.Guard`; SGLang then runs the step by itself.
+Exceptions are caught by `hook_guard.Guard`; SGLang then runs the step without the plugin.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import time
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -18,6 +20,7 @@ from adaptive_spec.domain.policy import Granularity
 from adaptive_spec.domain.step_record import StepFlag
 from adaptive_spec.engine_side.step_choice import REQUESTS_REMEMBERED, AcceptanceHistory, refined_k
 from adaptive_spec.engine_side.tap import BegunStep
+from adaptive_spec.engines.sglang import contract
 from adaptive_spec.engines.sglang.attachment import Attachment, Place, kv_tokens_of, max_batch, request_id
 from adaptive_spec.engines.sglang.eagle_draft_policy import LAUNCH, SidecarDraftPolicy
 from adaptive_spec.engines.sglang.hook_guard import Guard
@@ -26,6 +29,13 @@ from adaptive_spec.engines.sglang.stage_clock import clock_for
 from adaptive_spec.engines.sglang.steps_in_flight import OpenStep
 from adaptive_spec.engines.sglang.switch_upkeep import SwitchUpkeep, limit_lines
 
+SKIP_EXTEND_VARIABLE = "SGLANG_SPEC_SKIP_ZERO_STEP_DRAFT_EXTEND"
+"""Of SGLang: at K = 0 the draft model's cache is not kept up, and the first draft after it starts from zeros."""
+STALE_STEPS = 8
+"""Steps with a draft after such a one whose acceptance says nothing about the draft model. The first draft is of zeros; then the
+tokens that were skipped are missing in its cache. At 3 tokens a step, 8 steps put 24 new tokens there, more than most EAGLE heads
+draw on for the next few. An estimate, not measured."""
+_CENSORED, _DISTURBED = int(StepFlag.CENSORED), int(StepFlag.DISTURBED)
 _TRIAL, _STEP_CHOICE, _LIMITED = int(StepFlag.TRIAL), int(StepFlag.STEP_CHOICE), int(StepFlag.LIMITED)
 
 log = logging.getLogger("sglang.adaptive_spec")
@@ -33,6 +43,10 @@ log = logging.getLogger("sglang.adaptive_spec")
 
 class EagleAttachment(Attachment):
     """One per process. Decides K in mode active; observes in mode shadow and where K cannot change."""
+
+    REQUIRED_GROUPS = (contract.COUNTS_AND_K,)
+    OPTIONAL_GROUPS = (contract.STAGE_TIMES, contract.CONFIDENCES)
+    PARTS: ClassVar[Mapping[str, str]] = {"confidences": contract.CONFIDENCES}
 
     def __init__(self, settings: PluginSettings, guard: Guard, engine: str) -> None:
         super().__init__(settings, guard, engine)
@@ -46,6 +60,8 @@ class EagleAttachment(Attachment):
         self._begun: BegunStep | None = None
         """Decision of the step that is about to run."""
         self._upkeep: SwitchUpkeep | None = None
+        self._skips_extend = os.environ.get(SKIP_EXTEND_VARIABLE, "").strip().lower() in ("true", "1", "yes", "y")
+        self._stale_steps = 0
 
     # -- once ----------------------------------------------------------------------------------------------------------
 
@@ -63,6 +79,20 @@ class EagleAttachment(Attachment):
         else:
             self.refuse(reason)
 
+    def own_hooks(self) -> dict[str, Callable[..., None]]:
+        return {**super().own_hooks(), "controller": self.controller}
+
+    def controller(
+        self, original: Callable[..., None], controller: Any, worker: Any, policy: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        """Around the constructor of SGLang's AdaptiveController: give it the sidecar's policy."""
+        chosen = policy
+        try:
+            chosen = self.draft_policy(worker, policy)
+        except Exception:
+            self._guard.failed("controller")
+        original(controller, worker, chosen, *args, **kwargs)
+
     def draft_policy(self, worker: Any, stock: Any) -> Any:
         """The policy AdaptiveController is given in place of SGLang's own."""
         if self._guard.closed is not None or not self._supported:
@@ -78,18 +108,29 @@ class EagleAttachment(Attachment):
         """The computation of the confidences must become part of the CUDA graphs."""
         import torch
 
+        device = torch.device(str(worker.device))
+        self._clock = clock_for(device.type)
+        if self._settings.confidences == "off":
+            return
         from adaptive_spec.engines.sglang.confidences import ConfidenceTap
 
         captured = self._policy.captured if self._policy is not None else (int(worker.speculative_num_steps),)
         device = torch.device(str(worker.device))
         self._clock = clock_for(device.type)
-        self._confidences = ConfidenceTap(worker._draft_worker, max_batch(worker), max(captured), device)
+        if self._settings.confidences == "on" and contract.CONFIDENCES not in self._guard.lost:
+            make = self._guard.part
+            self._confidences = make("confidences", ConfidenceTap, worker._draft_worker, max_batch(worker), max(captured), device)
+            if self._confidences is None:
+                self._guard.lose(contract.CONFIDENCES, "they could not be set up")
 
     def _begin(self, worker: Any, place: Place) -> None:
         """All states are captured: publish the engine's abilities and open the tap."""
         controller = worker.adaptive_controller
         launch_k = int(worker.speculative_num_steps)
         candidates = tuple(sorted(int(k) for k in controller._states)) if controller is not None else (launch_k,)
+        if self._supported and (self._policy is None or controller is None or controller.params is not self._policy):
+            self._policy, self._reason = None, f"SGLang's {type(controller).__name__} does not ask the plugin's policy for K"
+            log.warning("adaptive-spec: K is not decided here: %s", self._reason)
         if self._policy is not None:
             self._policy.captured = candidates
         allowed_from = self._policy.allowed_from(max_batch(worker)) if self._policy is not None else ()
@@ -112,7 +153,14 @@ class EagleAttachment(Attachment):
     def _terms(self) -> int:
         """Checksum of everything beside the policy that K depends on; never 0."""
         policy = self._policy
-        return self._crc(self._history is not None, policy.captured if policy is not None else None)
+        ranges = policy.allowed_from(max_batch(self._worker)) if policy is not None and self._worker is not None else None
+        return self._crc(
+            self._history is not None,
+            policy.captured if policy is not None else None,
+            ranges,
+            self._undecided,
+            self._settings.confidences,
+        )
 
     # -- every decode step ---------------------------------------------------------------------------------------------
 
@@ -142,23 +190,31 @@ class EagleAttachment(Attachment):
         started = self._clock.now()
         ids = [request_id(request) for request in batch.reqs]
         padded = policy.padded_rows(begun.batch_size) if policy is not None else begun.batch_size
-        self._step = OpenStep(begun, begun.k, np.array(ids, np.uint32), padded, started)
+        self._step = OpenStep(begun, begun.k, np.array(ids, np.uint32), padded, started, flags=_waits_on_the_host(batch))
+        self._step.staged = contract.STAGE_TIMES not in self._guard.lost
         self._in_flight.begin(self._step)
         return self._step
 
-    def _ran(self, step: OpenStep, worker: Any) -> None:
+    def _on_launched(self, step: OpenStep, worker: Any) -> None:
         step.k = int(worker.speculative_num_steps)
         if self._decided is not None and self._decided not in (LAUNCH, step.k):
             step.begun = step.begun._replace(flags=step.begun.flags & ~(_TRIAL | _STEP_CHOICE) | _LIMITED)
         if self._steering is None:
             self._decided = self._undecided
+        if step.k == 0:
+            self._stale_steps = STALE_STEPS if self._skips_extend else 0
+        elif self._stale_steps:
+            self._stale_steps -= 1
+            step.flags |= _CENSORED
 
     def draft_after(self, started: Any, verify_input: Any, draft_worker: Any, batch: Any, *args: Any, **kwargs: Any) -> None:
         step = self._step
         if step is None or started is None:
             return
         step.stages["draft"] = (started, self._clock.now())
-        step.confidences = self._confidences.after_draft(batch.spec_info.topk_p, int(draft_worker.speculative_num_steps))
+        if self._confidences is not None:
+            first, k = batch.spec_info.topk_p, int(draft_worker.speculative_num_steps)
+            step.confidences = self._guard.part("confidences", self._confidences.after_draft, first, k)
 
     def draft_forward_before(self, draft_worker: Any, forward_batch: Any) -> None:
         if self._confidences is not None:
@@ -175,7 +231,8 @@ class EagleAttachment(Attachment):
     def draft_extend_before(self, *args: Any, **kwargs: Any) -> Any:
         if self._step is None:
             return None
-        self._confidences.before_extend()
+        if self._confidences is not None:
+            self._guard.part("confidences", self._confidences.before_extend)
         return self._clock.now()
 
     def draft_extend_after(
@@ -184,16 +241,22 @@ class EagleAttachment(Attachment):
         if self._step is None or started is None:
             return
         self._step.stages["draft_extend"] = (started, self._clock.now())
-        self._confidences.after_extend(batch_result.next_draft_input)
+        if self._confidences is not None:
+            self._guard.part("confidences", self._confidences.after_extend, batch_result.next_draft_input)
 
-    def _took(self, step: OpenStep) -> None:
-        if self._history is not None and step.accept_len is not None and step.counted is not None:
+    def _on_result(self, step: OpenStep) -> None:
+        if self._history is not None and not step.flags & _CENSORED and step.accept_len is not None and step.counted is not None:
             self._history.observe(step.request_ids[step.counted].tolist(), step.accept_len[step.counted], step.k)
 
     def switch_after(self, note: None, result: None, worker: Any, state: Any) -> None:
         """K was switched, by whichever policy."""
         if self._upkeep is not None:
             self._upkeep()
+
+    def _lost(self, group: str) -> None:
+        if group == contract.CONFIDENCES:
+            self._confidences = None
+        super()._lost(group)
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
@@ -224,7 +287,17 @@ class EagleAttachment(Attachment):
             return k
         settings, ids = self._settings, [request_id(request) for request in batch.reqs]
         candidates = [c for c in policy.allowed(len(ids)) if c == k or settings.k_min <= c <= settings.k_max]
-        first = batch.spec_info.topk_p
+        # Without the tap topk_p is SGLang's constant 1.0.
+        first = batch.spec_info.topk_p if self._confidences is not None else None
         # On a GPU the host would have to wait for the score; there the history alone is used.
         known = first.reshape(-1).numpy() if first is not None and first.device.type == "cpu" and len(first) == len(ids) else None
         return refined_k(self._history, self._tap.planner, ids, known, k, kv_tokens, policy.padded_rows(len(ids)), candidates)
+
+
+def _waits_on_the_host(batch: Any) -> int:
+    """DISTURBED for a batch whose verify stage does work that the latency model does not cover, else 0.
+
+    Grammars: verify waits for the drafted tokens on the host and computes the mask there. Log-probabilities: verify computes
+    them over the vocabulary for every accepted token.
+    """
+    return _DISTURBED if batch.has_grammar or batch.return_logprob else 0

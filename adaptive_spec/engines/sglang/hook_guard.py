@@ -3,7 +3,8 @@
 A hook is a pair `before(...) -> note` and `after(note, result, ...)` around one function of SGLang, which is always called
 exactly once, with the arguments it was given. An exception of the pair is counted and dropped. A hook that fails
 `FAILURES_IN_A_ROW` times in a row, or once while the server starts, closes the guard: SGLang's functions are still called,
-the hooks are not.
+the hooks are not. A hook of a group that may fail alone (`Guard.optional`) ends that group only: its hooks, and those of the
+groups that need it, are no longer called, and the others go on.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import logging
 import math
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 FAILURES_IN_A_ROW = 8
@@ -66,6 +67,14 @@ class Guard:
         self.failures: Counter[str] = Counter()
         self.closed: str | None = None
         self.on_close: Callable[[], None] = lambda: None
+        self.groups: Mapping[str, str] = {}
+        """Group of each hook."""
+        self.optional: Sequence[str] = ()
+        """Groups that may fail alone; each needs those before it."""
+        self.lost: dict[str, str] = {}
+        """Groups whose hooks are no longer called, and why."""
+        self.on_lose: Callable[[str], None] = lambda group: None
+        """Called with each group that is lost, once; must not raise."""
 
     def close(self, reason: str) -> None:
         """Stop calling hooks, and log why."""
@@ -73,6 +82,16 @@ class Guard:
             self.closed = reason
             log.error("adaptive-spec: detached, SGLang runs without the plugin: %s", reason)
             self.on_close()
+
+    def lose(self, group: str, reason: str) -> None:
+        """Stop calling the hooks of an optional group and of those that need it, and log why in one line."""
+        if group in self.lost:
+            return
+        log.error("adaptive-spec: continues without %s: %s", group, reason)
+        for name in self.optional[self.optional.index(group) :]:
+            if name not in self.lost:
+                self.lost[name] = reason
+                self.on_lose(name)
 
     def failed(self, hook: str) -> None:
         """Count a failure, inside an `except` block; the first of each hook is logged with its traceback."""
@@ -83,7 +102,25 @@ class Guard:
         if hook in ONCE:
             self.close(f"hook {hook} failed while the server started")
         elif self._row[hook] >= FAILURES_IN_A_ROW:
-            self.close(f"hook {hook} failed {FAILURES_IN_A_ROW} times in a row")
+            reason = f"hook {hook} failed {FAILURES_IN_A_ROW} times in a row"
+            group = self.groups.get(hook, "")
+            if group in self.optional:
+                self.lose(group, reason)
+            else:
+                self.close(reason)
+
+    def part(self, hook: str, call: Callable[..., Any], *args: Any) -> Any:
+        """Call a part of a hook that may fail without the rest: its result, None when it failed or its group is lost."""
+        if self.groups.get(hook, "") in self.lost:
+            return None
+        try:
+            self.fault(hook)
+            result = call(*args)
+        except Exception:
+            self.failed(hook)
+            return None
+        self._row[hook] = 0
+        return result
 
     def fault(self, name: str) -> None:
         """Raise if a test asked for it."""
@@ -105,6 +142,8 @@ class Guard:
                 except Exception:
                     self.failed(hook)
             note, went_well = None, self.closed is None
+            if self.lost and self.groups.get(hook, "") in self.lost:
+                went_well = False
             if went_well:
                 try:
                     self.fault(hook)

@@ -1,32 +1,33 @@
 """The entry point SGLang calls in each of its processes (group `sglang.srt.plugins`): `register`.
 
-It does nothing unless ADAPTIVE_SPEC_MODE or a configuration enables it (see `plugin_settings`). SGLang drops exceptions of a
-plugin, so a reason not to attach is logged once and written to the engine report; SGLang is then not changed.
+It does nothing unless ADAPTIVE_SPEC_MODE or a configuration enables it (see `plugin_settings`). Then it checks and hooks only
+what lets it see the speculative worker being made. The rest is checked and hooked when that happens: in the scheduler process,
+for the algorithm that SGLang has chosen. SGLang drops exceptions of a plugin, so a reason not to attach is logged once and
+written to the engine report; SGLang is then not changed.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
+from adaptive_spec.engines.releases import version_refusal
+from adaptive_spec.engines.sglang import contract
 from adaptive_spec.engines.sglang.hook_guard import Guard
-from adaptive_spec.engines.sglang.hook_targets import (
-    DSPARK_NEEDED,
-    DSPARK_TARGETS,
-    TARGETS,
-    TESTED_VERSIONS,
-    Target,
-    missing_targets,
-)
 from adaptive_spec.engines.sglang.plugin_settings import PluginSettings, plugin_settings
+from adaptive_spec.engines.static_contract import installed, unmet
 from adaptive_spec.errors import BadInput
 from adaptive_spec.wire.engine_report import EngineReport, write_report
 
 if TYPE_CHECKING:
     from adaptive_spec.engines.sglang.attachment import Attachment
+
+WAY_OUT = "ADAPTIVE_SPEC_UNTESTED_SGLANG=1"
+MOST_NAMED = 3
+"""Names that a reason lists; how many more there are is said."""
 
 log = logging.getLogger("sglang.adaptive_spec")
 
@@ -51,83 +52,86 @@ def register() -> None:
 
 def refusal(settings: PluginSettings, version: str) -> str | None:
     """Why the plugin does not hook into this SGLang, None if it does."""
-    if version not in TESTED_VERSIONS and not settings.untested_sglang:
-        return (
-            f"SGLang {version} is not one of the tested versions ({', '.join(TESTED_VERSIONS)}); "
-            "ADAPTIVE_SPEC_UNTESTED_SGLANG=1 tries it"
-        )
-    missing = missing_targets()
-    return f"SGLang {version} lacks {'; '.join(missing)}" if missing else None
+    if not settings.untested_sglang:
+        reason = version_refusal("SGLang", version, contract.SUPPORTED_RELEASES, WAY_OUT)
+        if reason is not None:
+            return reason
+    missing = lacking((contract.OBSERVE,))
+    return f"SGLang {version} lacks {missing}" if missing else None
+
+
+def lacking(groups: Iterable[str]) -> str:
+    """What the installed SGLang lacks of some groups of `contract`, one line; "" if nothing."""
+    tree = installed("sglang")
+    if tree is None:
+        return "its source: it is not installed as a package"
+    found = [str(one) for one in unmet(tree, contract.needs_of(groups))]
+    more = f"; and {len(found) - MOST_NAMED} more" if len(found) > MOST_NAMED else ""
+    return "; ".join(found[:MOST_NAMED]) + more
 
 
 def _install(settings: PluginSettings, engine: str) -> None:
-    """Hook EAGLE's functions and those all algorithms share. DSpark's are imported only for a DSPARK server."""
-    from adaptive_spec.engines.sglang.eagle_attachment import EagleAttachment
-
+    """Hook what makes the worker; the first call of it decides what else is hooked."""
     guard = Guard()
-    attachment = EagleAttachment(settings, guard, engine)
-    side: list[Attachment] = [attachment]
-    """The attachment in use: EAGLE's until SGLang has chosen DSPARK."""
-
-    def controller(original: Callable[..., None], self: Any, worker: Any, policy: Any) -> None:
-        chosen = policy
-        try:
-            chosen = attachment.draft_policy(worker, policy)
-        except Exception:
-            guard.failed("controller")
-        original(self, worker, chosen)
+    made: list[Attachment] = []
 
     def worker(note: None, worker_class: Any, algorithm: Any, server_args: Any) -> None:
-        if not algorithm.is_dspark():
-            attachment.worker_after(note, worker_class, algorithm, server_args)
-        elif side[0] is attachment:
-            side[0] = dspark_side(settings, guard, engine, worker_class, algorithm, server_args)
+        if not made:
+            made.append(_attachment(settings, guard, engine, algorithm))
+            attach(made[0], guard, engine, worker_class, algorithm, server_args)
 
-    def results_after(*args: Any, **kwargs: Any) -> None:
-        side[0].results_after(*args, **kwargs)
-
-    own: dict[str, Callable[..., Any]] = {
-        "worker": guard.around("worker", None, worker),
-        "controller": controller,
-        "attach": attachment.attach,
-        "results": guard.around("results", attachment.results_before, results_after),
-    }
-    _hook(TARGETS, own, guard, attachment)
+    for need in contract.hooks_of(contract.OBSERVE):
+        _register(need.path, guard.around(need.hook, None, worker))
 
 
-def dspark_side(
-    settings: PluginSettings, guard: Guard, engine: str, worker_class: Any, algorithm: Any, server_args: Any
-) -> Attachment:
-    """Hook a DSPARK server before its worker is made, or do not attach and report why."""
+def _attachment(settings: PluginSettings, guard: Guard, engine: str, algorithm: Any) -> Attachment:
+    if algorithm.is_dspark():
+        from adaptive_spec.engines.sglang.dspark_attachment import DSparkAttachment
+
+        return DSparkAttachment(settings, guard, engine)
+    from adaptive_spec.engines.sglang.eagle_attachment import EagleAttachment
+
+    return EagleAttachment(settings, guard, engine)
+
+
+def attach(attachment: Attachment, guard: Guard, engine: str, worker_class: Any, algorithm: Any, server_args: Any) -> None:
+    """Hook the groups of an algorithm before its worker is made. Without one of its required groups it is not attached; without
+    another group it is attached at the level below.
+    """
     from sglang.srt.plugins.hook_registry import HookRegistry
 
-    from adaptive_spec.engines.sglang.dspark_attachment import DSparkAttachment
-
-    side = DSparkAttachment(settings, guard, engine)
-    side.worker_after(None, worker_class, algorithm, server_args)
+    attachment.worker_after(None, worker_class, algorithm, server_args)
     if guard.closed is not None:
-        return side
-    missing = missing_targets(DSPARK_TARGETS, DSPARK_NEEDED)
-    if missing:
-        reason = f"{engine} lacks {'; '.join(missing)}"
-        log.error("adaptive-spec: not attached: %s", reason)
-        side.refuse(reason)
-        return side
-    _hook(DSPARK_TARGETS, {"attach": side.attach}, guard, side)
+        return
+    for group in attachment.REQUIRED_GROUPS:
+        missing = lacking((group,))
+        if missing:
+            reason = f"{engine} lacks {missing}"
+            log.error("adaptive-spec: not attached: %s", reason)
+            attachment.refuse(reason)
+            return
+    hooked = list(attachment.REQUIRED_GROUPS)
+    for group in attachment.OPTIONAL_GROUPS:
+        missing = lacking((group,))
+        if missing:
+            guard.lose(group, f"{engine} lacks {missing}")
+            break  # each level needs those below it
+        hooked.append(group)
+    own: Mapping[str, Callable[..., Any]] = attachment.own_hooks()
+    for group in hooked:
+        for need in contract.hooks_of(group):
+            hook = own.get(need.hook)
+            if hook is None:
+                parts = (getattr(attachment, f"{need.hook}_{part}", None) for part in ("before", "after", "first"))
+                hook = guard.around(need.hook, *parts)
+            _register(need.path, hook)
     HookRegistry.apply_hooks()
-    return side
 
 
-def _hook(targets: Sequence[Target], own: Mapping[str, Callable[..., Any]], guard: Guard, side: Attachment) -> None:
-    """Register a hook per target: that of `own`, else the side's `{hook}_before`, `_after` and `_first`, where it has them."""
+def _register(path: str, hook: Callable[..., Any]) -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    for target in targets:
-        hook = own.get(target.hook)
-        if hook is None:
-            before, after, first = (getattr(side, f"{target.hook}_{part}", None) for part in ("before", "after", "first"))
-            hook = guard.around(target.hook, before, after, first)
-        HookRegistry.register(target.path, hook, HookType.AROUND)
+    HookRegistry.register(path, hook, HookType.AROUND)
 
 
 def _sglang_version() -> str:

@@ -20,7 +20,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from adaptive_spec.domain.step_record import StepFlag
+from adaptive_spec.domain.step_record import UNKNOWN_CONFIDENCE, StepFlag
 from adaptive_spec.engine_side.tap import BegunStep
 
 MOST_OPEN = 8
@@ -60,7 +60,8 @@ class OpenStep:
     """One decode step. Stages are pairs of moments. request_ids: uint32 [b]. padded_rows: requests after graph padding.
 
     num_tokens, padded_tokens: of the verify forward, where they do not follow from k and the rows. verify_len: draft tokens
-    verified [b], None for k each.
+    verified [b], None for k each. flags: of `StepFlag`, known when the step is launched. staged: whether its stages are timed;
+    if not, the record has the time of the whole forward as verify_s and the flag WHOLE.
     """
 
     begun: BegunStep
@@ -72,6 +73,9 @@ class OpenStep:
     ended: Moment | None = None
     next_started: Moment | None = None
     confidences: Confidences | None = None
+    """None: not measured, all unknown."""
+    flags: int = 0
+    staged: bool = True
     num_tokens: int | None = None
     padded_tokens: int | None = None
     verify_len: NDArray[np.uint8] | None = None
@@ -174,18 +178,17 @@ class StepsInFlight:
         stages = {name: s or 0.0 for name, s in seconds.items()}
         if step.next_started is None:
             whole_s = forward_s + self._pause_s(len(step.request_ids))
-        flags = 0
+        flags = step.flags
         if values.shape != (len(step.request_ids), step.k):
-            values, flags = np.ones((len(step.request_ids), step.k), np.float32), int(StepFlag.CENSORED)
+            values = np.full((len(step.request_ids), step.k), UNKNOWN_CONFIDENCE, np.float32)
         rows = step.counted
         values = values[rows]
         known = (values > 0.0) & (values <= 1.0)
         if not known.all():
-            # The counts are valid; the confidences are not, so the record must not train the calibration.
-            values, flags = np.where(known, values, np.float32(1.0)), int(StepFlag.CENSORED)
+            values = np.where(known, values, np.float32(UNKNOWN_CONFIDENCE))
         if stages["verify"] <= 0.0:
-            flags |= int(StepFlag.DISTURBED)
-            stages["verify"] = max(forward_s, 1e-9)
+            flags |= int(StepFlag.DISTURBED if step.staged else StepFlag.WHOLE)
+            stages = {"draft": 0.0, "verify": max(forward_s, 1e-9), "draft_extend": 0.0}
         tokens = int(step.verify_len.sum()) + len(step.verify_len) if step.num_tokens is None else step.num_tokens
         padded = step.padded_rows * (step.k + 1) if step.padded_tokens is None else step.padded_tokens
         return FinishedStep(

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from adaptive_spec.config.settings import ControllerSettings, PolicySettings
 from adaptive_spec.domain.engine_info import EngineInfo
 from adaptive_spec.domain.policy import Granularity
-from adaptive_spec.domain.step_record import StepFlag, StepRecord
+from adaptive_spec.domain.step_record import UNKNOWN_CONFIDENCE, StepFlag, StepRecord
 from adaptive_spec.engines.simulated.adaptive import Adaptive, engine_info
 from adaptive_spec.engines.simulated.scenario import Scenario
 
@@ -29,6 +29,7 @@ class Part(StrEnum):
     SLOTS = "slots"
     PROBING = "probing"
     GUARDS = "guards"
+    CONFIDENCES = "confidences"
 
 
 def settings_without(part: Part) -> ControllerSettings:
@@ -45,7 +46,7 @@ class AdaptiveWithout(Adaptive):
 
     Online cost: times after the first 20 s are marked as disturbed. Online calibration: outcomes after the first 20 s are
     marked as censored. Context: KV tokens are reported as 0. Slots: one K for all even where verify_len may differ.
-    Probing, guards: by the controller's settings.
+    Confidences: all are reported as unknown. Probing, guards: by the controller's settings.
     """
 
     def __init__(self, scenario: Scenario, part: Part) -> None:
@@ -60,11 +61,17 @@ class AdaptiveWithout(Adaptive):
         return super().draft_length(batch_size, 0 if self._part is Part.CONTEXT else kv_tokens)
 
     def verify_lengths(self, confidences: NDArray[np.float32]) -> NDArray[np.uint8] | None:
-        return None if self._part is Part.SLOTS else super().verify_lengths(confidences)
+        if self._part is Part.SLOTS:
+            return None
+        if self._part is Part.CONFIDENCES:
+            confidences = np.full_like(confidences, UNKNOWN_CONFIDENCE)
+        return super().verify_lengths(confidences)
 
     def observe(self, record: StepRecord) -> None:
         if self._part is Part.CONTEXT:
             record = replace(record, kv_tokens=0)
+        if self._part is Part.CONFIDENCES:
+            record = replace(record, confidences=np.full_like(record.confidences, UNKNOWN_CONFIDENCE))
         if record.time_ns * 1e-9 > FROZEN_AFTER_S:
             if self._part is Part.ONLINE_COST:
                 record = replace(record, flags=record.flags | StepFlag.DISTURBED)

@@ -16,7 +16,6 @@ from adaptive_spec.domain.policy import Granularity, Policy
 from adaptive_spec.domain.step_record import StepFlag, StepRecord
 from adaptive_spec.engine_side.planner import Planner
 from adaptive_spec.engine_side.step_choice import REQUESTS_REMEMBERED, AcceptanceHistory, refined_k
-from adaptive_spec.engines.simulated.decider import LAUNCH_K
 from adaptive_spec.engines.simulated.plans import padded_sizes
 from adaptive_spec.engines.simulated.scenario import Scenario
 
@@ -28,10 +27,10 @@ Profile = tuple[Mapping[str, NDArray[Any]], Mapping[str, NDArray[Any]]]
 
 def engine_info(scenario: Scenario) -> EngineInfo:
     """The EngineInfo of the simulated server. It cannot hold a batch for a trial."""
-    launch_k = min(LAUNCH_K, scenario.max_k)
+    ks = {k for _, allowed in scenario.allowed_from for k in allowed}
     return EngineInfo(
-        "simulated", scenario.name, "simulated", 1, launch_k, tuple(range(scenario.max_k + 1)), scenario.max_batch,
-        Granularity(scenario.file.granularity), holds_batch=False, pid=1,
+        "simulated", scenario.name, "simulated", 1, scenario.launch_k, tuple(sorted(ks) or range(scenario.max_k + 1)),
+        scenario.max_batch, Granularity(scenario.file.granularity), holds_batch=False, pid=1, allowed_from=scenario.allowed_from,
     )  # fmt: skip
 
 
@@ -59,7 +58,7 @@ class Adaptive:
         self.controller = Controller(settings or ControllerSettings(), info)
         if profile is not None:
             self.controller.restore_profile(*profile)
-        self.planner = Planner(info.launch_k, info.max_k)
+        self.planner = Planner(info.launch_k, info.max_k, info.allowed_mask())
         self.history = AcceptanceHistory(max(info.max_k, 1), REQUESTS_REMEMBERED)
         self._request_ids: list[int] = []
         self.version = 0
@@ -88,13 +87,15 @@ class Adaptive:
             self.planner.adopt(self._published.pop(0)[1])
         k = self.planner.draft_length(batch_size, kv_tokens)
         if not self._ragged:
-            padded, candidates = int(self._padded[batch_size]), self.controller.info.candidates
+            padded, candidates = int(self._padded[batch_size]), self.controller.info.allowed_k(batch_size)
             k = refined_k(self.history, self.planner, self._request_ids, None, k, kv_tokens, padded, candidates)
         self.version = self.planner.version
         if self.planner.policy is None:
             self.flags = int(StepFlag.FALLBACK)
         else:
-            self.flags = int(StepFlag.TRIAL) if self.planner.in_trial else 0
+            flags = {StepFlag.TRIAL: self.planner.in_trial, StepFlag.LIMITED: self.planner.limited}
+            flags[StepFlag.STEP_CHOICE] = self.planner.moved
+            self.flags = sum(int(flag) for flag, holds in flags.items() if holds)
         return k
 
     def verify_lengths(self, confidences: NDArray[np.float32]) -> NDArray[np.uint8] | None:

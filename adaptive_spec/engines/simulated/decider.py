@@ -13,9 +13,6 @@ from numpy.typing import NDArray
 
 from adaptive_spec.domain.step_record import StepRecord
 
-LAUNCH_K = 3
-"""Draft length servers are launched with, cut to max_k."""
-
 
 class Decider(Protocol):
     """One policy in one run.
@@ -43,7 +40,7 @@ class Decider(Protocol):
         ...
 
     def draft_length(self, batch_size: int, kv_tokens: int) -> int:
-        """Return K of the coming step, 0..max_k."""
+        """Return K of the coming step, 0..max_k; one that is not allowed at this batch size is replaced by the server."""
         ...
 
     def verify_lengths(self, confidences: NDArray[np.float32]) -> NDArray[np.uint8] | None:

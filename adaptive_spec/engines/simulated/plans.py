@@ -5,6 +5,8 @@ goodput(plan) = E[tokens] / E[step time];  step time = (verify + draft + context
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -80,8 +82,8 @@ def expected_tokens(survival: Floats) -> Floats:
     return expected
 
 
-def best_ragged(q: Floats, costs: Costs, kv_tokens: int) -> tuple[int, int, float]:
-    """Search every K and every number of slots: q [b, max_k] -> (K, draft tokens verified, tokens per ms).
+def best_ragged(q: Floats, costs: Costs, kv_tokens: int, allowed: Sequence[int]) -> tuple[int, int, float]:
+    """Search every allowed K and every number of slots: q [b, max_k] -> (K, draft tokens verified, tokens per ms).
 
     For a given K and number of slots the most likely survivors among the first K positions are the best.
     """
@@ -99,7 +101,8 @@ def best_ragged(q: Floats, costs: Costs, kv_tokens: int) -> tuple[int, int, floa
     goodput = (b - expected) / seconds
     # K drafts at most b * K tokens; larger slot counts are not plans.
     goodput[np.arange(b * max_k + 1) > b * np.arange(1, max_k + 1)[:, None]] = 0.0
+    goodput[[k - 1 for k in range(1, max_k + 1) if k not in allowed]] = 0.0
     row, count = divmod(int(goodput.argmax()), b * max_k + 1)
     best = float(goodput[row, count]) / costs.scale
     plain = b / costs.ragged_step_ms(0, b, kv_tokens)
-    return (0, 0, plain) if plain >= best else (row + 1, count, best)
+    return (0, 0, plain) if plain >= best and 0 in allowed else (row + 1, count, best)

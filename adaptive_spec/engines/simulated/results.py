@@ -45,7 +45,8 @@ class Phase:
 @dataclass(frozen=True)
 class Run:
     """One policy in one scenario. probe_share: share of decode time lost to trials, None where it is not known.
-    failures: calls inside the policy that raised and were caught.
+    failures: calls inside the policy that raised and were caught. k_switches: changes of the K that was run. limited_steps: steps
+    that ran another K than asked for, because the server does not run that one at their batch size.
     """
 
     tokens: int
@@ -55,6 +56,8 @@ class Run:
     phases: tuple[Phase, ...]
     probe_share: float | None = None
     failures: int = 0
+    k_switches: int = 0
+    limited_steps: int = 0
 
     @property
     def goodput(self) -> float:
@@ -91,6 +94,8 @@ class Result:
             "efficiency": self.efficiency(run),
             "swaps": run.swaps,
             "steps": run.steps,
+            "k_switches": run.k_switches,
+            "limited_steps": run.limited_steps,
             "phases": [
                 {
                     "at_s": phase.at_s,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,13 +15,18 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from adaptive_spec.config.load import read_yaml, validated
+from adaptive_spec.config.load import validated
+from adaptive_spec.config.yaml_file import read_yaml
+from adaptive_spec.domain.allowed import AllowedFrom, allowed_at, ranges
+from adaptive_spec.domain.arrays import Bools
 from adaptive_spec.engines.simulated.curve import Curve, read_curve
 from adaptive_spec.errors import BadInput
 from adaptive_spec.offline.samples import MAX_NUM_TOKENS
 from adaptive_spec.wire.slot import MAX_BATCH_LIMIT, MAX_K_LIMIT
 
 MS_LIMIT = 1e6
+LAUNCH_K = 3
+"""Draft length servers are launched with, cut to max_k."""
 
 
 def _curve_form(value: Any) -> str | list[list[float]]:
@@ -74,6 +80,7 @@ class Latency(_Part):
     draft_ms_per_step: float = Field(0.0, ge=0.0, le=MS_LIMIT)
     context_ms_per_1k_tokens: float = Field(0.0, ge=0.0, le=MS_LIMIT)
     overhead_ms: float = Field(0.0, ge=0.0, le=MS_LIMIT)
+    k_switch_ms: float = Field(0.0, ge=0.0, le=MS_LIMIT)
     noise: Noise = Noise()
 
     @field_validator("graph_batch_sizes", "token_buckets")
@@ -163,6 +170,16 @@ class ScenarioFile(_Part):
     timeline: list[TimelineEntry]
     drift: list[DriftEvent] | None = None
     mean_output_tokens: float = Field(200.0, ge=1.0, le=1e9)
+    k_by_batch: dict[int, list[int]] | None = None
+
+    @field_validator("k_by_batch")
+    @classmethod
+    def check_k_by_batch(cls, value: dict[int, list[int]] | None) -> dict[int, list[int]] | None:
+        if value is not None and (not value or min(value) != 1 or max(value) > MAX_BATCH_LIMIT):
+            raise PydanticCustomError("k_by_batch", "must be K by batch size, from 1 on")
+        if value is not None and any(not ks or ks != sorted(set(ks)) or ks[0] < 0 for ks in value.values()):
+            raise PydanticCustomError("k_by_batch", "must be ascending K >= 0 for each batch size")
+        return value
 
 
 @dataclass(frozen=True)
@@ -186,6 +203,31 @@ class Scenario:
     @property
     def max_k(self) -> int:
         return self.file.max_k
+
+    @property
+    def launch_k(self) -> int:
+        return min(LAUNCH_K, self.max_k)
+
+    @cached_property
+    def allowed_from(self) -> AllowedFrom:
+        """K by batch size, as an engine says it; () when every K runs at every batch size.
+
+        As in SGLang, a batch takes the K of the size it is padded to, and the launch K is allowed everywhere.
+        """
+        if self.file.k_by_batch is None:
+            return ()
+        graphs = self.file.latency.graph_batch_sizes or []
+        wanted = tuple((b, tuple(sorted({*ks, self.launch_k}))) for b, ks in sorted(self.file.k_by_batch.items()))
+        padded = [next((g for g in graphs if g >= b), b) for b in range(1, self.max_batch + 1)]
+        return ranges([allowed_at(wanted, b) for b in padded])
+
+    def allowed_k(self, batch_size: int) -> tuple[int, ...]:
+        """K that the server runs at a batch size, ascending."""
+        return allowed_at(self.allowed_from, batch_size) if self.allowed_from else tuple(range(self.max_k + 1))
+
+    def allowed_mask(self) -> Bools:
+        """[max_batch + 1, max_k + 1], whether the server runs K at a batch size. Row 0 is row 1."""
+        return np.array([np.isin(np.arange(self.max_k + 1), self.allowed_k(max(b, 1))) for b in range(self.max_batch + 1)])
 
     @property
     def max_batch(self) -> int:
@@ -212,6 +254,9 @@ def scenario_from(data: object, name: str, folder: Path) -> Scenario:
     file = validated(ScenarioFile, data, name)
     _check_timeline(file, name)
     _check_classes(file, name)
+    for batch_size, ks in (file.k_by_batch or {}).items():
+        if ks[-1] > file.max_k:
+            raise BadInput(f"{name}: k_by_batch.{batch_size}: {ks[-1]} is not allowed: must be <= {file.max_k}, max_k")
     events = sorted(enumerate(file.drift or []), key=lambda numbered: numbered[1].at_s)
     curve = read_curve(file.latency.verify_curve, folder, f"{name}: latency.verify_curve")
     curves = tuple(

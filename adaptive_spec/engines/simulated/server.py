@@ -8,8 +8,9 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
+from adaptive_spec.domain.allowed import runnable_table
 from adaptive_spec.domain.arrays import Floats
-from adaptive_spec.domain.step_record import StepRecord
+from adaptive_spec.domain.step_record import StepFlag, StepRecord
 from adaptive_spec.engines.simulated.decider import Decider
 from adaptive_spec.engines.simulated.load_path import LoadPath
 from adaptive_spec.engines.simulated.plans import Costs, best_ragged, expected_tokens
@@ -27,7 +28,8 @@ class SimulatedServer:
     """Decode steps in virtual time. Load path, arrivals, drafts, acceptance and noise have separate random streams.
 
     time_s: simulated seconds. q: true conditional acceptance [b, max_k] of the coming step (request granularity).
-    costs, requests: the true state, for the oracle.
+    costs, requests: the true state, for the oracle. k_switches: changes of K. limited_steps: steps whose K was not the one asked
+    for, because it is not allowed at their batch size.
     """
 
     def __init__(self, scenario: Scenario, seed: int) -> None:
@@ -42,6 +44,12 @@ class SimulatedServer:
         self._drafts, self._noise_rng = drafts, noise
         self._noise: list[float] = []
         self._entry = self._event = 0
+        self._allowed_mask = scenario.allowed_mask()
+        self._runnable = runnable_table(self._allowed_mask)
+        self.last_k: int | None = None
+        """K of the step before, None before the first."""
+        self.k_switches = self.limited_steps = 0
+        self._switch_s, self._limited = 0.0, False
         self._next_s = 0.0
         self.phases: list[Phase] = []
 
@@ -69,7 +77,8 @@ class SimulatedServer:
                 self._begin_phase(at_s)
         tokens = sum(phase.tokens for phase in self.phases)
         return Run(
-            tokens, self.time_s, self.steps, decider.swaps, tuple(self.phases), decider.probe_share, decider.failures
+            tokens, self.time_s, self.steps, decider.swaps, tuple(self.phases), decider.probe_share, decider.failures,
+            self.k_switches, self.limited_steps,
         )  # fmt: skip
 
     def _batch_step(self, decider: Decider, phase: Phase) -> int:
@@ -77,11 +86,11 @@ class SimulatedServer:
         requests, b = self.requests, self.requests.count
         kv = requests.context_tokens
         decider.expect(requests.ids[:b])
-        k = decider.draft_length(b, kv)
+        k = self._run(decider.draft_length(b, kv), b)
         step_ms = self.costs.batch_step_ms(b, kv)
         if phase.good_after is None:
             goodput = expected_tokens(requests.survival[:b]) / step_ms
-            phase.compare(float(goodput[k]), float(goodput.max()))
+            phase.compare(float(goodput[k]), float(goodput[self._allowed_mask[b]].max()))
         accepted = (requests.luck()[:, None] < requests.survival[:b, :k]).sum(axis=1)
         confidences = NO_SCORES
         if decider.reads_scores:
@@ -89,7 +98,7 @@ class SimulatedServer:
         tokens = int(accepted.sum()) + b
         noise = self._next_noise()
         scale = self.costs.scale * noise * 1e-3
-        step_s = float(step_ms[k]) * noise * 1e-3
+        step_s = float(step_ms[k]) * noise * 1e-3 + self._switch_s
         self.time_s += step_s
         if decider.reads_records:
             verify_len = np.full(b, k, dtype=np.uint8)
@@ -108,7 +117,7 @@ class SimulatedServer:
         drawn = decider.reads_scores or compared
         if drawn:
             self.q = requests.draw(self._drafts)
-        k = decider.draft_length(b, kv)
+        k = self._run(decider.draft_length(b, kv), b)
         confidences, verify_len = NO_SCORES, None
         if decider.reads_scores:
             confidences = requests.confidences(self.q[:, :k])
@@ -123,11 +132,13 @@ class SimulatedServer:
         if compared:
             if verify_len is not None:
                 survival = survival[np.arange(k) < verify_len[:, None]]
-            phase.compare((b + float(survival.sum())) / step_ms, best_ragged(self.q, self.costs, kv)[2])
+            phase.compare(
+                (b + float(survival.sum())) / step_ms, best_ragged(self.q, self.costs, kv, self.scenario.allowed_k(b))[2]
+            )
         tokens = int(accepted.sum()) + b
         noise = self._next_noise()
         scale = self.costs.scale * noise * 1e-3
-        step_s = step_ms * noise * 1e-3
+        step_s = step_ms * noise * 1e-3 + self._switch_s
         self.time_s += step_s
         if decider.reads_records:
             if verify_len is None:
@@ -145,11 +156,25 @@ class SimulatedServer:
     ) -> StepRecord:  # fmt: skip
         """The record an engine would write: draft, verify with its context share, and the overhead as the rest of the step."""
         b = len(verify_len)
+        flags = decider.flags
+        if self._limited:
+            flags = flags & ~int(StepFlag.TRIAL) | int(StepFlag.LIMITED)
         return StepRecord(
-            self.steps, int(self.time_s * 1e9), kv, decider.version, num_tokens, padded, b, k, decider.flags,
+            self.steps, int(self.time_s * 1e9), kv, decider.version, num_tokens, padded, b, k, flags,
             float(self.costs.draft_ms[k]) * scale, verify_s, 0.0, step_s, confidences, verify_len, accepted.astype(np.uint8),
             self.requests.ids[:b].copy(),
         )  # fmt: skip
+
+    def _run(self, asked: int, batch_size: int) -> int:
+        """K that runs where `asked` is wanted; note what a change of K costs and whether it is not as asked."""
+        k = int(self._runnable[batch_size, asked])
+        self._limited = k != asked
+        self.limited_steps += self._limited
+        switched = self.last_k not in (None, k)
+        self.k_switches += switched
+        self._switch_s = self.scenario.file.latency.k_switch_ms * self.costs.scale * 1e-3 if switched else 0.0
+        self.last_k = k
+        return k
 
     def _next_noise(self) -> float:
         if not self._noise:

@@ -30,14 +30,17 @@ class RecentDrafts:
     def __init__(self, max_k: int) -> None:
         self.max_k = max_k
         self._rows: Confidences = np.full((ROWS, max_k), np.nan, dtype=np.float32)
-        """Oldest first; NaN where nothing was drafted, or there is no row yet."""
+        """Oldest first; NaN where nothing was drafted, the confidence is unknown, or there is no row yet."""
         self._step = np.full(ROWS, -np.inf)
         self._donors: Confidences = np.full((max_k, DONORS, 2), np.nan, dtype=np.float32)
         """Pairs by position of the second value, [max_k, DONORS, 2], oldest first."""
         self._donor_step = np.full((max_k, DONORS), -np.inf)
 
     def remember(self, confidences: Confidences, drafted: NDArray[np.int64], step: int) -> None:
-        """Take the drafts of a step or of several: confidences [rows, k], drafted [rows] tokens of each that are real."""
+        """Take the drafts of a step or of several: confidences [rows, k], drafted [rows] leading ones of each that are known.
+
+        A row of which none is known counts as a draft all the same, and displaces an older one.
+        """
         rows, count = confidences[-ROWS:], drafted[-ROWS:]
         n, k = rows.shape
         kept = np.full((n, self.max_k), np.nan, dtype=np.float32)
@@ -55,8 +58,10 @@ class RecentDrafts:
         self._donors[self._donor_step <= step - STEPS] = np.nan
 
     def rows(self, step: int) -> Confidences:
-        """Recent drafts [rows, max_k], newest first, missing positions imputed; NaN where there are too few donors."""
-        filled = ~np.isnan(self._rows[:, 0])
+        """Recent drafts [rows, max_k], newest first, missing positions imputed; NaN where there are too few donors or
+        nothing is known of the row.
+        """
+        filled = self._step > -np.inf
         recent = int((filled & (self._step > step - STEPS)).sum())
         rows = self._rows[filled][::-1][: max(recent, NEWEST_ROWS)].copy()
         for j in range(1, self.max_k):

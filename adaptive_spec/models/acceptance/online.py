@@ -4,6 +4,10 @@ The label of draft position j is `j <= accept_len`, for the positions that were 
 them as rejected would be censoring bias). Every sample is first predicted, then learnt (prequential, Dawid 1984), so the
 scores are of unseen data. Of the candidate maps (`calibration_maps.py`) the one with the lowest forgetting log loss serves;
 another must be better by `SWITCH_MARGIN` to replace it, so that ties do not alternate.
+
+A draft token is scored when its confidence and those of all tokens before it are known. Scored tokens train the maps. Every
+verified token counts in `conditional_rates`, which also predict the tokens that are not scored: without any confidence they are
+the whole model.
 """
 
 from __future__ import annotations
@@ -16,10 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adaptive_spec.domain.arrays import Floats
-from adaptive_spec.domain.step_record import StepRecord
+from adaptive_spec.domain.step_record import UNKNOWN_CONFIDENCE, StepRecord
 from adaptive_spec.domain.survival import GridPosition, SurvivalMap, grid_position
 from adaptive_spec.models.acceptance.calibration_maps import GRID, RiverLogistic, ScoreHistogram, all_maps
 from adaptive_spec.models.acceptance.draft_imputation import RecentDrafts
+from adaptive_spec.models.acceptance.position_counts import PositionCounts
 from adaptive_spec.models.acceptance.reliability import BINS, Reliability
 
 SWITCH_MARGIN = 0.002
@@ -32,21 +37,28 @@ KINDS = ("chain", "logistic", "binned", "linear")
 
 @dataclass(frozen=True)
 class StepScore:
-    """How one step compared with what was expected of it. tokens: labelled draft tokens (0: nothing was verified).
+    """How one step compared with what was expected of it.
 
-    expected, accepted: draft tokens. variance: of accepted under the calibration.
+    tokens: verified draft tokens that were scored. expected, accepted: of these, draft tokens. variance: of accepted under
+    the calibration. unscored: draft tokens expected to be accepted of the other verified ones, by the rates of their positions.
     """
 
     tokens: int
     expected: float
     accepted: int
     variance: float
+    unscored: float = 0.0
 
 
 class _Labels(NamedTuple):
-    """Draft tokens of a chunk of steps, [rows, positions] each: which were verified and accepted, and their scores."""
+    """Draft tokens of a chunk of steps, [rows, positions] each.
 
+    known: the confidences up to this token are. verified, accepted. scored: both verified and known. score: cumulative.
+    """
+
+    known: NDArray[np.bool_]
     verified: NDArray[np.bool_]
+    scored: NDArray[np.bool_]
     accepted: NDArray[np.bool_]
     score: Floats
     score_at: GridPosition
@@ -55,9 +67,13 @@ class _Labels(NamedTuple):
     @classmethod
     def of(cls, confidences: NDArray[np.float32], verify_len: NDArray[np.int64], accept_len: NDArray[np.int64]) -> _Labels:
         positions = np.arange(confidences.shape[1])
+        known = np.logical_and.accumulate(confidences > UNKNOWN_CONFIDENCE, axis=1)
+        verified = positions < verify_len[:, None]
         score: Floats = np.cumprod(confidences, axis=1, dtype=np.float64)
         return cls(
-            positions < verify_len[:, None],
+            known,
+            verified,
+            verified & known,
             positions < accept_len[:, None],
             score,
             grid_position(score),
@@ -76,6 +92,8 @@ class AcceptanceModel:
         self.decay = 1.0 - 1.0 / memory_steps
         self.cumulative = ScoreHistogram(max_k)
         self.at_risk = ScoreHistogram(max_k)
+        self.unscored = PositionCounts(max_k)
+        """Tokens at risk that are not in `at_risk` because they were not scored."""
         self.river = RiverLogistic(max_k)
         self.maps = dict(all_maps(self.cumulative, self.at_risk, self.river))
         self.losses = {kind: np.zeros(2) for kind in KINDS}
@@ -125,8 +143,8 @@ class AcceptanceModel:
             at += n
         verify_len = np.concatenate([r.verify_len for r in records]).astype(np.int64)
         accept_len = np.concatenate([r.accept_len for r in records]).astype(np.int64)
-        self.recent.remember(confidences, drafted, self.steps)
         labels = _Labels.of(confidences, verify_len, accept_len)
+        self.recent.remember(confidences, np.minimum(drafted, labels.known.sum(axis=1)), self.steps)
         scores = self._score_maps(labels, starts)
         self._forget(self.decay ** len(records))
         self._add(labels)
@@ -155,7 +173,8 @@ class AcceptanceModel:
         square root of the steps since a position last had a label: by 0.5 in 400 steps for the first, whose rate can take any
         value after the draft has changed; by at most 0.2 for the others, which are close to the one before them.
         """
-        n, y = self.at_risk.verified.sum(1), self.at_risk.accepted.sum(1)
+        n = self.at_risk.verified.sum(1) + self.unscored.verified
+        y = self.at_risk.accepted.sum(1) + self.unscored.accepted
         rates = np.empty(self.max_k)
         before = 0.5
         for j in range(self.max_k):
@@ -165,50 +184,59 @@ class AcceptanceModel:
         return rates, np.hypot(known, most * np.sqrt(np.minimum(self.unlabelled_steps / 400.0, 1.0)))
 
     def recent_survival(self) -> Floats:
-        """Calibrated survival of recent requests' drafts [rows <= 512, max_k]; positions never drafted take conditional rates."""
+        """Calibrated survival of recent requests' drafts [rows <= 512, max_k]; rates from the first unknown one on."""
         rows = self.recent.rows(self.steps)
-        missing = np.isnan(rows)
-        survival = self.survival.survival(np.where(missing, 0.5, rows).astype(np.float64))
-        if missing.any():
+        known = ~np.isnan(rows)
+        return self._continued(self.survival.survival(np.where(known, rows, 0.5).astype(np.float64)), known)
+
+    def _continued(self, survival: Floats, known: NDArray[np.bool_]) -> Floats:
+        """Continue survival [rows, k] by `conditional_rates` where it is not `known` [rows, k]: survival, changed in place."""
+        if not known.all():
             rates, _ = self.conditional_rates()
-            for j in range(1, self.max_k):
-                survival[:, j] = np.where(missing[:, j], survival[:, j - 1] * rates[j], survival[:, j])
+            before: Floats = np.ones(len(survival))
+            for j in range(survival.shape[1]):
+                before = survival[:, j] = np.where(known[:, j], survival[:, j], before * rates[j])
         return survival
 
     def _score_maps(self, labels: _Labels, starts: Sequence[int]) -> list[StepScore]:
         """Score every map on labels it has not learnt. starts: first row of each step."""
         forget = self.decay ** len(starts)
-        flat_label = labels.accepted[labels.verified]
+        scored = labels.scored
+        flat_label = labels.accepted[scored]
         for kind, survival in self.maps.items():
             predicted = survival.survival_at(labels.confidence_at if survival.conditional else labels.score_at)
             hit = np.where(labels.accepted, predicted, 1.0 - predicted)
             loss = -np.log(np.maximum(hit, 1e-6))
-            loss *= labels.verified
+            loss *= scored
             total = self.losses[kind]
             total *= forget
             total += (len(flat_label), float(loss.sum()))
             if kind == self.kind:
                 serving, serving_loss = predicted, loss
         self.reliability.forget(forget)
-        self.reliability.add(serving[labels.verified], labels.score[labels.verified], flat_label, serving_loss[labels.verified])
-        expected = serving * labels.verified
+        self.reliability.add(serving[scored], labels.score[scored], flat_label, serving_loss[scored])
+        expected = serving * scored
         # Survival of one request's positions is nested: Var(sum) = sum_j (2 j - 1) S_j - (sum_j S_j)^2.
         mean = expected.sum(1)
         odd = 2.0 * np.arange(1, expected.shape[1] + 1) - 1.0
         variance = np.maximum(expected @ odd - mean**2, 0.0)
-        columns = np.stack((labels.verified.sum(1), mean, labels.accepted.sum(1), variance))
+        unscored = (self._continued(serving, labels.known) * (labels.verified & ~scored)).sum(1)
+        columns = np.stack((scored.sum(1), mean, (labels.accepted & scored).sum(1), variance, unscored))
         sums = np.add.reduceat(columns, list(starts), axis=1)
-        return [StepScore(int(t), float(e), int(a), float(v)) for t, e, a, v in sums.T]
+        return [StepScore(int(t), float(e), int(a), float(v), float(u)) for t, e, a, v, u in sums.T]
 
     def _add(self, labels: _Labels) -> None:
-        positions = np.broadcast_to(np.arange(labels.verified.shape[1]), labels.verified.shape)
+        scored = labels.scored
+        positions = np.broadcast_to(np.arange(scored.shape[1]), scored.shape)
         score_index = labels.score_at.nearest
-        self.cumulative.add(positions[labels.verified], score_index[labels.verified], labels.accepted[labels.verified])
+        self.cumulative.add(positions[scored], score_index[scored], labels.accepted[scored])
         at_risk = labels.verified.copy()
         at_risk[:, 1:] &= labels.accepted[:, :-1]
+        self.unscored.add(at_risk & ~scored, labels.accepted)
+        at_risk &= scored
         self.at_risk.add(positions[at_risk], labels.confidence_at.nearest[at_risk], labels.accepted[at_risk])
-        chosen = np.flatnonzero(labels.verified)
-        self.samples += len(chosen)
+        self.samples += int(labels.verified.sum())
+        chosen = np.flatnonzero(scored)
         if len(chosen) > RIVER_SAMPLES:
             # A fixed stride from a moving start: deterministic, and it visits every position.
             self._river_turn += 1
@@ -220,12 +248,14 @@ class AcceptanceModel:
     def _forget(self, factor: float) -> None:
         self.cumulative.forget(factor, MIN_LABELS)
         self.at_risk.forget(factor, MIN_LABELS)
+        self.unscored.forget(factor, MIN_LABELS)
 
     def state(self) -> dict[str, NDArray[np.float64]]:
         """Arrays of `calibration.npz`."""
         return {
             "cumulative": self.cumulative.state(),
             "at_risk": self.at_risk.state(),
+            "unscored": self.unscored.state(),
             "river": self.river.coefficients(),
             "losses": np.stack([self.losses[kind] for kind in KINDS]),
             "serving": np.array([float(KINDS.index(self.kind))]),
@@ -241,6 +271,8 @@ class AcceptanceModel:
         fresh = AcceptanceModel(self.max_k, 2.0)
         fresh.cumulative.restore(state["cumulative"])
         fresh.at_risk.restore(state["at_risk"])
+        if "unscored" in state:  # absent from profiles of earlier versions
+            fresh.unscored.restore(np.asarray(state["unscored"]))
         fresh.river.restore(np.asarray(state["river"]))
         fresh.recent.restore(state)
         shapes = {"losses": (len(KINDS), 2), "reliability": (2, 3, BINS), "totals": (3,)}
@@ -251,6 +283,7 @@ class AcceptanceModel:
         if not 0 <= serving < len(KINDS):
             raise ValueError(f"serving is {serving}, wanted 0..{len(KINDS) - 1}")
         self.cumulative, self.at_risk, self.river, self.recent = fresh.cumulative, fresh.at_risk, fresh.river, fresh.recent
+        self.unscored = fresh.unscored
         self.losses = {kind: np.array(row, dtype=np.float64) for kind, row in zip(KINDS, state["losses"], strict=True)}
         self.kind, self.samples = KINDS[serving], int(state["samples"][0])
         self.reliability.by_prediction, self.reliability.by_score = (np.array(table) for table in state["reliability"])

@@ -34,13 +34,13 @@ from adaptive_spec.domain.plan_search import best_verified
 from adaptive_spec.domain.policy import Mode, Policy, Trial
 from adaptive_spec.domain.step_record import StepFlag, StepRecord
 from adaptive_spec.engine_side.tap import PAGE_NAME, RING_NAME
-from adaptive_spec.engines.sglang import hook_guard, hook_targets, plugin
+from adaptive_spec.engines.sglang import contract, hook_guard, plugin
 from adaptive_spec.engines.sglang.attachment import Attachment, Place
 from adaptive_spec.engines.sglang.dspark_attachment import DSparkAttachment
 from adaptive_spec.engines.sglang.hook_guard import FAILURES_IN_A_ROW, Guard
-from adaptive_spec.engines.sglang.hook_targets import DSPARK_NEEDED, DSPARK_TARGETS, Target, missing_targets
 from adaptive_spec.engines.sglang.plugin_settings import PluginSettings
 from adaptive_spec.engines.sglang.supported_servers import dspark_unsupported_reason
+from adaptive_spec.engines.static_contract import Need
 from adaptive_spec.wire.engine_report import EngineReport, read_report
 from adaptive_spec.wire.policy_page import PolicyPage, payload_bytes
 from adaptive_spec.wire.ring import RingReader
@@ -77,9 +77,9 @@ class Plugged:
         made: list[DSparkAttachment] = []
         init = DSparkAttachment.__init__
 
-        def noted(side: DSparkAttachment, *args: Any) -> None:
-            init(side, *args)
-            made.append(side)
+        def noted(attachment: DSparkAttachment, *args: Any) -> None:
+            init(attachment, *args)
+            made.append(attachment)
 
         monkeypatch.setattr(DSparkAttachment, "__init__", noted)
         self.runtime_dir = folder / "run"
@@ -87,29 +87,29 @@ class Plugged:
         plugin._install(PluginSettings(plugin_mode, self.runtime_dir), "sglang test")
         HookRegistry.apply_hooks()
         assert SpeculativeAlgorithm.DSPARK.create_worker(SimpleNamespace(**SERVER_ARGS)) is DSparkWorkerV2
-        [self.side] = made
-        self.guard = self.side._guard
+        [self.attachment] = made
+        self.guard = self.attachment._guard
         self.server.start()
-        if self.side._tap is not None:
-            self.side._clock = self.server.clock
+        if self.attachment._tap is not None:
+            self.attachment._clock = self.server.clock
         self.launch_table = getattr(self.server.planner._budget_planner, "sps_table", None)
 
     def page(self) -> PolicyPage:
         page = PolicyPage.create_or_open(self.runtime_dir / PAGE_NAME, payload_bytes(MAX_BATCH, GAMMA))
         page.heartbeat(time.monotonic_ns())
-        assert self.side._tap is not None
-        self.side._tap._look_at = 0
+        assert self.attachment._tap is not None
+        self.attachment._tap._look_at = 0
         return page
 
     def records(self) -> list[StepRecord]:
         self.server.drain()
-        self.side._in_flight.interrupt()
+        self.attachment._in_flight.interrupt()
         with RingReader.open(self.runtime_dir / RING_NAME) as ring:
             return list(ring.poll(10_000))
 
     @property
     def report(self) -> EngineReport:
-        self.side.report(self.side._state, self.side._reason)
+        self.attachment.report(self.attachment._state, self.attachment._reason)
         report = read_report(self.runtime_dir)
         assert report is not None
         return report
@@ -127,7 +127,7 @@ class Plugged:
 @pytest.fixture(autouse=True)
 def unhooked(monkeypatch: pytest.MonkeyPatch) -> None:
     """SGLang's classes are as they were when a test is over."""
-    for target in (*hook_targets.TARGETS, *DSPARK_TARGETS):
+    for target in {need.path: need for need in contract.NEEDS if need.hook}.values():
         owner, name = target.path.rsplit(".", 1)
         found = pkgutil.resolve_name(owner)
         monkeypatch.setattr(found, name, vars(found)[name])
@@ -142,7 +142,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_every_target_is_there() -> None:
-    assert missing_targets(DSPARK_TARGETS, DSPARK_NEEDED) == []
+    assert plugin.lacking(contract.DSPARK_GROUPS) == ""
 
 
 def _assigned(owner: type) -> set[str]:
@@ -189,14 +189,14 @@ def test_servers_that_are_left_alone(argument: str, value: Any, words: str) -> N
     assert words in reason
 
 
-def test_a_renamed_target_refuses_dspark_and_nobody_else(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+def test_a_renamed_target_refuses_dspark_only(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     path = "sglang.srt.speculative.dspark_components.dspark_planner.DSparkVerifyPlanner.renamed"
-    monkeypatch.setattr(plugin, "DSPARK_TARGETS", (*DSPARK_TARGETS, Target("plan", path, ("self",))))
-    assert plugin.refusal(PluginSettings("active"), hook_targets.TESTED_VERSIONS[0]) is None, "EAGLE is not concerned"
+    monkeypatch.setattr(contract, "NEEDS", (*contract.NEEDS, Need(contract.DSPARK, path, ("self",), hook="plan")))
+    assert plugin.lacking(contract.EAGLE_GROUPS) == "", "EAGLE is not concerned"
     plugged = Plugged(monkeypatch, folder)
     assert (plugged.report.state, "renamed" in plugged.report.reason) == ("refused", True)
     assert not any("dspark" in target for target in HookRegistry._hooks)
-    assert any("EAGLEWorkerV2" in target for target in HookRegistry._patched)
+    assert not any("EAGLEWorkerV2" in target for target in HookRegistry._hooks), "only what the algorithm needs is hooked"
     plugged.server.step(3)
     plugged.server.drain()
     assert not (plugged.runtime_dir / RING_NAME).exists()
@@ -205,8 +205,7 @@ def test_a_renamed_target_refuses_dspark_and_nobody_else(monkeypatch: pytest.Mon
 def test_eagle_servers_do_not_even_import_dspark(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     HookRegistry.reset()
     plugin._install(PluginSettings("active", folder), "sglang test")
-    assert len(HookRegistry._hooks) == len(hook_targets.TARGETS)
-    assert not any("dspark" in target for target in HookRegistry._hooks)
+    assert list(HookRegistry._hooks) == [need.path for need in contract.hooks_of(contract.OBSERVE)]
 
 
 def test_other_algorithms_are_answered_as_before(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
@@ -254,7 +253,7 @@ def test_records_say_what_sglang_did(
         assert record.policy_version == 0
         assert record.invalid_reason() is None
         if server["mode"] == "static":
-            assert record.flags & StepFlag.CENSORED, "there is no confidence head"
+            assert not record.confidences.any(), "there is no confidence head"
         else:
             np.testing.assert_allclose(record.confidences, 1.0 / (1.0 + np.exp(-logits / LAUNCH_TEMPERATURE)), rtol=1e-5)
             assert not record.flags & StepFlag.CENSORED
@@ -472,7 +471,7 @@ def test_the_loop_finds_staircase_and_temperatures(monkeypatch: pytest.MonkeyPat
         assert worth(plain) > 0.98, "of what our own search finds on the true curve, with confidences of a step or two before"
         assert np.mean([record.num_tokens % TILE == 0 for record in plain]) > 0.9, "to the ends of tiles"
         plugged.server.worker._verify_planner._budget_planner.sps_table = plugged.launch_table
-        plugged.side._swap = None
+        plugged.attachment._swap = None
         for _ in range(50):
             plugged.server.step(5)
         assert worth(ring.poll(64)) < 0.9, "the table of the launch"

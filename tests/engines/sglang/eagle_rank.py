@@ -84,10 +84,10 @@ class EagleRank:
 
     def __init__(
         self, place: Place, folder: Path, faults: str = "", mode: Any = "active", fallback: Any = "stock", stock: Any = None,
-        max_age_s: float = 30.0, timeout_s: int = 60, candidates: Sequence[int] = CANDIDATES,
+        max_age_s: float = 30.0, timeout_s: int = 60, candidates: Sequence[int] = CANDIDATES, confidences: Any = "on",
     ) -> None:  # fmt: skip
         self.place, self.guard = place, Guard(faults)
-        settings = PluginSettings(mode, folder, max_age_s, ranks_timeout_s=timeout_s, fallback=fallback)
+        settings = PluginSettings(mode, folder, max_age_s, ranks_timeout_s=timeout_s, fallback=fallback, confidences=confidences)
         self.attachment = side = EagleAttachment(settings, self.guard, "sglang test")
         side._supported = True
         side._place = lambda: place  # type: ignore[method-assign]  # no SGLang process groups here
@@ -108,6 +108,8 @@ class EagleRank:
         except Exception:  # as the plugin does
             self.guard.failed("controller")
             self.policy = own
+        self.worker.adaptive_controller.params = self.policy
+        self.grammar = False
         self.captured, self.forward_iter, self.last_k = False, 0, 0
         around = self.guard.around
         self._step = around("step", side.step_before, side.step_after, side.step_first)
@@ -131,7 +133,7 @@ class EagleRank:
         self.forward_iter += 1
         batch = SimpleNamespace(
             forward_mode=mode, is_extend_in_batch=False, reqs=requests, seq_lens_sum=kv_tokens, forward_iter=self.forward_iter,
-            spec_info=SimpleNamespace(topk_p=torch.full((rows, 1), 0.9)),
+            has_grammar=self.grammar, return_logprob=False, spec_info=SimpleNamespace(topk_p=torch.full((rows, 1), 0.9)),
         )  # fmt: skip
 
         def forward(worker: Any, batch: Any) -> Any:
@@ -142,7 +144,8 @@ class EagleRank:
 
         result = self._step(forward, self.worker, batch)
         if hasattr(result, STEP_ATTRIBUTE):
-            self.last_begun = getattr(result, STEP_ATTRIBUTE).begun
+            self.last = getattr(result, STEP_ATTRIBUTE)
+            self.last_begun = self.last.begun
         self._results(lambda *_: [], None, result, batch)
         self.policy.on_verify_complete([0] * rows, rows)
         return self.last_k

@@ -29,14 +29,14 @@ def test_note_and_result_reach_the_second_half() -> None:
 
 
 @pytest.mark.parametrize(("before", "after"), [(_raise, None), (None, _raise), (_raise, _raise)])
-def test_our_failure_is_not_theirs(before: Any, after: Any) -> None:
+def test_a_failing_hook_does_not_fail_the_call(before: Any, after: Any) -> None:
     guard, calls = Guard(""), list[Any]()
     assert guard.around("draft", before, after)(_original(calls), 1) == "result"
     assert calls == [((1,), {})], "called exactly once"
     assert guard.failures == {"draft": 1}
 
 
-def test_their_failure_stays_theirs() -> None:
+def test_an_exception_of_the_original_is_raised_and_not_counted() -> None:
     guard = Guard("")
     with pytest.raises(KeyError):
         guard.around("draft", None, None)(lambda: {"a": 1}["x"])
@@ -53,7 +53,7 @@ def test_failures_in_a_row_close_the_guard() -> None:
         hook(_original(calls))
     fails[0] = False
     hook(_original(calls))
-    assert guard.closed is None, "one good call begins the count anew"
+    assert guard.closed is None, "one successful call resets the count"
     fails[0] = True
     for _ in range(3 * FAILURES_IN_A_ROW):
         hook(_original(calls))

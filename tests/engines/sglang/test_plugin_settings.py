@@ -26,10 +26,17 @@ def test_environment_and_configuration(tmp_path: Path) -> None:
     assert plugin_settings({"ADAPTIVE_SPEC_MODE": "active"}).fallback == "stock"
     settings = plugin_settings({
         "ADAPTIVE_SPEC_CONFIG": str(config), "ADAPTIVE_SPEC_MODE": "Active", "ADAPTIVE_SPEC_RUNTIME_DIR": "/dev/shm/there",
+        "ADAPTIVE_SPEC_CONFIDENCES": "off",
         "ADAPTIVE_SPEC_RANKS_TIMEOUT_S": "4", "ADAPTIVE_SPEC_BATCH_SCORES": "off", "ADAPTIVE_SPEC_UNTESTED_SGLANG": "1",
     })  # fmt: skip
     assert (settings.mode, settings.runtime_dir) == ("active", Path("/dev/shm/there"))
     assert (settings.ranks_timeout_s, settings.batch_scores, settings.untested_sglang) == (4, "off", True)
+    assert settings.confidences == "off"
+    assert plugin_settings({"ADAPTIVE_SPEC_MODE": "active"}).confidences == "on"
+    config.write_text("controller: {acceptance: {confidences: off}}\n")
+    assert plugin_settings({"ADAPTIVE_SPEC_CONFIG": str(config)}).confidences == "off"
+    environment = {"ADAPTIVE_SPEC_CONFIG": str(config), "ADAPTIVE_SPEC_CONFIDENCES": "on"}
+    assert plugin_settings(environment).confidences == "on", "the environment takes precedence"
     assert plugin_settings({"ADAPTIVE_SPEC_MODE": "active"}).runtime_dir == Path("/dev/shm/adaptive-spec")
 
 
@@ -39,6 +46,7 @@ def test_environment_and_configuration(tmp_path: Path) -> None:
         ("MODE", "on", "must be one of off, shadow, active"),
         ("BATCH_SCORES", "yes", "must be one of auto, on, off"),
         ("FALLBACK", "static", "must be one of stock, launch"),
+        ("CONFIDENCES", "auto", "must be one of on, off"),
         ("RANKS_TIMEOUT_S", "0", "must be a whole number in 1..3600"),
         ("RANKS_TIMEOUT_S", "ten", "must be a whole number in 1..3600"),
         ("CONFIG", "/no/such/file", "cannot be read"),

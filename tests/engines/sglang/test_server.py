@@ -41,7 +41,7 @@ def server(kit: CpuKit, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sg
 
 @pytest.fixture(scope="module")
 def whole(server: SglangServer) -> Iterator[RingTrace]:
-    """All records from the server's first on, until somebody ends it."""
+    """All records from the server's first on, until it is stopped."""
     traced = RingTrace(server, oldest=True)
     yield traced
     traced.end()
@@ -205,7 +205,7 @@ def test_sweep_through_the_servers_own_api(server: SglangServer) -> None:
     with trace(server) as records:
         result = subprocess.run([*command, "--batch-sizes", "1,3,7"], capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 0, result.stderr
-    assert "sweep over: batch sizes 1, 3, 7" in result.stdout
+    assert "sweep finished: batch sizes 1, 3, 7" in result.stdout
     tried = {(r.batch_size, r.k) for r in records if r.flags & StepFlag.TRIAL}
     assert tried >= {(size, k) for size in (1, 3, 7) for k in CANDIDATES}
     assert {7, 14, 28, 42} <= {tokens for tokens, _, _ in server.status()["latency_points"]}
@@ -257,14 +257,14 @@ def test_kill_9_of_the_sidecar(server: SglangServer) -> None:
     server.load(some_prompts(8, seed=8), 4)
     report = server.report()
     assert report is not None
-    assert report.counters["fallback_steps"] > fallbacks.counters["fallback_steps"], "launch K while nobody was there"
+    assert report.counters["fallback_steps"] > fallbacks.counters["fallback_steps"], "the fallback, while there was no sidecar"
     assert server.wait(
         lambda: (
             server.metrics()["engine_events_total"].get((("event", "fallback_steps"),), 0) >= report.counters["fallback_steps"]
         ),
         "the metrics to say so",
     )
-    assert "was started again" in server.log.read_text(errors="replace")
+    assert "was restarted" in server.log.read_text(errors="replace")
 
 
 def test_full_ring(server: SglangServer) -> None:

@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from adaptive_spec.engines.sglang import contract
 from adaptive_spec.engines.sglang.cpu_kit import CpuKit
 from adaptive_spec.engines.sglang.hook_guard import FAILURES_IN_A_ROW, FAULT_VARIABLE, ONCE
-from adaptive_spec.engines.sglang.hook_targets import TARGETS
 from tests.engines.sglang.server import SglangServer, some_prompts, trace
 
 pytestmark = pytest.mark.server
 
-STEPPING = [t.hook for t in TARGETS if t.hook not in ONCE]
+STEPPING = [need.hook for group in contract.LEVELS for need in contract.hooks_of(group) if need.hook not in ONCE]
 
 
 @pytest.fixture(scope="module")
@@ -59,22 +59,22 @@ def test_a_few_faults(server: SglangServer, faults: Path, hook: str, half: str) 
 
 
 def test_faults_without_end(server: SglangServer, faults: Path) -> None:
-    """The plugin gives up: K at launch, SGLang by itself, and everybody is told."""
+    """The plugin detaches: SGLang's own policy decides K; report, metrics and log say so."""
     server.control("pin", "1")
-    (faults.parent / "next").write_text("verify")
+    (faults.parent / "next").write_text("results")
     (faults.parent / "next").replace(faults)
     answers = server.load(some_prompts(24, seed=3), 6)
     assert all(answer.exact for answer in answers)
     report = server.report()
     assert report is not None
-    assert (report.state, report.reason) == ("detached", f"hook verify failed {FAILURES_IN_A_ROW} times in a row")
+    assert (report.state, report.reason) == ("detached", f"hook results failed {FAILURES_IN_A_ROW} times in a row")
     status = server.wait_status(lambda s: not s["engine_attached"], "the sidecar to see it")
     assert status["engine_report"]["reason"] == report.reason
     assert server.metrics()["engine_attached"] == {(): 0.0}
     pinned = [server.generate(prompt, 60) for prompt, _ in some_prompts(4, seed=4, regions="a")]
     assert all(answer.exact for answer in pinned)
-    # Region a accepts everything: K + 1 tokens a step, K being the launch K, although K = 1 is pinned.
-    assert [round(60 / answer.meta["spec_verify_ct"]) for answer in pinned] == [4] * 4
+    # Region a accepts everything: K + 1 tokens a step. SGLang's own policy raises K there; K = 1, pinned before, would give 2.
+    assert all(60 / answer.meta["spec_verify_ct"] > 2.5 for answer in pinned)
     assert "detached" in server.log.read_text(errors="replace")
 
 

@@ -55,7 +55,7 @@ def test_one_k_can_be_watched(kit: CpuKit, tmp_path: Path) -> None:
         assert report.state == "observing"
         assert report.reason.startswith("speculative_adaptive=False")
         assert sum(int(r.verify_len.sum()) for r in records) == sum(a.meta["spec_num_proposed_drafts"] for a in answers)
-        # The sidecar was asked for mode active, and sees that nobody runs its trials.
+        # The sidecar was asked for mode active, and detects that its trials are not run.
         for seed in range(2, 20):
             if server.status()["mode"] == "shadow":
                 break
@@ -67,7 +67,7 @@ def test_one_k_can_be_watched(kit: CpuKit, tmp_path: Path) -> None:
         assert metrics["mode"][(("mode", "shadow"),)] == 1.0
         assert metrics["mode"][(("mode", "sweep"),)] == 0.0
         assert metrics["sweep_progress_ratio"] == {(): 1.0}
-        assert status["latency_points"], "it learns from what comes by itself"
+        assert status["latency_points"], "it learns from the traffic"
         assert set(status["k_by_batch_size"].values()) == {3}
 
         def load(ended: threading.Event) -> None:
@@ -77,7 +77,7 @@ def test_one_k_can_be_watched(kit: CpuKit, tmp_path: Path) -> None:
         with beside(load):
             refused = run_cli("sweep", "--runtime-dir", server.runtime_dir, "--timeout", "50")
         assert refused.returncode == 2, refused.stderr
-        assert refused.stderr.endswith(f"sweep: not possible: {status['reason']}\n")
+        assert refused.stderr.endswith(f"sweep: cannot run: {status['reason']}\n")
 
 
 def test_shadow_leaves_k_to_sglang(kit: CpuKit, tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ def test_another_sglang_is_left_alone(kit: CpuKit, tmp_path: Path) -> None:
         answers = server.load(some_prompts(12, seed=1), 4)
         assert all(answer.exact for answer in answers)
         log = server.log.read_text(errors="replace")
-        assert "not attached: SGLang 99.0 is not one of the tested versions" in log
+        assert "not attached: SGLang 99.0 is not a supported release" in log
         report = server.report()
         assert report is not None
         assert report.state == "refused"

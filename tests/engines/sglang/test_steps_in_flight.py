@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from adaptive_spec.domain.step_record import StepFlag
+from adaptive_spec.domain.step_record import UNKNOWN_CONFIDENCE, StepFlag
 from adaptive_spec.engine_side.tap import BegunStep
 from adaptive_spec.engines.sglang.stage_clock import EventClock, HostMoment
 from adaptive_spec.engines.sglang.steps_in_flight import MOST_OPEN, FinishedStep, KnownConfidences, OpenStep, StepsInFlight
@@ -120,7 +120,9 @@ def test_padding(in_flight: StepsInFlight, written: list[FinishedStep]) -> None:
 
 
 @pytest.mark.parametrize("bad", [0.0, 1.5, np.nan])
-def test_unknown_confidences_are_censored_but_counted(in_flight: StepsInFlight, written: list[FinishedStep], bad: float) -> None:
+def test_unknown_confidences_are_marked_and_the_counts_are_kept(
+    in_flight: StepsInFlight, written: list[FinishedStep], bad: float
+) -> None:
     step = _step(1, [1, 2], 3, 0.0)
     values = np.full((2, 3), 0.5, np.float32)
     values[1, 0] = bad
@@ -129,9 +131,9 @@ def test_unknown_confidences_are_censored_but_counted(in_flight: StepsInFlight, 
     _end(step, 0.007)
     in_flight.result(step, [3, 2], [True, True])
     in_flight.interrupt()
-    assert written[0].flags == StepFlag.CENSORED
+    assert written[0].flags == 0
     assert written[0].accept_len.tolist() == [3, 2]
-    assert ((written[0].confidences > 0) & (written[0].confidences <= 1)).all()
+    assert written[0].confidences.tolist() == [[0.5, 0.5, 0.5], [UNKNOWN_CONFIDENCE, 0.5, 0.5]]
 
 
 def test_confidences_of_another_shape_are_no_confidences(in_flight: StepsInFlight, written: list[FinishedStep]) -> None:
@@ -141,8 +143,21 @@ def test_confidences_of_another_shape_are_no_confidences(in_flight: StepsInFligh
     _end(step, 0.007)
     in_flight.result(step, [3, 2], [True, True])
     in_flight.interrupt()
-    assert written[0].flags == StepFlag.CENSORED
-    assert written[0].confidences.shape == (2, 3)
+    assert written[0].flags == 0
+    assert written[0].confidences.tolist() == [[UNKNOWN_CONFIDENCE] * 3] * 2
+
+
+def test_a_step_without_confidences_is_one_of_unknown_confidences(in_flight: StepsInFlight, written: list[FinishedStep]) -> None:
+    step = _step(1, [1, 2], 3, 0.0)
+    step.confidences = None
+    step.flags = int(StepFlag.CENSORED)
+    in_flight.begin(step)
+    _end(step, 0.007)
+    in_flight.result(step, [3, 2], [True, True])
+    in_flight.interrupt()
+    assert written[0].flags == StepFlag.CENSORED, "by the engine's own flag"
+    assert written[0].accept_len.tolist() == [3, 2]
+    assert written[0].confidences.tolist() == [[UNKNOWN_CONFIDENCE] * 3] * 2
 
 
 def test_a_result_of_another_batch_is_refused(in_flight: StepsInFlight, written: list[FinishedStep]) -> None:

@@ -229,7 +229,7 @@ def test_the_ragged_oracle_finds_the_best_plan_there_is(small: Small) -> None:
             for lengths in np.ndindex(*([k + 1] * 3)):
                 tokens = 3 + sum(survival[i, :n].sum() for i, n in enumerate(lengths))
                 plans[k, lengths] = tokens / costs.ragged_step_ms(k, 3 + sum(lengths), 3000)
-        k, count, value = best_ragged(q, costs, 3000)
+        k, count, value = best_ragged(q, costs, 3000, range(8))
         assert value == pytest.approx(max(plans.values()))
         assert max(v for (kk, lengths), v in plans.items() if kk == k and sum(lengths) == count) == pytest.approx(value)
 

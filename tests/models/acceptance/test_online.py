@@ -45,7 +45,7 @@ def test_positions_that_were_not_verified_carry_no_label() -> None:
     labels = 0
     for _ in range(300):
         confidences, hits = drafts(rng, 32, 5)
-        # Verify by score, as a ragged engine does: the long chains are the promising ones.
+        # Verify by score, as a ragged engine does: drafts with high confidence are verified longer.
         verify_len = np.clip((confidences.min(axis=1) * 6).astype(np.uint8), 0, 5)
         labels += int(verify_len.sum())
         model.observe(record_of(confidences, verify_len, hits))

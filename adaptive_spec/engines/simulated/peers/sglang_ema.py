@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from adaptive_spec.domain.step_record import StepRecord
-from adaptive_spec.engines.simulated.decider import LAUNCH_K, PlainDecider
-from adaptive_spec.engines.simulated.scenario import Scenario
+from adaptive_spec.engines.simulated.decider import PlainDecider
+from adaptive_spec.engines.simulated.scenario import LAUNCH_K, Scenario
 
 DEFAULT_CONFIG: dict[str, dict[str, Any]] = {
     "1": {"candidate_steps": [1, 3, 5, 7], "up_hysteresis": 0.0, "down_hysteresis": -0.25},

@@ -1,0 +1,56 @@
+"""The cost of changes of K, charged to the K table: a K that differs from its neighbours' must pay for the changes it causes.
+
+    lost[b, K]  = steps at batch size b * step seconds * (1 - goodput[b, K] / best goodput[b])
+    cost(table) = sum over b of lost[b, K_b]  +  switch_s * sum over b of crossings[b] where K_b differs from the next K
+
+The sums run over the batch sizes of late; crossings[b] counts consecutive steps of which one has at most b requests and the other
+more. Both tallies forget alike, so their ratio is a rate. The least cost of a table with K_b = K is found for all b and K at once
+by passing minima up and down the batch sizes (min-sum on a chain), and an entry's goodput falls by what its K costs above the
+best one, per step at that batch size. Regimes: where the batch rarely changes nothing is charged; where it wanders between two
+sizes they share a K unless their own K gain more than the changes cost; a size that is only passed through gets a neighbour's K.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from adaptive_spec.domain.arrays import Floats
+
+MIN_STEPS = 0.01
+"""Forgotten tally below which a batch size is not one of late."""
+NOT_ALLOWED_S = 1e9
+"""Seconds lost by a K that is not allowed: more than any table loses."""
+
+
+def charge_switches(goodput: Floats, tokens_per_request: Floats, batches: Floats, crossings: Floats, switch_s: float) -> Floats:
+    """Goodput less the changes of K that each entry causes, [max_batch + 1, contexts, K + 1]; 0 stays 0 (not allowed).
+
+    goodput, tokens_per_request: of the same shape. batches, crossings: tallies [max_batch + 1]. switch_s: seconds, 0: unknown.
+    """
+    sizes = np.flatnonzero(batches > MIN_STEPS)
+    sizes = sizes[sizes > 0]
+    if switch_s <= 0.0 or len(sizes) < 2:
+        return goodput
+    charged = goodput.copy()
+    # Between two neighbouring sizes of late nothing was served, so every crossing between them is one of the lower size.
+    change_s = switch_s * crossings[sizes[:-1]]
+    for c in range(goodput.shape[1]):
+        rows = goodput[sizes, c]
+        best = rows.argmax(axis=1)
+        at = np.arange(len(sizes)), best
+        step_s = sizes * tokens_per_request[sizes, c][at] / rows[at]
+        spent_s = batches[sizes] * step_s
+        share = rows / rows[at][:, None]
+        lost = np.where(rows > 0.0, spent_s[:, None] * (1.0 - share), NOT_ALLOWED_S)
+        total = _passed(lost, change_s) + _passed(lost[::-1], change_s[::-1])[::-1] - lost
+        extra = (total - total.min(axis=1, keepdims=True)) / spent_s[:, None]
+        charged[sizes, c] = np.where(rows > 0.0, rows[at][:, None] * np.maximum(1.0 - extra, 1e-6), 0.0)
+    return charged
+
+
+def _passed(lost: Floats, change_s: Floats) -> Floats:
+    """Least cost of the rows up to and including each, by the K of that row, [rows, K + 1]."""
+    total = lost.copy()
+    for i in range(1, len(lost)):
+        total[i] += np.minimum(total[i - 1], total[i - 1].min() + change_s[i - 1])
+    return total

@@ -7,7 +7,7 @@ Loaded by SGLang's processes. They import numpy and the standard library only, t
     plugin_settings       the environment variables that configure the plugin
     contract              all that is hooked or used of SGLang, in groups that may fail separately, and the supported releases
     hook_guard            wraps every hook: counts failures, keeps them from SGLang, detaches after too many
-    attachment            what all algorithms share: start-up, the tap, the rank group, results, the engine report
+    attachment            what all algorithms share: start-up, the tap, the ranks, results, the engine report
     eagle_attachment      the hooks of an EAGLE server, which decide K of each step
     dspark_attachment     the hooks of a DSPARK server, which decide how many draft tokens are verified
     eagle_draft_policy    gives K to SGLang's AdaptiveController by its protocol `AdaptiveSpecPolicy`
@@ -17,7 +17,8 @@ Loaded by SGLang's processes. They import numpy and the standard library only, t
     stage_clock           stage times: the host's clock on a CPU, CUDA events on a GPU
     confidences           draft confidences from the draft model's logits, copied to the host without waiting
     switch_upkeep         bounds the log lines and list entries that SGLang adds at every K switch
-    ranks                 all tensor-parallel ranks adopt a policy in the same step
+    ranks                 all tensor-parallel ranks act on the same policy in every step
+    rank_notes            what ranks tell rank 0: a thread on the store of torch.distributed
 
 Not loaded by SGLang's processes:
 

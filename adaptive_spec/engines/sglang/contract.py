@@ -136,7 +136,12 @@ NEEDS = (
     Need(CONFIDENCES, _SPECULATIVE + "eagle_info.EagleDraftInput", attributes=("topk_p",)),
     # -- ranks ---------------------------------------------------------------------------------------------------------
     Need(RANKS, _SRT + "runtime_context.ParallelContext", attributes=("tp_group",)),
-    Need(RANKS, _SRT + "distributed.parallel_state.GroupCoordinator", attributes=("cpu_group", "first_rank")),
+    Need(RANKS, _SRT + "distributed.parallel_state.GroupCoordinator", attributes=("first_rank",)),
+    Need(
+        RANKS, _SRT + "managers.scheduler_components.request_receiver.SchedulerRequestReceiver._broadcast_reqs_across_ranks",
+        ("self", "recv_reqs"), hook="broadcast",
+    ),
+    Need(RANKS, _BATCH, attributes=("forward_iter",)),
     # -- dspark --------------------------------------------------------------------------------------------------------
     Need(DSPARK, _DSPARK_WORKER + ".init_cuda_graphs", ("self",), hook="attach"),
     Need(DSPARK, _PLANNER + ".prepare_verify_budget", ("self", "batch"), hook="plan"),

@@ -128,8 +128,8 @@ def attach(attachment: Attachment, guard: Guard, engine: str, worker_class: Any,
         for need in contract.hooks_of(group):
             hook = own.get(need.hook)
             if hook is None:
-                before, after = (getattr(attachment, f"{need.hook}_{half}", None) for half in ("before", "after"))
-                hook = guard.around(need.hook, before, after)
+                parts = (getattr(attachment, f"{need.hook}_{part}", None) for part in ("before", "after", "first"))
+                hook = guard.around(need.hook, *parts)
             _register(need.path, hook)
     HookRegistry.apply_hooks()
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from adaptive_spec.engines.sglang.hook_guard import FAILURES_IN_A_ROW, SYNCHRONISING, Guard
+from adaptive_spec.engines.sglang.hook_guard import FAILURES_IN_A_ROW, Guard
 
 
 def _original(calls: list[Any]) -> Any:
@@ -76,13 +76,18 @@ def test_faults_can_be_injected(name: str) -> None:
     assert len(calls) == 1
 
 
-@pytest.mark.parametrize("hook", ["step", "plan", "draft"])
-def test_in_lockstep_a_closed_guard_still_synchronises(hook: str) -> None:
-    guard, met = Guard(""), list[str]()
+def test_what_comes_first_is_called_whatever_fails() -> None:
+    guard, called = Guard("step"), list[str]()
+    hook = guard.around("step", lambda: called.append("before"), None, lambda: called.append("first"))
+    hook(_original([]))
+    assert called == ["first"], "the hook itself failed"
     guard.close("enough")
-    guard.lockstep = True
-    guard.around(hook, lambda: met.append(hook), None)(_original([]))
-    assert met == ([hook] if hook in SYNCHRONISING else [])
-    guard.lockstep = False
-    guard.around(hook, lambda: met.append(hook), None)(_original([]))
-    assert len(met) == (hook in SYNCHRONISING)
+    hook(_original([]))
+    assert called == ["first"] * 2
+
+
+def test_a_failure_of_what_comes_first_is_counted() -> None:
+    guard, calls = Guard(""), list[Any]()
+    assert guard.around("step", None, None, lambda: _raise())(_original(calls)) == "result"
+    assert guard.failures == {"step": 1}
+    assert len(calls) == 1

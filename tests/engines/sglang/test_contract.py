@@ -48,8 +48,8 @@ OURS = {
     ),
     *("temperatures", "check", "decode", "get"),
 }
-"""Attributes of the plugin's own objects that it holds as `Any`, of strings, and of PyTorch's store. Names of SGLang belong into the
-contract."""
+"""Attributes of the plugin's own objects that it holds as `Any`, of strings, and of PyTorch's store. Names of SGLang belong into
+the contract."""
 
 
 def names_of(need: Need) -> set[str]:

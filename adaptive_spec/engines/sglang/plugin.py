@@ -45,7 +45,7 @@ def register() -> None:
     reason = refusal(settings, version)
     if reason is not None:
         log.error("adaptive-spec: not attached: %s", reason)
-        _report_refusal(settings, f"sglang {version}", reason)
+        _report(settings, EngineReport(os.getpid(), f"sglang {version}", "refused", reason))
         return
     _install(settings, f"sglang {version}")
 
@@ -74,6 +74,12 @@ def _install(settings: PluginSettings, engine: str) -> None:
     """Hook what makes the worker; the first call of it decides what else is hooked."""
     guard = Guard()
     made: list[Attachment] = []
+
+    def closed() -> None:
+        """Closed before there is an attachment, which reports for itself."""
+        _report(settings, EngineReport(os.getpid(), engine, "detached", guard.closed or "", dict(guard.failures)))
+
+    guard.on_close = closed
 
     def worker(note: None, worker_class: Any, algorithm: Any, server_args: Any) -> None:
         if not made:
@@ -141,9 +147,9 @@ def _sglang_version() -> str:
         return "unknown"
 
 
-def _report_refusal(settings: PluginSettings, engine: str, reason: str) -> None:
+def _report(settings: PluginSettings, report: EngineReport) -> None:
     try:
         settings.runtime_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        write_report(settings.runtime_dir, EngineReport(os.getpid(), engine, "refused", reason))
+        write_report(settings.runtime_dir, report)
     except OSError as error:
         log.warning("adaptive-spec: the report could not be written: %s", error)

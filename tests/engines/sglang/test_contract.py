@@ -48,7 +48,8 @@ OURS = {
     ),
     *("temperatures", "check", "decode", "get"),
 }
-"""Of the plugin's own objects that it holds as `Any`, of strings, and of PyTorch's store. A name of SGLang belongs into the contract, not in here."""
+"""Of the plugin's own objects that it holds as `Any`, of strings, and of PyTorch's store. A
+name of SGLang belongs into the contract, not in here."""
 
 
 def names_of(need: Need) -> set[str]:

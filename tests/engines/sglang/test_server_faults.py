@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from adaptive_spec.domain.step_record import StepFlag
 from adaptive_spec.engines.sglang import contract
 from adaptive_spec.engines.sglang.cpu_kit import CpuKit
 from adaptive_spec.engines.sglang.hook_guard import FAILURES_IN_A_ROW, FAULT_VARIABLE, ONCE
@@ -14,7 +15,8 @@ from tests.engines.sglang.server import SglangServer, some_prompts, trace
 
 pytestmark = pytest.mark.server
 
-STEPPING = [need.hook for group in contract.LEVELS for need in contract.hooks_of(group) if need.hook not in ONCE]
+STEPPING = [need.hook for group in contract.LEVELS for need in contract.hooks_of(group) if need.hook not in ONCE | {"switch"}]
+"""Called in every step; `switch` is called at a switch of K only."""
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +60,23 @@ def test_a_few_faults(server: SglangServer, faults: Path, hook: str, half: str) 
     server.wait(lambda: server.metrics()["engine_failures_total"].get((("hook", hook),)) == wanted, "the metrics to say so")
 
 
+def test_a_level_is_lost(server: SglangServer, faults: Path) -> None:
+    """Stage times fail for good: K is still decided, and records have the time of the whole step."""
+    server.control("pin", "1")
+    (faults.parent / "next").write_text("verify")
+    (faults.parent / "next").replace(faults)
+    server.load(some_prompts(12, seed=3), 4)
+    with trace(server) as records:
+        answers = server.load(some_prompts(12, seed=4), 4)
+    assert all(answer.exact for answer in answers)
+    assert {record.k for record in records} == {1}
+    assert all(record.flags & StepFlag.WHOLE and record.verify_s > 0.0 == record.draft_s for record in records)
+    report = server.report()
+    assert report is not None
+    assert (report.state, report.level) == ("attached", 1)
+    server.wait(lambda: server.metrics()["engine_level"] == {(): 1.0}, "the metrics to say so")
+
+
 def test_faults_without_end(server: SglangServer, faults: Path) -> None:
     """The plugin detaches: SGLang's own policy decides K; report, metrics and log say so."""
     server.control("pin", "1")
@@ -71,10 +90,11 @@ def test_faults_without_end(server: SglangServer, faults: Path) -> None:
     status = server.wait_status(lambda s: not s["engine_attached"], "the sidecar to see it")
     assert status["engine_report"]["reason"] == report.reason
     assert server.metrics()["engine_attached"] == {(): 0.0}
-    pinned = [server.generate(prompt, 60) for prompt, _ in some_prompts(4, seed=4, regions="a")]
-    assert all(answer.exact for answer in pinned)
-    # Region a accepts everything: K + 1 tokens a step. SGLang's own policy raises K there; K = 1, pinned before, would give 2.
-    assert all(60 / answer.meta["spec_verify_ct"] > 2.5 for answer in pinned)
+    freed = [server.generate(prompt, 60) for prompt, _ in some_prompts(4, seed=4, regions="a")]
+    assert all(answer.exact for answer in freed)
+    # Region a accepts everything, so SGLang's policy raises K above the pinned 1, at which 2 tokens come in a step.
+    assert 60 / freed[-1].meta["spec_verify_ct"] > 2.5
+    assert "Adaptive spec params updated" in server.log.read_text(errors="replace")
     assert "detached" in server.log.read_text(errors="replace")
 
 

@@ -62,7 +62,7 @@ def test_one_k_can_be_watched(kit: CpuKit, tmp_path: Path) -> None:
             server.load(some_prompts(24, seed), 6)
         status, metrics = server.settled(), server.metrics()
         assert status["mode"] == "shadow"
-        words = "the engine only lets itself be watched: its steps run none of the policies made for it"
+        words = "the engine is observe-only: its steps run none of the policies made for it"
         assert status["reason"] == f"{words} ({report.reason})"
         assert metrics["mode"][(("mode", "shadow"),)] == 1.0
         assert metrics["mode"][(("mode", "sweep"),)] == 0.0

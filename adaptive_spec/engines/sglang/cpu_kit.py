@@ -64,8 +64,10 @@ class CpuKit:
         models: str = "models",
         adaptive: str | None = "adaptive.json",
         k: int = LAUNCH_K,
+        tp: int = 1,
     ) -> list[str]:
         """SGLang's flags. algorithm: "" for no speculation. models: "models" (tiny) or "models-64m". k: K at launch.
+        tp: tensor-parallel ranks; more than one needs `bound_to_cores` in the server's environment.
 
         adaptive: file of candidate K, in the kit or anywhere; "" for SGLang's default ones; None for one K.
         """
@@ -76,6 +78,7 @@ class CpuKit:
             str(port),
             "--model-path",
             str(folder / "target"),
+            *(("--tp", str(tp)) if tp > 1 else ()),
         ]
         if not algorithm:
             return flags
@@ -96,3 +99,9 @@ class CpuKit:
         if adaptive:
             flags += ["--speculative-adaptive-config", str(self.folder / adaptive)]
         return flags
+
+    @staticmethod
+    def bound_to_cores(tp: int) -> dict[str, str]:
+        """SGLang's environment for several ranks on one NUMA node: the cores of each, shared where there are too few."""
+        cores = os.cpu_count() or 1
+        return {"SGLANG_CPU_OMP_THREADS_BIND": "|".join(str(rank % cores) for rank in range(tp))}

@@ -61,14 +61,14 @@ def some_prompts(
 class SglangServer:
     """Server and sidecar; ended with everything they started when the block is left.
 
-    direct: no `serve`, the server alone with the given environment.
+    direct: no `serve`, the server alone with the given environment. start_s: patience with its start.
     """
 
     def __init__(
         self, folder: Path, *, mode: str = "active", config: str = "", environment: dict[str, str] | None = None,
-        direct: bool = False, **flags: Any,
+        direct: bool = False, start_s: float = START_PATIENCE_S, **flags: Any,
     ) -> None:  # fmt: skip
-        self.kit = CpuKit()
+        self.kit, self._start_s = CpuKit(), start_s
         self.runtime_dir, self.profile_dir = folder / "run", folder / "profiles"
         self.port = _free_port()
         self.log = folder / "serve.log"
@@ -89,7 +89,7 @@ class SglangServer:
 
     def __enter__(self) -> Self:
         try:
-            self.wait(self.healthy, "the server to answer", START_PATIENCE_S)
+            self.wait(self.healthy, "the server to answer", self._start_s)
         except BaseException:
             self._end()
             raise

@@ -1,0 +1,70 @@
+"""A real server of two tensor-parallel ranks on the CPU kit: SGLang's own broadcasts and all-reduces on gloo."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from adaptive_spec.engines.sglang.cpu_kit import CpuKit
+from tests.engines.sglang.server import SglangServer, beside, some_prompts, trace
+
+pytestmark = pytest.mark.server
+
+START_S = 500.0
+"""Both ranks import SGLang and load the models, on the cores of one machine."""
+
+
+def _scheduler(server: SglangServer, rank: int) -> int:
+    """Process id of a rank's scheduler."""
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            title = (entry / "cmdline").read_bytes().decode(errors="replace")
+            session = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[3])
+        except (OSError, ValueError):
+            continue
+        if session == server.process.pid and title.startswith(f"sglang::scheduler_TP{rank}"):
+            return int(entry.name)
+    raise AssertionError(f"no scheduler of rank {rank}")
+
+
+def _swaps(server: SglangServer) -> int:
+    report = server.report()
+    return report.counters.get("rank_swaps", 0) if report is not None else 0
+
+
+def test_two_ranks(kit: CpuKit, tmp_path: Path) -> None:
+    """K is decided on both; one rank is stopped, the sidecar is killed: outputs stay exact, and no step waits for the plugin."""
+    environment = {"ADAPTIVE_SPEC_RANKS_TIMEOUT_S": "2", **CpuKit.bound_to_cores(2)}
+    with SglangServer(tmp_path, environment=environment, start_s=START_S, tp=2) as server:
+        with trace(server) as records:
+            answers = server.load(some_prompts(24, 1), 4)
+            server.wait(lambda: _swaps(server) >= 2, "policies taken into use by both ranks")
+            report = server.report()
+            assert report is not None
+            assert report.state == "attached", report.reason
+            stopped = _scheduler(server, 1)
+            with beside(lambda ended: answers.extend(server.load(some_prompts(8, 2), 4))):
+                time.sleep(1.0)
+                os.kill(stopped, signal.SIGSTOP)
+                time.sleep(6.0)
+                os.kill(stopped, signal.SIGCONT)
+            before = _swaps(server)
+            answers += server.load(some_prompts(24, 3), 4)
+            server.wait(lambda: _swaps(server) > before, "a policy after the pause")
+            server.kill_sidecar()
+            answers += server.load(some_prompts(16, 4), 2)
+        report = server.report()
+        assert report is not None
+        assert report.state == "attached", report.reason
+        assert not report.failures
+        assert all(answer.exact for answer in answers)
+        decided = [record for record in records if record.policy_version]
+        assert len(decided) > 20
+        assert len({record.k for record in records}) > 1
+        print(f"{_swaps(server)} policies taken into use, {len(decided)} of {len(records)} steps decided, {report.counters}")

@@ -1,3 +1,3 @@
-"""adaptive-spec keeps the speculative draft length K right from what the server itself does."""
+"""Chooses the draft length K of speculative decoding from measurements of the running server."""
 
 __version__ = "0.1.0"

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 
 class BadInput(Exception):  # noqa: N818 - it names what happened; callers print it and exit 2
-    """A value from outside is not allowed. The message is one line: the field, then the value, then what is allowed."""
+    """A value from outside is not allowed. The message is one line and begins with the field.
+
+    A value: what is allowed, then the value ("port: must be at most 65535, got 99999"). A file: its name, then what is wrong with
+    it ("TRACE: 'x.trace': no such file").
+    """
 
 
 def one_line(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""Reading a file that somebody else may have put there: regular files only, never waiting, never more than a bound."""
+"""Reading a file that another user may have written: regular files only, never waiting, never more than a bound."""
 
 from __future__ import annotations
 

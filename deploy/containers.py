@@ -119,7 +119,7 @@ def check_doctor(container: Container, *, complete: bool) -> None:
 
 
 def check_sidecar(container: Container, configuration: dict[str, Any], say: Callable[[str], None]) -> None:
-    """Start the image as it starts by itself, wait for its health check, draw a picture, stop it. Raises BadInput."""
+    """Start the image with its default command, wait for its health check, draw a picture, stop it. Raises BadInput."""
     command = container.command(*configuration["Entrypoint"], *configuration["Cmd"])
     with tempfile.TemporaryFile("w+") as log:
         begun_s = time.monotonic()

@@ -115,7 +115,7 @@ def _get(url: str) -> bytes:
 def run(ports: dict[str, int], duration_s: float | None) -> None:
     """Start the processes, print their addresses, and stop them at the end.
 
-    Raises BadInput when a program is missing, a port is in use, or a process ends by itself.
+    Raises BadInput when a program is missing, a port is in use, or a process ends unexpectedly.
     """
     find_programs()
     for name, port in ports.items():

@@ -57,7 +57,9 @@ def run_demo(options: DemoOptions) -> int:
     Raises BadInput when a requirement is missing and when the engine fails.
     """
     if options.engine == "embedded" and not all(importlib.util.find_spec(name) for name in ("torch", "safetensors")):
-        raise BadInput("demo: torch or safetensors is not installed: pip install 'adaptive-spec[engine]'")
+        raise BadInput(
+            "demo: torch or safetensors is not installed: install the extra 'engine' (pip install '.[engine]' in a checkout)"
+        )
     if options.json_file:
         check_folder_of(options.json_file, "--json")
     check_port(options.host, options.port)
@@ -134,7 +136,7 @@ class _Demo:
         self.view = DemoView(self._client.url if self._client else "")
 
     def watch(self, stopping: list[int]) -> DemoState:
-        """Show the run until the engine ends, by itself or on a stop signal. Raises BadInput if the engine fails."""
+        """Show the run until the engine ends or a stop signal comes. Raises BadInput if the engine fails."""
         engine = self._engine
         assert engine is not None  # started in __init__
         stopped_s: float | None = None

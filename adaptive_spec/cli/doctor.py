@@ -177,7 +177,7 @@ def _page(runtime_dir: Path) -> Iterator[Finding]:
         yield Finding("broken", "policy page", str(error))
         return
     if policy is None:
-        yield Finding("note", "policy page", "no heartbeat from a sidecar: the engine runs its launch K")
+        yield Finding("note", "policy page", "no heartbeat from a sidecar: no policy acts")
     else:
         acting = "acting" if policy.acting else "not acting"
         yield Finding("ok", "policy page", f"policy {policy.version}, mode {policy.mode}, {acting}")

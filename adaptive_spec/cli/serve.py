@@ -52,7 +52,7 @@ class ServeOptions:
 def run_serve(options: ServeOptions) -> int:
     """Run until the server ends; returns its exit status, 128 + N when signal N ended it. Raises BadInput."""
     if importlib.util.find_spec("sglang") is None:
-        raise BadInput("serve: sglang is not installed: pip install 'adaptive-spec[sglang]'")
+        raise BadInput("serve: sglang is not installed: install the extra 'sglang' (pip install '.[sglang]' in a checkout)")
     if not options.flags:
         raise BadInput("serve: no SGLang server flags: give them after --, for example -- --model-path MODEL")
     settings = _settings(options)

@@ -91,7 +91,7 @@ class PolicySettings(_Section):
         30.0,
         ge=1.0,
         le=86_400.0,
-        description=("Age of the sidecar's heartbeat, seconds, beyond which the engine returns to its launch K, 1..86400."),
+        description=("Age of the sidecar's heartbeat, seconds, beyond which no policy acts (see `fallback`), 1..86400."),
     )
     fallback: Literal["stock", "launch"] = Field(
         "stock",

@@ -19,18 +19,18 @@ STATE_VERSION = 1
 @dataclass(frozen=True)
 class ControllerState:
     """counters, policy: JSON forms of the counters and of the policy (`Controller.policy_summary`). swept: the sweep is over.
-    asked: mode of the settings. batches: tally of batch sizes [max_batch + 1]. ignored: the engine is observe-only.
+    configured_mode: mode of the settings. batches: tally of batch sizes [max_batch + 1]. observe_only: so is the engine.
     latency, calibration: arrays of the models.
     """
 
     counters: Mapping[str, Any]
     policy: Mapping[str, Any]
     swept: bool
-    asked: str
+    configured_mode: str
     kv_per_request: float
     batches: NDArray[np.float64]
     sweep_steps: int
-    ignored: bool
+    observe_only: bool
     latency: Arrays
     calibration: Arrays
 
@@ -49,10 +49,11 @@ class ControllerState:
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """Arrays of one archive."""
+        # Names of the file format: "ledger" is the counters, "asked" configured_mode, "ignored" observe_only.
         head = {
-            "version": STATE_VERSION, "ledger": self.counters, "policy": self.policy, "swept": self.swept, "asked": self.asked,
-            "kv_per_request": self.kv_per_request, "batches": self.batches.tolist(), "sweep_steps": self.sweep_steps,
-            "ignored": self.ignored,
+            "version": STATE_VERSION, "ledger": self.counters, "policy": self.policy, "swept": self.swept,
+            "asked": self.configured_mode, "kv_per_request": self.kv_per_request, "batches": self.batches.tolist(),
+            "sweep_steps": self.sweep_steps, "ignored": self.observe_only,
         }  # fmt: skip
         return {
             "head": np.frombuffer(json.dumps(head).encode(), dtype=np.uint8),

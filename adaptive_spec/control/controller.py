@@ -1,15 +1,15 @@
 """The controller: one pure state machine from step records to policies.
 
     observe(record, now_s) -> Policy | None      learn one step; a policy when the engine must get one at once
-    refit(now_s)           -> Policy | None      fit the models and decide anew; called when `refit_due(now_s)`
+    refit(now_s)           -> Policy | None      fit the models and decide again; called when `refit_due(now_s)`
 
 What it is made of: `ModelSet` learns and forecasts, `Decision` owns the K table, `Publisher` makes policies of it, `Sweep` and
 `ProbeBudget` choose what to measure, `PendingTrials` and `EngineResponse` tell what the engine does with a policy, `Counters`
 count.
 
-Modes. SWEEP: rounds of trials until the staircase is known. ACTIVE: the table acts. SHADOW: decides and reports, the engine
-stays on its launch K. PAUSED: keeps the last table and goes on learning. PINNED: one K for all. FALLBACK: the sidecar failed;
-the engine stays on its launch K until a refit succeeds. An engine that runs no policy is observe-only: ACTIVE is then shown as
+Modes. SWEEP: rounds of trials until the staircase is known. ACTIVE: the table acts. SHADOW: decides and reports, but
+its policies do not act. PAUSED: keeps the last table and continues learning. PINNED: one K for all. FALLBACK: a call failed; no
+policy acts until a refit succeeds. An engine that runs no policy is observe-only: ACTIVE is then shown as
 SHADOW, and policies are still published. Time is an argument everywhere; nothing here does I/O.
 """
 
@@ -39,14 +39,14 @@ from adaptive_spec.models.goodput import Forecast
 from adaptive_spec.models.model_set import Findings, ModelSet, Stopwatch
 
 TRIAL_WAIT_S, SWEEP_TRIAL_WAIT_S = 5.0, 30.0
-"""Trials of a probe, and of a round of the sweep, are given up after so long."""
+"""Trials of a probe, and of a round of the sweep, time out after so long."""
 DRIFT_GRANT_STEPS = 10
 """Steps' worth of probing allowed at once after a drift."""
 FORECAST_RATIO_STEPS = 64
 
 
 class Controller:
-    """Keeps K right for one engine. Not thread-safe: one thread owns it and hands out snapshots."""
+    """Chooses K for one engine. Not thread-safe: one thread owns it and hands out snapshots."""
 
     def __init__(self, settings: ControllerSettings, info: EngineInfo) -> None:
         self.settings, self.info = settings, info
@@ -106,7 +106,7 @@ class Controller:
         return self.refit(now_s) if self.refit_due(now_s) else None
 
     def refit(self, now_s: float, stopwatch: Stopwatch = nullcontext) -> Policy | None:
-        """Fit all models to what was learnt and decide anew. stopwatch: see `ModelSet.fit`."""
+        """Fit all models to what was learnt and decide again. stopwatch: see `ModelSet.fit`."""
         self._next_refit_s = now_s + self.settings.refit_interval_s
         self._take_findings(self.models.fit(stopwatch), now_s)
         if self.mode is Mode.FALLBACK:
@@ -136,7 +136,12 @@ class Controller:
     def _probes(self, forecast: Forecast, proposal: Proposal) -> tuple[Trial, ...]:
         """Trials of plans that may be better than the present one, as far as the budget allows."""
         traffic = self.models.traffic
-        if self.mode is not Mode.ACTIVE or self._engine_response.ignored or traffic.batch_size == 0 or self.counters.steps == 0:
+        if (
+            self.mode is not Mode.ACTIVE
+            or self._engine_response.observe_only
+            or traffic.batch_size == 0
+            or self.counters.steps == 0
+        ):
             return ()
         b, c = self._decision.entry(traffic)
         k_now, min_gain = int(self._decision.table[b, c]), self.settings.policy.min_gain
@@ -196,13 +201,13 @@ class Controller:
     @property
     def observe_only(self) -> bool:
         """Whether the mode is shown as SHADOW because the engine runs none of the policies made for it."""
-        return self._engine_response.ignored and self.mode is Mode.ACTIVE
+        return self._engine_response.observe_only and self.mode is Mode.ACTIVE
 
     def _follow_engine_response(self, record: StepRecord, now_s: float) -> Policy | None:
         offered = self.latest_policy is not None and self.latest_policy.acting
         if not self._engine_response.changed(record, offered, now_s) or self.mode not in (Mode.SWEEP, Mode.ACTIVE):
             return None
-        if self._engine_response.ignored:
+        if self._engine_response.observe_only:
             self._set_mode(Mode.SHADOW, OBSERVE_ONLY, now_s)
             self.mode = Mode.ACTIVE  # policies are still published, in case the engine begins to run them
             self._next_refit_s = now_s
@@ -242,7 +247,7 @@ class Controller:
         return self._decide(now_s, first=True) or self._publish(now_s)
 
     def fail(self, reason: str, now_s: float) -> Policy:
-        """A call of the controller failed: the engine goes back to its launch K until a refit succeeds."""
+        """A call of the controller failed: no policy acts until a refit succeeds."""
         if self.mode is not Mode.FALLBACK:
             self._mode_before_failure = self.mode
         self._set_mode(Mode.FALLBACK, reason, now_s)
@@ -256,7 +261,7 @@ class Controller:
         self.counters.refits.setdefault(model, Histogram()).add(seconds)
 
     def resume_version(self, version: int) -> None:
-        """Continue counting policies after `version`: versions never go back, whoever published the last one."""
+        """Continue counting policies after `version`: versions never go back, whichever process published the last one."""
         self._publisher.resume(version)
 
     def _set_mode(self, mode: Mode, reason: str, now_s: float) -> None:
@@ -264,7 +269,7 @@ class Controller:
             self.counters.event(now_s, "mode", f"{self.mode} → {mode}: {reason}")
             self._decision.stop_watching()
         if mode is Mode.SWEEP:
-            self._engine_response = EngineResponse()  # trials tell anew whether the engine runs policies
+            self._engine_response = EngineResponse()  # trials show again whether the engine runs policies
         self.mode, self.reason = mode, reason
 
     # -- state ---------------------------------------------------------------------------------------------------------
@@ -298,7 +303,7 @@ class Controller:
         models = self.models
         return ControllerState(
             self.counters.state(), self.policy_summary(), self._swept, self.settings.mode, models.kv_per_request, models.batches,
-            self._sweep.steps, self._engine_response.ignored, models.latency_state(), models.calibration_state(),
+            self._sweep.steps, self._engine_response.observe_only, models.latency_state(), models.calibration_state(),
         ).arrays()  # fmt: skip
 
     def restore(self, arrays: Mapping[str, NDArray[Any]]) -> None:
@@ -315,12 +320,12 @@ class Controller:
         if state.swept or state.mode is not Mode.SWEEP:
             self.restore_profile(state.latency, state.calibration)
             # A mode that was changed in the configuration since wins over the mode of the old process.
-            self.mode = Mode(self.settings.mode) if state.asked != self.settings.mode else state.mode
+            self.mode = Mode(self.settings.mode) if state.configured_mode != self.settings.mode else state.mode
             self.reason = "continued from the checkpoint"
         self._decision.table = self._decision.runnable(table)
         self.models.batches, self.models.kv_per_request = state.batches, state.kv_per_request
         self._swept, self._sweep.steps = state.swept, state.sweep_steps
-        self._engine_response = EngineResponse(state.ignored)
+        self._engine_response = EngineResponse(state.observe_only)
         self.resume_version(state.policy_version)
 
     # -- what others read ----------------------------------------------------------------------------------------------

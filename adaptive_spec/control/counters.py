@@ -174,9 +174,8 @@ class Counters:
             histograms = {name: {s: _histogram(*h) for s, h in state[name].items()} for name in ("stages", "refits")}
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"counters are damaged: {error}") from error
-        counted = [
-            v for name, v in scalars.items() if name != "probe_lost_s"
-        ]  # trials that were lucky on the whole lost less than 0
+        # probe_lost_s may be negative: trials may give more goodput than the best plan was predicted to give.
+        counted = [v for name, v in scalars.items() if name != "probe_lost_s"]
         if any(v.shape != self.draft.shape or (v < 0).any() for v in positions.values()) or any(v < 0 for v in counted):
             raise ValueError("counters are damaged: a value is negative or a list has the wrong length")
         for name, value in {**positions, **scalars, **tallies}.items():

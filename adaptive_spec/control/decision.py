@@ -1,6 +1,6 @@
 """The decision: which K every batch size gets, when that changes, and when a change is taken back.
 
-    propose   best K by forecast goodput, within the rails, where the gain exceeds `min_gain` and the uncertainty
+    propose   best K by forecast goodput, within k_min..k_max, where the gain exceeds `min_gain` and the uncertainty
     adopt     make the proposed table the table; a change that matters is a swap, and is watched
     follow    compare the steps after a swap with what the previous table would have given; roll back if it would have been better
 
@@ -33,9 +33,9 @@ USED_SHARE = 0.02
 
 @dataclass(frozen=True)
 class Proposal:
-    """A table to adopt. previous: the present one. goodput: within the rails, [batches, contexts, K + 1].
+    """A table to adopt. previous: the present one. goodput: 0 outside k_min..k_max, [batches, contexts, K + 1].
 
-    swap: the reason (sweep, drift or gain) when K changes for the traffic of late; None: it does not.
+    swap: the reason (sweep, drift or gain) when K changes for recent traffic; None: it does not.
     """
 
     table: Table

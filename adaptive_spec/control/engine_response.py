@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from adaptive_spec.domain.policy import TRIAL_PATIENCE_STEPS, Trial
 from adaptive_spec.domain.step_record import StepFlag, StepRecord
 
-OBSERVE_ONLY = "the engine only lets itself be watched: its steps run none of the policies made for it"
-IGNORED_STEPS, IGNORED_S = 128, 5.0
+OBSERVE_ONLY = "the engine is observe-only: its steps run none of the policies made for it"
+OBSERVE_ONLY_STEPS, OBSERVE_ONLY_S = 128, 5.0
 """Steps in a row without a policy, and the seconds they must last, after which an engine counts as observe-only: twice the steps
 it may run before it looks for a new page. The seconds exclude a backlog of old records, which is read in much less time."""
 
 
 class PendingTrials:
-    """The trials of the latest policy, until they were run or are given up. left: trial steps that remain."""
+    """The trials of the latest policy, until they were run or have timed out. left: trial steps that remain."""
 
     def __init__(self) -> None:
         self.left = 0
@@ -22,7 +22,7 @@ class PendingTrials:
         self._ordinary_steps = 0
 
     def begin(self, trials: Sequence[Trial], until_s: float) -> None:
-        """A policy with these trials is published. until_s: when they are given up."""
+        """A policy with these trials is published. until_s: when they time out."""
         self.left, self._until_s, self._ordinary_steps = sum(trial.steps for trial in trials), until_s, 0
 
     def running(self, now_s: float) -> bool:
@@ -32,7 +32,7 @@ class PendingTrials:
         """Take one step; return whether with it the trials of policy `version` ended."""
         if self.left == 0 or record.policy_version != version:
             return False
-        # A step of a trial that the engine could not run as asked is over all the same.
+        # A trial step that the engine could not run exactly also counts.
         trial = bool(record.flags & (StepFlag.TRIAL | StepFlag.LIMITED))
         self.left -= trial
         self._ordinary_steps = 0 if trial else self._ordinary_steps + 1
@@ -43,29 +43,29 @@ class PendingTrials:
 
 
 class EngineResponse:
-    """Whether the engine runs the policies published for it. ignored: it does not (it is observe-only), by its steps so far.
+    """Whether the engine runs the policies published for it. observe_only: it does not, by its steps so far.
 
     One step with a policy shows that it does. Enough steps in a row without one, and without the fallback flag, show that it does
     not. No steps show nothing.
     """
 
-    def __init__(self, ignored: bool = False) -> None:
-        self.ignored = ignored
+    def __init__(self, observe_only: bool = False) -> None:
+        self.observe_only = observe_only
         self._steps = 0
         self._since_s = 0.0
 
     def changed(self, record: StepRecord, offered: bool, now_s: float) -> bool:
-        """Take one step; return whether `ignored` changed with it. offered: an acting policy is published."""
+        """Take one step; return whether `observe_only` changed with it. offered: an acting policy is published."""
         if record.policy_version:
             self._steps = 0
-            changed, self.ignored = self.ignored, False
+            changed, self.observe_only = self.observe_only, False
             return changed
         if not offered:
             self._steps = 0
-        if not offered or self.ignored or record.flags & StepFlag.FALLBACK:
+        if not offered or self.observe_only or record.flags & StepFlag.FALLBACK:
             return False
         if self._steps == 0:
             self._since_s = now_s
         self._steps += 1
-        self.ignored = self._steps >= IGNORED_STEPS and now_s - self._since_s >= IGNORED_S
-        return self.ignored
+        self.observe_only = self._steps >= OBSERVE_ONLY_STEPS and now_s - self._since_s >= OBSERVE_ONLY_S
+        return self.observe_only

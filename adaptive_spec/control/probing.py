@@ -70,7 +70,7 @@ class ProbeBudget:
         return self.share * self.MEMORY_STEPS * self.step_s
 
     def spend(self, lost_s: float) -> None:
-        """Count the seconds a trial step lost against the best plan; less than 0 for a lucky one."""
+        """Count the seconds a trial step lost against the best plan; negative when it gave more than predicted for that plan."""
         self._add(-lost_s)
 
     def choose(self, candidates: Sequence[ProbeCandidate], switch_s: float = 0.0) -> tuple[Trial, ...]:

@@ -11,7 +11,7 @@ from adaptive_spec.domain.survival import SurvivalMap
 from adaptive_spec.models.goodput import Forecast
 
 NOT_ACTING = (Mode.SHADOW, Mode.FALLBACK)
-"""Modes in which the engine stays on its launch K."""
+"""Modes in which the policy does not act: the engine's fallback decides K."""
 MIN_COST_CHANGE, MIN_CALIBRATION_CHANGE = 0.005, 0.01
 """Relative change of a verify time, and change of a survival, below which the per-step search would choose the same."""
 MIN_SWITCH_CHANGE = 0.2
@@ -71,5 +71,5 @@ class Publisher:
         )
 
     def resume(self, version: int) -> None:
-        """Continue after `version`: versions never go back, whoever published the last one."""
+        """Continue after `version`: versions never go back, whichever process published the last one."""
         self.version = max(self.version, version)

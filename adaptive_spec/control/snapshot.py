@@ -71,7 +71,7 @@ class Snapshot:
     """Steps whose K was not the one that the policy asked for."""
     switch_s: float | None = None
     """Seconds that a change of K costs, None while too few were measured."""
-    watched_only: bool = False
+    observe_only: bool = False
     """The mode is shadow, though another was asked for, because the engine runs none of the policies made for it."""
 
 
@@ -83,7 +83,7 @@ def build_snapshot(
     fit, quality = models.staircase, models.acceptance.reliability
     predicted_gain, measured_gain = counters.gains()
     return Snapshot(
-        time_s=now_s, mode=mode, watched_only=observe_only,
+        time_s=now_s, mode=mode, observe_only=observe_only,
         reason=reason, engine=info.name, launch_k=info.launch_k,
         policy_version=publisher.version, policy_time_s=publisher.time_s, k_by_batch_size=k_by_batch_size,
         segments=fit.segments if fit else (), boundaries=fit.boundaries if fit else (),

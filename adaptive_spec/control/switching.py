@@ -3,7 +3,7 @@
     lost[b, K]  = steps at batch size b * step seconds * (1 - goodput[b, K] / best goodput[b])
     cost(table) = sum over b of lost[b, K_b]  +  switch_s * sum over b of crossings[b] where K_b differs from the next K
 
-The sums run over the batch sizes of late; crossings[b] counts consecutive steps of which one has at most b requests and the other
+The sums run over recent batch sizes; crossings[b] counts consecutive steps of which one has at most b requests and the other
 more. Both tallies forget alike, so their ratio is a rate. The least cost of a table with K_b = K is found for all b and K at once
 by passing minima up and down the batch sizes (min-sum on a chain), and an entry's goodput falls by what its K costs above the
 best one, per step at that batch size. Regimes: where the batch rarely changes nothing is charged; where it wanders between two
@@ -17,7 +17,7 @@ import numpy as np
 from adaptive_spec.domain.arrays import Floats
 
 MIN_STEPS = 0.01
-"""Forgotten tally below which a batch size is not one of late."""
+"""Forgotten tally below which a batch size is not a recent one."""
 NOT_ALLOWED_S = 1e9
 """Seconds lost by a K that is not allowed: more than any table loses."""
 
@@ -32,7 +32,7 @@ def charge_switches(goodput: Floats, tokens_per_request: Floats, batches: Floats
     if switch_s <= 0.0 or len(sizes) < 2:
         return goodput
     charged = goodput.copy()
-    # Between two neighbouring sizes of late nothing was served, so every crossing between them is one of the lower size.
+    # Between two neighbouring recent sizes nothing was served, so every crossing between them is one of the lower size.
     change_s = switch_s * crossings[sizes[:-1]]
     for c in range(goodput.shape[1]):
         rows = goodput[sizes, c]

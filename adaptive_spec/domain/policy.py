@@ -14,7 +14,7 @@ from adaptive_spec.domain.survival import SurvivalMap
 
 
 class Mode(StrEnum):
-    """What the controller does. SWEEP, ACTIVE and PINNED set K; the other modes leave the engine on its launch K."""
+    """What the controller does. In SHADOW and FALLBACK its policies do not act; in the other modes they set K."""
 
     SWEEP = "sweep"
     SHADOW = "shadow"
@@ -54,7 +54,7 @@ class Trial(NamedTuple):
 class Policy:
     """One immutable decision of the controller, as the engine adopts it.
 
-    version: 1, 2, ... acting: False keeps the engine on its launch K (shadow, paused, ...). mode, granularity: see the enums.
+    version: 1, 2, ... acting: False in SHADOW and FALLBACK: the engine's fallback decides K. mode, granularity: see the enums.
     max_k: largest K. k_table: uint8 [max_batch + 1, contexts], K by batch size and context bucket.
     context_edges: float [contexts - 1], mean KV tokens per request at which the next context bucket begins.
     fixed_s: float32 [max_k + 1, max_batch + 1], seconds of a step other than verification (draft, draft-extend, overhead).

@@ -19,7 +19,7 @@ class StepFlag(IntFlag):
     TRIAL = 1
     """K came from a trial of the controller (sweep or probe), not from the policy's table."""
     FALLBACK = 2
-    """The engine ran its launch K because it had no fresh policy."""
+    """The engine had no fresh policy: its fallback decided K."""
     DISTURBED = 4
     """Other work ran inside the step (a prefill, a first graph replay): its times are not used."""
     CENSORED = 8

@@ -95,7 +95,7 @@ class Planner:
     def verify_lengths(self, confidences: Float32s) -> Lengths:
         """Choose verify_len [b] for the confidences [b, k] drafted in the step of the last `draft_length`.
 
-        A request with an unknown confidence counts as the mean of those without; if all have one, all drafts are verified.
+        A request with an unknown confidence counts as the mean of those without; if all have one, all count alike.
         """
         b, k = confidences.shape
         policy = self.policy
@@ -105,15 +105,10 @@ class Planner:
             wanted = self._running.num_tokens
             if wanted == 0 or policy.granularity is Granularity.BATCH:
                 return np.full(b, k, dtype=np.uint8)
-            survival = _survival(policy.survival, confidences)
-            if survival is None:
-                survival = np.broadcast_to(-np.arange(k, dtype=np.float64), (b, k))  # first tokens first, requests alike
-            return best_slots(survival, min(max(wanted - b, 0), b * k))
+            return best_slots(_survival(policy.survival, confidences), min(max(wanted - b, 0), b * k))
         if policy.verify_all or b * (k + 1) >= len(policy.verify_s):
             return np.full(b, k, dtype=np.uint8)
         survival = _survival(policy.survival, confidences)
-        if survival is None:
-            return np.full(b, k, dtype=np.uint8)
         fixed = float(policy.fixed_s[k, min(b, policy.fixed_s.shape[1] - 1)]) + policy.context_s_per_token * self._kv_tokens
         return best_lengths(survival, fixed, policy.verify_s)
 
@@ -135,12 +130,16 @@ class Planner:
         return None
 
 
-def _survival(calibration: SurvivalMap, confidences: Float32s) -> Floats | None:
-    """Survival [b, k], None where no request has all its confidences."""
-    survival = calibration.survival(confidences)
-    if np.count_nonzero(confidences) != confidences.size:
-        known = (confidences > UNKNOWN_CONFIDENCE).all(axis=1)
-        if not known.any():
-            return None
+def _survival(calibration: SurvivalMap, confidences: Float32s) -> Floats:
+    """Survival [b, k], with what `Planner.verify_lengths` says of unknown confidences.
+
+    Where most are unknown the sidecar's calibration is the rates of the positions, whatever the confidence.
+    """
+    if np.count_nonzero(confidences) == confidences.size:
+        return calibration.survival(confidences)
+    unknown = confidences == UNKNOWN_CONFIDENCE
+    survival = calibration.survival(np.where(unknown, np.float32(0.5), confidences))
+    known = ~unknown.any(axis=1)
+    if known.any():
         survival[~known] = survival[known].mean(axis=0)
     return survival

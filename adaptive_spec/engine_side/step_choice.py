@@ -5,8 +5,9 @@
     goodput(K) = (b + sum over i and j <= K of S[i, j]) / (fixed_s[K, b] + verify_s[padded b (K + 1)] + context share)
 
 c[i, j] is how often request i's draft token j was accepted given that all before it were, shrunk towards c[j] of all requests
-with the weight of m = PRIOR_STEPS steps. The policy's table holds the best K for usual requests, those with c[j]. So another K
-counts only by how much better it is for these requests than for usual ones:
+with the weight of m = PRIOR_STEPS steps. The policy's table holds the best K for usual requests, those with c[j]. Where
+another K is predicted to be better than the table's K for usual requests too, its goodput is reduced by that ratio, so that only
+the difference between these requests and usual ones counts:
 
     chosen = argmax over K of goodput(K) * min(1, usual(table's K) / usual(K)),   usual(K) = goodput(K) with c[i, j] = c[j]
 

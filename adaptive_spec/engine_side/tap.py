@@ -4,9 +4,10 @@
     verify_len = tap.verify_lengths(confidences)           # engines with ragged verification
     tap.end_step(...)                                      # writes the step's record
 
-Regimes: a fresh policy that acts is executed; a fresh one that does not act (shadow, paused) leaves the launch K; with no
-policy page, no policy on it, or a heartbeat older than max_age_s, the launch K is used and the step is marked as fallback,
-until the heartbeat is fresh again. No method raises or waits: a failure is counted and the launch K is used.
+Regimes: a fresh policy that acts is executed; a fresh one that does not act (modes shadow and fallback) gives the launch K; with
+no policy page, no policy on it, or a heartbeat older than max_age_s, the tap returns the launch K and the step is marked as
+fallback, until the heartbeat is fresh again. No method raises or waits: a failure is counted and the launch K is returned. The
+SGLang plugin lets SGLang's own policy decide instead of the launch K, unless its setting `fallback` is `launch`.
 """
 
 from __future__ import annotations

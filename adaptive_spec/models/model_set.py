@@ -205,7 +205,7 @@ class ModelSet:
         return StepComparison(float(plans[record.k]), float(plans[self.info.launch_k]), predicted_s)
 
     def trial_loss_s(self, record: StepRecord) -> float:
-        """Seconds a trial step lost against the best plan, negative for a lucky one; 0 for other steps and unknown."""
+        """Seconds a trial step lost against the best plan, negative when it gave more goodput; 0 for other steps and unknown."""
         forecast_ = self.forecast
         if forecast_ is None or record.flags & StepFlag.DISTURBED or not record.flags & StepFlag.TRIAL:
             return 0.0

@@ -197,7 +197,7 @@ class Part(NamedTuple):
         return (low + high) / 2.0, math.hypot(error, (high - low) / 2.0 / INTERVAL_SIGMAS)
 
 
-class Hindsight:
+class TraceEvaluator:
     """Models fitted to each part of the trace, to evaluate other plans there."""
 
     def __init__(self, info: EngineInfo, records: Sequence[StepRecord]) -> None:
@@ -266,9 +266,9 @@ def replay(
     """
     if len(records) < 2:
         raise ValueError(f"too few steps: must be at least 2, got {len(records)}")
-    hindsight = Hindsight(info, records)
+    evaluator = TraceEvaluator(info, records)
     progress(len(records))
-    if not hindsight.parts:
+    if not evaluator.parts:
         raise ValueError("every step was disturbed: no step times to fit")
     adaptive = ReplayedAdaptive(info, settings)
     ran_tokens = np.array([record.output_tokens for record in records], dtype=np.float64)
@@ -278,7 +278,7 @@ def replay(
         values, ks = [], []
         for index, record in enumerate(records):
             plan = policy.decide(record)
-            values.append(hindsight.value(index, record, plan))
+            values.append(evaluator.value(index, record, plan))
             ks.append(plan.k)
             policy.learn(record, plan)
         estimates[name] = _estimate(np.array(values, dtype=np.float64), ran_tokens, ran_seconds, float(np.mean(ks)))

@@ -64,7 +64,9 @@ class Grafana:
         try:
             from grafana_api.grafana_face import GrafanaFace
         except ImportError as error:
-            raise BadInput("grafana: grafana-api is not installed: pip install 'adaptive-spec[grafana]'") from error
+            raise BadInput(
+                "grafana: grafana-api is not installed: install the extra 'grafana' (pip install '.[grafana]' in a checkout)"
+            ) from error
         prefix = parts.path.strip("/")
         host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
         self.url = url.rstrip("/")

@@ -114,7 +114,7 @@ def _about_sidecar(family: _Families, view: View) -> Iterable[Metric]:
     )
     yield family.counter(
         "controller_failures",
-        "Controller calls that raised an exception; the engine then runs its launch K.",
+        "Controller calls that raised an exception; no policy then acts until a refit succeeds.",
         _by_name(view.failures),
         ("call",),
     )
@@ -127,7 +127,7 @@ def _about_sidecar(family: _Families, view: View) -> Iterable[Metric]:
     yield family.gauge("engine_level", text, _one(report.level if report else None))
     text = "Plugin calls that raised an exception inside the engine; the engine continued without them."
     yield family.counter("engine_failures", text, _by_name(report.failures if report else {}), ("hook",))
-    text = "Events counted by the engine: unusable records and pages, policies adopted, steps on the launch K, SPS swaps."
+    text = "Events counted by the engine: unusable records and pages, policies adopted, steps without a fresh policy, SPS swaps."
     yield family.counter("engine_events", text, _by_name(report.counters if report else {}), ("event",))
     text = "Operations of the profile store, by result."
     yield family.counter("profile_store_operations", text, (view.store or {}).items(), ("operation", "result"))

@@ -43,8 +43,8 @@ Arguments = ParamSpec("Arguments")
 class Session:
     """Reads records from the ring, passes them to the controller and publishes its policies.
 
-    A controller call that raises is counted, logged the first time, and puts the engine back on its launch K: an error here
-    may cost speed, never a request.
+    When a controller call raises, it is counted, logged the first time, and a policy that does not act is published: an error
+    here may cost speed, never a request.
 
     The log says after which record of the ring each refit (level debug) and each command ran. Together with a trace of the same
     records this reproduces the models exactly.
@@ -134,7 +134,7 @@ class Session:
         except Exception:
             self._count_failure("command")
             self._fall_back("command")
-            return f"{name}: failed inside the sidecar, see its log; the engine runs its launch K"
+            return f"{name}: failed inside the sidecar, see its log; no policy acts"
         log.info("command: %s%s, after record %d", name, "" if k is None else f" {k}", self.ring.position)
         self._publish(policy)
         return ""
@@ -221,7 +221,7 @@ class Session:
             self.controller.resume_version(self.page.last_version)
 
     def _fall_back(self, call: str) -> None:
-        """Put the engine back on its launch K until a refit succeeds."""
+        """Publish policies that do not act until a refit succeeds."""
         try:
             self._publish(self.controller.fail(f"{call} failed inside the sidecar", time.monotonic()))
         except Exception:

@@ -45,7 +45,7 @@ def status_document(view: View, heartbeat_s: float, now_s: float) -> dict[str, A
         }  # fmt: skip
     if not s:
         return document
-    why = report.reason if s.watched_only and report is not None and report.state == "observing" else ""
+    why = report.reason if s.observe_only and report is not None and report.state == "observing" else ""
     document |= {
         "mode": s.mode.value,
         "reason": f"{s.reason} ({why})" if why else s.reason,

@@ -65,7 +65,8 @@ class ProfileStore:
             from fsspec.core import url_to_fs
         except ImportError as error:
             raise BadInput(
-                f"profile_store: {self.shown!r}: fsspec is not installed: pip install 'adaptive-spec[store]'"
+                f"profile_store: {self.shown!r}: fsspec is not installed: "
+                "install the extra 'store' (pip install '.[store]' in a checkout)"
             ) from error
         try:
             self._files, self._root = url_to_fs(url)

@@ -122,7 +122,7 @@ def demo_folders() -> set[Path]:
 
 
 def test_a_run_with_a_killed_sidecar(tmp_path: Path, demo_folders: set[Path]) -> None:
-    """The whole demo for some seconds: engine, sidecar, kill -9 of the sidecar, the end by itself."""
+    """The whole demo for some seconds: engine, sidecar, kill -9 of the sidecar, the end after the duration."""
     out = tmp_path / "out.json"
     command = [sys.executable, "-m", "adaptive_spec.cli", "demo", "--duration", "12", "--port", "0", "--json", str(out)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as demo:
@@ -137,7 +137,9 @@ def test_a_run_with_a_killed_sidecar(tmp_path: Path, demo_folders: set[Path]) ->
             os.kill(first, signal.SIGKILL)
             wait_for(lambda: json.loads((folder / "runtime" / "sidecar.json").read_bytes())["pid"] != first, "another sidecar")
             assert "continuing from the checkpoint" in wait_for(lambda: _has(folder / "sidecar.log", "continuing"), "its word")
-            assert json.loads((folder / "engine.json").read_bytes())["decode_steps"] > steps, "the engine waited for nobody"
+            assert json.loads((folder / "engine.json").read_bytes())["decode_steps"] > steps, (
+                "the engine did not wait for the sidecar"
+            )
             text, _ = demo.communicate(timeout=PATIENCE_S)
         finally:
             demo.kill()

@@ -95,15 +95,15 @@ def test_shadow_decides_but_does_not_act() -> None:
 
 
 def test_an_observe_only_engine_is_shown_as_shadow() -> None:
-    s = server(swept=False, watched=True, draft_s=0.003, batch_size=3)
+    s = server(swept=False, observe_only=True, draft_s=0.003, batch_size=3)
     s.run(20)
     assert s.controller.snapshot(s.now_s).mode is Mode.SWEEP
     s.run(1000)
     snapshot = s.controller.snapshot(s.now_s)
-    assert (snapshot.mode, snapshot.watched_only, snapshot.sweep_progress) == (Mode.SHADOW, True, 1.0)
-    assert snapshot.reason.startswith("the engine only lets itself be watched: ")
+    assert (snapshot.mode, snapshot.observe_only, snapshot.sweep_progress) == (Mode.SHADOW, True, 1.0)
+    assert snapshot.reason.startswith("the engine is observe-only: ")
     assert [e.text for e in snapshot.events if e.kind == "mode"] == [f"sweep → shadow: {snapshot.reason}"], "once"
-    # It learns from what comes by itself.
+    # It learns from the traffic.
     assert [tokens for tokens, _, _ in snapshot.latency_points] == [3 * (s.info.launch_k + 1)]
     assert snapshot.latency_points[0][1] == pytest.approx(s.curve(12), rel=0.03)
     assert snapshot.predicted_gain is not None
@@ -116,7 +116,7 @@ def test_an_observe_only_engine_is_shown_as_shadow() -> None:
 
 def test_an_engine_with_one_k_can_be_observe_only() -> None:
     info = dataclasses.replace(engine_info(Granularity.BATCH), candidates=(3,))
-    s = SimulatedServer(info, staircase(), watched=True)
+    s = SimulatedServer(info, staircase(), observe_only=True)
     s.run(800)
     snapshot = s.controller.snapshot(s.now_s)
     assert snapshot.mode is Mode.SHADOW
@@ -124,16 +124,16 @@ def test_an_engine_with_one_k_can_be_observe_only() -> None:
 
 
 def test_an_observe_only_engine_that_begins_to_run_policies_is_swept() -> None:
-    s = server(swept=False, watched=True)
+    s = server(swept=False, observe_only=True)
     s.run(1000)
     assert s.controller.snapshot(s.now_s).mode is Mode.SHADOW
     restarted = Controller(s.settings, s.info)
     restarted.restore(s.controller.state())
-    assert restarted.snapshot(s.now_s).mode is Mode.SHADOW, "an idle one is known as it was"
+    assert restarted.snapshot(s.now_s).mode is Mode.SHADOW, "the checkpoint keeps that the engine is observe-only"
     s.let_act()
     s.run(2)
     snapshot = s.controller.snapshot(s.now_s)
-    assert (snapshot.mode, snapshot.watched_only) == (Mode.SWEEP, False)
+    assert (snapshot.mode, snapshot.observe_only) == (Mode.SWEEP, False)
     assert snapshot.events[-1].text == "shadow → sweep: the engine runs the policies made for it"
     while mode_of(s) == "sweep" and s.steps < 4000:
         s.run(5)
@@ -144,11 +144,11 @@ def test_an_observe_only_engine_that_begins_to_run_policies_is_swept() -> None:
 
 def test_a_profiled_engine_may_become_observe_only_and_run_policies_again() -> None:
     s = server()
-    s.watched, s.planner.policy = True, None
+    s.observe_only, s.planner.policy = True, None
     s.run(800)
     assert s.controller.snapshot(s.now_s).mode is Mode.SHADOW
     s._publish(s.controller.command("resume", s.now_s))
-    assert s.controller.snapshot(s.now_s).watched_only, "a command does not make it act"
+    assert s.controller.snapshot(s.now_s).observe_only, "a command does not make it act"
     s._publish(s.controller.command("shadow", s.now_s))
     assert s.controller.snapshot(s.now_s).reason == "shadow by command"
     s._publish(s.controller.command("resweep", s.now_s))
@@ -166,7 +166,7 @@ def test_trials_of_one_k_at_request_granularity_do_not_count_as_observe_only() -
     s = SimulatedServer(info, staircase())
     while mode_of(s) == "sweep" and s.steps < 3000:
         s.run(5)
-        assert not s.controller.snapshot(s.now_s).watched_only
+        assert not s.controller.snapshot(s.now_s).observe_only
     snapshot = s.controller.snapshot(s.now_s)
     assert snapshot.mode is Mode.ACTIVE
     assert [b.tokens for b in snapshot.boundaries][:3] == [32, 64, 96]

@@ -5,7 +5,7 @@ import pytest
 from adaptive_spec.control.counters import Counters
 
 
-def test_lucky_trials_survive_a_restart() -> None:
+def test_a_negative_probe_loss_survives_a_restart() -> None:
     counters = Counters(3)
     counters.probe_lost_s = -0.25
     again = Counters(3)

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from adaptive_spec.control.engine_response import IGNORED_S, IGNORED_STEPS, EngineResponse, PendingTrials
+from adaptive_spec.control.engine_response import OBSERVE_ONLY_S, OBSERVE_ONLY_STEPS, EngineResponse, PendingTrials
 from adaptive_spec.domain.policy import TRIAL_PATIENCE_STEPS, Granularity, Trial
 from adaptive_spec.domain.step_record import StepFlag, StepRecord
 from tests.support.simulated_server import SimulatedServer, engine_info, staircase
@@ -28,42 +28,42 @@ def fed(
 
 def test_steps_by_no_policy_tell_that_none_is_run() -> None:
     engine_response = EngineResponse()
-    changes = [engine_response.changed(step(0), True, 0.1 * i) for i in range(IGNORED_STEPS + 50)]
-    assert [i for i, changed in enumerate(changes) if changed] == [IGNORED_STEPS - 1]
-    assert engine_response.ignored
+    changes = [engine_response.changed(step(0), True, 0.1 * i) for i in range(OBSERVE_ONLY_STEPS + 50)]
+    assert [i for i, changed in enumerate(changes) if changed] == [OBSERVE_ONLY_STEPS - 1]
+    assert engine_response.observe_only
 
 
 def test_one_step_by_a_policy_tells_that_it_is_run() -> None:
     engine_response = EngineResponse()
-    now_s = fed(engine_response, step(0), IGNORED_STEPS - 1, 0.0)
+    now_s = fed(engine_response, step(0), OBSERVE_ONLY_STEPS - 1, 0.0)
     assert not engine_response.changed(step(4), True, now_s), "nothing new"
-    now_s = fed(engine_response, step(0), IGNORED_STEPS - 1, now_s)
-    assert not engine_response.ignored, "it counts from the beginning"
+    now_s = fed(engine_response, step(0), OBSERVE_ONLY_STEPS - 1, now_s)
+    assert not engine_response.observe_only, "it counts from the beginning"
     assert engine_response.changed(step(0), True, now_s)
     assert engine_response.changed(step(4), True, now_s), "and once more the other way"
-    assert not engine_response.ignored
+    assert not engine_response.observe_only
 
 
 def test_a_backlog_tells_nothing() -> None:
     engine_response = EngineResponse()
     fed(engine_response, step(0), 2000, 0.0, step_s=0.0)
-    assert not engine_response.ignored
+    assert not engine_response.observe_only
     engine_response.changed(step(4), True, 100.0)
-    fed(engine_response, step(0), 2000, 100.0, step_s=0.9 * IGNORED_S / 2000)
-    assert not engine_response.ignored
+    fed(engine_response, step(0), 2000, 100.0, step_s=0.9 * OBSERVE_ONLY_S / 2000)
+    assert not engine_response.observe_only
 
 
 def test_an_idle_engine_tells_nothing() -> None:
     engine_response = EngineResponse()
-    now_s = fed(engine_response, step(0), IGNORED_STEPS // 2, 0.0)
+    now_s = fed(engine_response, step(0), OBSERVE_ONLY_STEPS // 2, 0.0)
     assert not engine_response.changed(step(0), True, now_s + 3600.0)
 
 
 @pytest.mark.parametrize(("flags", "offered"), [(StepFlag.FALLBACK, True), (0, False)])
 def test_without_a_policy_to_run_nothing_is_told(flags: int, offered: bool) -> None:
     engine_response = EngineResponse()
-    fed(engine_response, step(0, flags), 10 * IGNORED_STEPS, 0.0, offered=offered)
-    assert not engine_response.ignored
+    fed(engine_response, step(0, flags), 10 * OBSERVE_ONLY_STEPS, 0.0, offered=offered)
+    assert not engine_response.observe_only
 
 
 def test_trials_end_when_they_were_run() -> None:

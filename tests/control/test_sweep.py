@@ -25,7 +25,7 @@ GUIDE_STEPS = 128 * 5
 
 
 @pytest.mark.parametrize("name", ["a100_llama3-8b_tp1", "h100_llama2-70b_tp4"])
-def test_the_boundaries_of_real_curves_from_a_quarter_of_the_guides_steps(name: str) -> None:
+def test_the_boundaries_of_real_curves_are_found_in_a_quarter_of_the_steps_of_a_full_profile(name: str) -> None:
     tokens, seconds = load(name)
     expected = {"a100_llama3-8b_tp1": [128, 256, 384, 576, 768], "h100_llama2-70b_tp4": [128, 256, 384, 512]}[name]
 

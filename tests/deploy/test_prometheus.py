@@ -116,7 +116,7 @@ def test_a_lying_draft_raises_calibration_decay_and_an_honest_one_ends_it(tmp_pa
 
         lie.unlink()
         _patiently(
-            lambda: not _firing(api) and _last_word(webhook) == {"resolved"}, "the alert to end once acceptance is learnt anew"
+            lambda: not _firing(api) and _last_word(webhook) == {"resolved"}, "the alert to end once acceptance is learnt again"
         )
         _patiently(lambda: sidecar.status()["calibration"]["ece"] < 0.05, "a small calibration error")
 

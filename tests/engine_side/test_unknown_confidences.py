@@ -6,6 +6,7 @@ import numpy as np
 
 from adaptive_spec.domain.policy import Trial
 from adaptive_spec.domain.step_record import UNKNOWN_CONFIDENCE
+from adaptive_spec.models.acceptance.calibration_maps import rate_map
 from tests.engine_side.test_planner import planner, policy
 
 
@@ -20,12 +21,12 @@ def test_a_request_of_unknown_confidence_counts_as_the_mean_of_the_others() -> N
     assert made.verify_lengths(rows).tolist() == [3, 1, 2]
 
 
-def test_where_nothing_is_known_all_drafts_are_verified() -> None:
-    stairs = np.where(np.arange(65) < 6, 1.0, 4.0).astype(np.float32)
-    made = planner(policy(verify_s=stairs))
-    made.draft_length(2, 0)
-    assert made.verify_lengths(np.full((2, 3), 1e-6, np.float32)).sum() < 6
-    assert made.verify_lengths(np.full((2, 3), UNKNOWN_CONFIDENCE, np.float32)).tolist() == [3, 3]
+def test_where_nothing_is_known_the_rates_decide_and_requests_are_alike() -> None:
+    stairs = np.where(np.arange(65) < 5, 1.0, 1.3).astype(np.float32)
+    for rate, wanted in ((0.1, [1, 1]), (0.8, [3, 3])):
+        made = planner(policy(verify_s=stairs, survival=rate_map(np.full(7, rate))))
+        made.draft_length(2, 0)
+        assert made.verify_lengths(np.full((2, 3), UNKNOWN_CONFIDENCE, np.float32)).tolist() == wanted
 
 
 def test_a_trial_without_confidences_takes_first_tokens_first() -> None:

@@ -133,10 +133,10 @@ def test_shorter_drafts_are_counted_exactly() -> None:
     full = replayed(scenario, records, "static-2").estimates["static-2"]
     assert full.mean_k == 2.0
     info = engine_info(scenario)
-    from adaptive_spec.offline.replay import Hindsight
+    from adaptive_spec.offline.replay import TraceEvaluator
 
-    hindsight = Hindsight(info, records)
-    tokens = sum(hindsight.value(i, record, Plan(2))[0] for i, record in enumerate(records))
+    evaluator = TraceEvaluator(info, records)
+    tokens = sum(evaluator.value(i, record, Plan(2))[0] for i, record in enumerate(records))
     assert tokens == pytest.approx(wanted)
 
 

@@ -125,7 +125,7 @@ def test_a_hung_server(server: GrafanaServer, token_file: Path) -> None:
     assert_one_line(dashboards("check", server, token_file, "--timeout", "0.2"), "did not answer in time (3 attempts)")
 
 
-def test_nobody_there(token_file: Path) -> None:
+def test_no_server_at_the_address(token_file: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
     result = run_cli("dashboards", "check", "--grafana-url", url, "--token-file", token_file)

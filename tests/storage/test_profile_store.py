@@ -226,7 +226,7 @@ def test_no_secret_in_the_log_of_a_failing_store(caplog: pytest.LogCaptureFixtur
 
 def test_without_fsspec(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "fsspec.core", None)
-    with pytest.raises(BadInput, match=r"profile_store: 'file:///x': fsspec is not installed: pip install"):
+    with pytest.raises(BadInput, match=r"profile_store: 'file:///x': fsspec is not installed: install the extra 'store'"):
         ProfileStore("file:///x")
 
 
@@ -261,3 +261,14 @@ def test_a_bad_store_url_is_one_line(tmp_path: Path) -> None:
     assert_one_line(result, "profile_store", "gopher://somewhere/x", "fsspec")
     (tmp_path / "config.yaml").write_text("profile_store: ''\n")
     assert_one_line(run_cli("sidecar", "--config", "config.yaml", cwd=tmp_path), "profile_store", "must be")
+
+
+def test_a_bad_key_file_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "key").write_text("k" * 64)
+    (tmp_path / "key").chmod(0o644)
+    store = f"profile_store: file://{tmp_path}/store\n"
+    (tmp_path / "config.yaml").write_text(f"{store}profile_store_key_file: key\n")
+    command = ("sidecar", "--config", "config.yaml", "--runtime-dir", "run", "--profile-dir", "p")
+    assert_one_line(run_cli(*command, cwd=tmp_path), "profile_store_key_file", "must not be readable by others", "0644")
+    (tmp_path / "config.yaml").write_text("profile_store_key_file: key\n")
+    assert_one_line(run_cli(*command, cwd=tmp_path), "profile_store_key_file", "needs profile_store")

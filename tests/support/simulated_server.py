@@ -29,7 +29,7 @@ def engine_info(granularity: Granularity, max_batch: int = 64, holds_batch: bool
 class SimulatedServer:
     """One engine with its planner, driven by a controller; time is virtual.
 
-    watched: it runs none of the policies, its own K throughout. confidences_known: otherwise all are UNKNOWN_CONFIDENCE.
+    observe_only: it runs none of the policies, its own K throughout. confidences_known: otherwise all are UNKNOWN_CONFIDENCE.
     """
 
     info: EngineInfo
@@ -44,7 +44,7 @@ class SimulatedServer:
     draft_s: float = 0.0005
     context: int = 600
     seed: int = 0
-    watched: bool = False
+    observe_only: bool = False
     confidences_known: bool = True
     settings: ControllerSettings = field(default_factory=ControllerSettings)
 
@@ -58,7 +58,7 @@ class SimulatedServer:
         self._publish(self.controller.tick(self.now_s))
 
     def _publish(self, policy: object) -> None:
-        if policy is not None and not self.watched:
+        if policy is not None and not self.observe_only:
             self.planner.adopt(policy)  # type: ignore[arg-type]  # a Policy, as the controller returns it
 
     def run(self, steps: int) -> float:
@@ -106,8 +106,8 @@ class SimulatedServer:
         )  # fmt: skip
 
     def let_act(self) -> None:
-        """From now on it runs policies, first of all the one that lies on the page."""
-        self.watched = False
+        """From now on it runs policies, first the one on the page."""
+        self.observe_only = False
         self._publish(self.controller.latest_policy)
 
     def static_goodput(self, k: int, batch_size: int | None = None) -> float:

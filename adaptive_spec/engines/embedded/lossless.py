@@ -24,7 +24,7 @@ TIE_TOLERANCE = 1e-3
 class LosslessCheck:
     """Counts of checked greedy requests: equal ones, ties (see the module) and those that differ.
 
-    exact: whether the target's arithmetic is exact, so that a tie is no excuse. tie_tolerance: in logits.
+    exact: whether the target's arithmetic is exact; then a tie counts as a difference. tie_tolerance: in logits.
     """
 
     exact: bool = True

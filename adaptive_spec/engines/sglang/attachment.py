@@ -1,6 +1,7 @@
-"""What all algorithms share: attach on all ranks or on none, open the tap, take results, write the engine report.
+"""What all algorithms share: attach, join the other ranks, open the tap, take results, write the engine report.
 
     attach                          once, while the server starts: `_before_capture`, SGLang's own work, `_begin`
+    broadcast                       every loop of the scheduler, where K is decided for several ranks
     results                         every decode step, after the algorithm's own hooks
 
 Only `attach` and `report` catch their own exceptions. Those of all other hooks are caught by `hook_guard.Guard`.
@@ -12,7 +13,8 @@ import logging
 import os
 import time
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -21,14 +23,15 @@ from numpy.typing import NDArray
 
 from adaptive_spec import __version__
 from adaptive_spec.domain.engine_info import EngineInfo
-from adaptive_spec.domain.policy import Granularity
+from adaptive_spec.domain.policy import Granularity, Policy
 from adaptive_spec.engine_side.tap import EngineTap
 from adaptive_spec.engines.sglang import contract
 from adaptive_spec.engines.sglang.hook_guard import Guard
 from adaptive_spec.engines.sglang.plugin_settings import PluginSettings
-from adaptive_spec.engines.sglang.ranks import Group, RankedTap, Rendezvous, TorchGroup, agree
+from adaptive_spec.engines.sglang.ranks import Notes, RankedTap, Steering, carried, try_policy
 from adaptive_spec.engines.sglang.stage_clock import HostClock, StageClock
 from adaptive_spec.engines.sglang.steps_in_flight import FinishedStep, OpenStep, StepsInFlight
+from adaptive_spec.engines.static_contract import installed, unmet
 from adaptive_spec.wire.engine_report import EngineReport, State, write_report
 from adaptive_spec.wire.slot import MAX_BATCH_LIMIT
 
@@ -40,11 +43,11 @@ log = logging.getLogger("sglang.adaptive_spec")
 
 
 class Place(NamedTuple):
-    """The place of this process among `ranks` tensor-parallel ranks. group: of all ranks, None for a single one."""
+    """The place of this process among `ranks` tensor-parallel ranks. first: global rank of the first of them."""
 
     rank: int
     ranks: int
-    group: Group | None
+    first: int = 0
 
 
 class Attachment:
@@ -66,7 +69,8 @@ class Attachment:
         self._state: State = "refused"
         self._reason = ""
         self._refused = False
-        self._rendezvous: Rendezvous | None = None
+        self._steering: Steering | None = None
+        """Set with several ranks."""
         self._worker: Any = None
         self._tap: EngineTap | None = None
         self._clock: StageClock = HostClock()
@@ -93,7 +97,7 @@ class Attachment:
         self.report("refused", reason)
 
     def attach(self, original: Callable[..., None], worker: Any) -> None:
-        """Around the capture of all states. Catches its own exceptions: every rank must reach `agree`, whatever failed before."""
+        """Around the capture of all states. Catches its own exceptions: rank 0 must learn of those of the others."""
         guard = self._guard
         well = guard.closed is None and self._guarded("attach", self._before_capture, worker)
         original(worker)
@@ -105,15 +109,8 @@ class Attachment:
             guard.failed("attach")
             return
         well = well and self._guarded("attach/after", self._begin, worker, place)
-        if place.group is None:
-            return
-        try:
-            guard.lockstep = agree(place.group, place.rank, place.ranks, self._terms() if well else 0)
-        except Exception:
-            guard.failed("attach")
-        if not guard.lockstep:
-            self._tap = None
-            guard.close("the ranks do not agree: a hook failed on one of them, or their settings differ")
+        if place.ranks > 1 and self._settings.mode == "active" and (not well or self._may_steer()):
+            self._join_ranks(place, well)
 
     def _guarded(self, name: str, call: Callable[..., None], *args: Any) -> bool:
         try:
@@ -131,13 +128,22 @@ class Attachment:
         """SGLang is ready: publish the engine's abilities and open the tap."""
         raise NotImplementedError
 
+    def _may_steer(self) -> bool:
+        """Whether a policy can change anything on this server in mode active."""
+        raise NotImplementedError
+
+    def _follow(self, policy: Policy) -> None:
+        """Raise if this rank could not execute the policy. Changes nothing."""
+        assert self._tap is not None
+        try_policy(self._tap.info)(policy)
+
     def _terms(self) -> int:
         """Checksum of everything beside the policy that the ranks' decisions depend on; never 0."""
         raise NotImplementedError
 
     def _crc(self, *terms: object) -> int:
         settings = self._settings
-        whole = (settings.mode, settings.rendezvous_steps, settings.k_min, settings.k_max, __version__, *terms)
+        whole = (settings.mode, settings.fallback, settings.k_min, settings.k_max, __version__, *terms)
         return zlib.crc32(repr(whole).encode()) + 1
 
     def _place(self) -> Place:
@@ -145,9 +151,7 @@ class Attachment:
         from sglang.srt.runtime_context import get_parallel
 
         parallel = get_parallel()
-        rank, ranks = int(parallel.tp_rank), int(parallel.tp_size)
-        group = TorchGroup(parallel.tp_group.cpu_group, parallel.tp_group.first_rank) if ranks > 1 else None
-        return Place(rank, ranks, group)
+        return Place(int(parallel.tp_rank), int(parallel.tp_size), int(parallel.tp_group.first_rank))
 
     def _info(
         self, worker: Any, place: Place, launch_k: int, candidates: tuple[int, ...], granularity: Granularity,
@@ -161,13 +165,86 @@ class Attachment:
 
     def _open_tap(self, info: EngineInfo, place: Place) -> EngineTap:
         settings = self._settings
-        if place.group is None:
+        if place.ranks == 1:
             return EngineTap.open(settings.runtime_dir, info, settings.max_age_s)
-        self._rendezvous = Rendezvous(place.group, place.rank, settings.rendezvous_steps)
+        self._steering = Steering(place.rank, settings.ranks_timeout_s, self._follow)
+        self._steering.on_leave = self._ranks_left
         # Rank 0 alone writes the ring and reads the page; of its opened tap only the ring is kept.
         first = EngineTap.open(settings.runtime_dir, info, settings.max_age_s) if place.rank == 0 else None
         ring = first.detach_ring() if first is not None else None
-        return RankedTap(settings.runtime_dir, info, ring, self._rendezvous, settings.max_age_s)
+        return RankedTap(settings.runtime_dir, info, ring, self._steering, settings.max_age_s)
+
+    # -- several ranks -------------------------------------------------------------------------------------------------
+
+    def _join_ranks(self, place: Place, well: bool) -> None:
+        """State this rank's terms, and carry messages with SGLang's requests. A rank that cannot states 0."""
+        well = well and self._guarded("attach/ranks", self._hook_broadcast)
+        if place.rank == 0 and not well:
+            return  # nobody hears from rank 0: all stay with SGLang's own policy
+        try:
+            notes = self._notes(place, self._terms() if well else 0)
+            if self._steering is not None and well:
+                self._steering.join(notes)
+        except Exception:
+            self._guard.failed("attach")
+
+    def _notes(self, place: Place, terms: int) -> Notes:
+        from adaptive_spec.engines.sglang.rank_notes import StoreNotes, default_store
+
+        return StoreNotes(lambda: default_store(f"adaptive_spec/{place.first}"), place.rank, place.ranks, terms)
+
+    def _hook_broadcast(self) -> None:
+        from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+        tree = installed("sglang")
+        missing = unmet(tree, contract.needs_of((contract.RANKS,))) if tree is not None else ["its source"]
+        if missing:
+            raise RuntimeError(f"{self._engine} lacks {missing[0]}")
+        [need] = contract.hooks_of(contract.RANKS)
+        HookRegistry.register(need.path, self.broadcast, HookType.AROUND)
+        HookRegistry.apply_hooks()
+
+    def broadcast(self, original: Callable[..., Any], receiver: Any, requests: Any, *args: Any, **kwargs: Any) -> Any:
+        """Around SGLang's broadcast of the requests it has received: rank 0 adds a message, every rank takes it out."""
+        steering, tap = self._steering, self._tap
+        if self._first_rank and steering is not None and isinstance(tap, RankedTap):
+            message = steering.outgoing(lambda: self._page_policy(tap), time.monotonic())
+            if message is not None:
+                requests = [*(requests or ()), tuple(message)]
+        result = original(receiver, requests, *args, **kwargs)
+        if not result or steering is None:
+            return result
+        kept, messages = carried(result)
+        for message in messages:
+            steering.incoming(message)
+        return kept
+
+    @contextmanager
+    def _alike(self, batch: Any) -> Iterator[None]:
+        """Around the decision of a step. A rank that cannot take it has no way to follow the others: all leave."""
+        steering = self._steering
+        try:
+            if steering is not None and steering.steers:
+                steering.forward_pass = int(batch.forward_iter)
+            failures = self._tap.counters.hook_failures if steering is not None and self._tap is not None else 0
+            yield
+            if steering is not None and self._tap is not None and self._tap.counters.hook_failures != failures:
+                raise RuntimeError("the decision of a step failed")
+        except Exception as error:
+            if steering is not None:
+                steering.fail(f"the decision of a step: {type(error).__name__}: {error}")
+            raise
+
+    def _page_policy(self, tap: RankedTap) -> Policy | None:
+        self._guard.fault("broadcast")
+        return tap.page_policy(time.monotonic_ns())
+
+    def _ranks_left(self) -> None:
+        self._guard.failures["ranks"] += 1
+        if self._guard.closed is not None:
+            self.report(self._state, self._reason)
+        elif self._steering is not None:
+            self.report("observing", f"the ranks left K to the fallback: {self._steering.left}")
 
     # -- every decode step ---------------------------------------------------------------------------------------------
 
@@ -190,12 +267,12 @@ class Attachment:
         self._step = None
         if step is None:
             return
-        self._ran(step, worker)
+        self._on_launched(step, worker)
         step.ended = self._clock.now()
         setattr(result, STEP_ATTRIBUTE, step)
         self._report_when_due()
 
-    def _ran(self, step: OpenStep, worker: Any) -> None:
+    def _on_launched(self, step: OpenStep, worker: Any) -> None:
         """Called when a step was launched."""
 
     def results_before(self, processor: Any, result: Any, batch: Any) -> list[bool]:
@@ -208,21 +285,16 @@ class Attachment:
             return
         delattr(result, STEP_ATTRIBUTE)
         self._in_flight.result(step, result.num_correct_drafts_per_req_cpu, counted, self._verified(result))
-        self._took(step)
+        self._on_result(step)
 
     def _verified(self, result: Any) -> NDArray[np.int64] | None:
         """Draft tokens verified by row [b]; None for all that were drafted."""
         return None
 
-    def _took(self, step: OpenStep) -> None:
+    def _on_result(self, step: OpenStep) -> None:
         """Called when the result of a step was taken."""
 
     # -- inside --------------------------------------------------------------------------------------------------------
-
-    def _fall_back_if_closed(self) -> None:
-        """Once this rank is detached, make all ranks fall back to the launch K at the next rendezvous."""
-        if self._guard.closed is not None and self._rendezvous is not None:
-            self._rendezvous.failed = True
 
     def _write(self, step: FinishedStep) -> None:
         if self._tap is not None and self._first_rank:
@@ -246,10 +318,17 @@ class Attachment:
             self.report(self._state, self._reason)
 
     def _closed(self) -> None:
+        if self._steering is not None:
+            self._steering.fail(self._guard.closed or "")
         self.report("detached", self._guard.closed or "")
 
     def _counters(self) -> dict[str, int]:
-        return {**self._tap.counters._asdict(), "steps_lost": self._in_flight.lost} if self._tap is not None else {}
+        if self._tap is None:
+            return {}
+        counters = {**self._tap.counters._asdict(), "steps_lost": self._in_flight.lost}
+        if self._steering is not None:
+            counters |= {"rank_swaps": self._steering.adopted, "rank_refusals": self._steering.refused}
+        return counters
 
     def _report_when_due(self) -> None:
         if time.monotonic() >= self._report_at_s:

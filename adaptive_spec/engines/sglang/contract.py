@@ -1,8 +1,8 @@
 """All that the plugin uses of SGLang, in one table: `NEEDS`.
 
 Read by `make sglang-matrix` for the wheels of several releases, by `doctor` and by the plugin before it hooks anything. This
-module imports the standard library alone, and nothing of SGLang. Whoever uses another name of SGLang adds it here;
-`tests/engines/sglang/test_contract.py` finds what was forgotten.
+module imports the standard library alone, and nothing of SGLang. A name of SGLang that the plugin uses must be listed
+here; `tests/engines/sglang/test_contract.py` fails for one that is not.
 
 Groups, each with what is lost without it; a server needs those of its algorithm (`EAGLE_GROUPS`, `DSPARK_GROUPS`):
 
@@ -136,7 +136,12 @@ NEEDS = (
     Need(CONFIDENCES, _SPECULATIVE + "eagle_info.EagleDraftInput", attributes=("topk_p",)),
     # -- ranks ---------------------------------------------------------------------------------------------------------
     Need(RANKS, _SRT + "runtime_context.ParallelContext", attributes=("tp_group",)),
-    Need(RANKS, _SRT + "distributed.parallel_state.GroupCoordinator", attributes=("cpu_group", "first_rank")),
+    Need(RANKS, _SRT + "distributed.parallel_state.GroupCoordinator", attributes=("first_rank",)),
+    Need(
+        RANKS, _SRT + "managers.scheduler_components.request_receiver.SchedulerRequestReceiver._broadcast_reqs_across_ranks",
+        ("self", "recv_reqs"), hook="broadcast",
+    ),
+    Need(RANKS, _BATCH, attributes=("forward_iter",)),
     # -- dspark --------------------------------------------------------------------------------------------------------
     Need(DSPARK, _DSPARK_WORKER + ".init_cuda_graphs", ("self",), hook="attach"),
     Need(DSPARK, _PLANNER + ".prepare_verify_budget", ("self", "batch"), hook="plan"),

@@ -5,10 +5,10 @@
 
 DSpark always drafts gamma tokens; what varies is how many of each request are verified. So K is gamma, the granularity is by
 request, and a policy acts through SGLang's own planner: its SPS table and temperatures (`DSparkSwap`), and, for trials of a sweep
-or probe and for a pinned K, the number of draft tokens it verifies. Ranks meet where SGLang plans the budget of a step: in `plan`
-under the overlap scheduler, else in `step`.
+or probe and for a pinned K, the number of draft tokens it verifies. A step is decided where SGLang plans its budget: in `plan`
+under the overlap scheduler, else in `step`; in both before the hooks that may fail (`Guard.around`, `first`).
 
-Exceptions are caught by `hook_guard.Guard`; SGLang then runs the step by itself.
+Exceptions are caught by `hook_guard.Guard`; SGLang then runs the step without the plugin.
 """
 
 from __future__ import annotations
@@ -16,13 +16,12 @@ from __future__ import annotations
 import logging
 import time
 from bisect import bisect_left
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from adaptive_spec.domain.policy import Granularity, Mode
+from adaptive_spec.domain.policy import Granularity, Mode, Policy
 from adaptive_spec.domain.step_record import StepFlag
 from adaptive_spec.engine_side.tap import BegunStep, EngineTap
 from adaptive_spec.engines.sglang import contract
@@ -30,7 +29,6 @@ from adaptive_spec.engines.sglang.attachment import Attachment, Place, decodes, 
 from adaptive_spec.engines.sglang.dspark_swap import DSparkSwap, launch_temperatures, nothing_to_swap
 from adaptive_spec.engines.sglang.hook_guard import Guard
 from adaptive_spec.engines.sglang.plugin_settings import PluginSettings
-from adaptive_spec.engines.sglang.ranks import Group
 from adaptive_spec.engines.sglang.stage_clock import clock_for
 from adaptive_spec.engines.sglang.steps_in_flight import OpenStep
 
@@ -76,35 +74,53 @@ class DSparkAttachment(Attachment):
         self._first_rank = place.rank == 0
         reason = nothing_to_swap(self._planner)
         if reason is None and self._settings.mode == "active":
-            unanimous = _unanimous(place.group) if place.group is not None else None
-            self._swap = DSparkSwap(self._planner, self._gamma, self._confidences.temperatures, unanimous)
+            self._swap = DSparkSwap(self._planner, self._gamma, self._confidences.temperatures)
         self._tap = self._open_tap(self._info(worker, place, self._gamma, (self._gamma,), Granularity.REQUEST), place)
         self._worker = worker
         self.report("attached" if reason is None else "observing", reason or "")
         log.info("adaptive-spec: DSPARK %s, mode %s, gamma %d. %s", self._state, self._settings.mode, self._gamma, reason or "")
+
+    def _may_steer(self) -> bool:
+        return self._swap is not None
+
+    def _follow(self, policy: Policy) -> None:
+        super()._follow(policy)
+        if self._swap is not None:
+            self._swap.check(policy)
 
     def _terms(self) -> int:
         return self._crc("dspark", self._gamma, self._swap is not None)
 
     # -- every decode step ---------------------------------------------------------------------------------------------
 
-    def plan_before(self, planner: Any, batch: Any, *args: Any, **kwargs: Any) -> None:
+    def plan_first(self, planner: Any, batch: Any, *args: Any, **kwargs: Any) -> None:
         self._begun = None
+        if self._guard.closed is not None and self._steering is None:
+            return
         if self._tap is not None and planner is self._planner and decodes(batch):
-            self._meet(self._tap, batch)
+            with self._alike(batch):
+                self._decide(self._tap, batch)
+
+    def step_first(self, worker: Any, batch: Any, *args: Any, **kwargs: Any) -> None:
+        self._step, planned = None, self._begun
+        self._begun = None
+        if self._guard.closed is not None and self._steering is None:
+            return
+        with self._alike(batch):
+            tap = self._tap_for(worker, batch)
+            if tap is None:
+                return
+            if planned is not None and planned[0] is batch:
+                self._begun = planned
+            else:
+                self._decide(tap, batch)
+            if self._swap is not None:
+                self._swap.at_forward()
 
     def step_before(self, worker: Any, batch: Any, *args: Any, **kwargs: Any) -> OpenStep | None:
-        self._step = None
-        tap = self._tap_for(worker, batch)
-        if tap is None:
+        if self._begun is None:
             return None
-        started = self._clock.now() if self._guard.closed is None else None
-        begun = self._begun[1] if self._begun is not None and self._begun[0] is batch else self._meet(tap, batch)
-        self._begun = None
-        if self._swap is not None:
-            self._swap.at_forward()
-        if started is None:
-            return None
+        begun, self._begun, started = self._begun[1], None, self._clock.now()
         ids = np.array([request_id(request) for request in batch.reqs], np.uint32)
         # The padding of the verify forward is not known yet.
         self._step = OpenStep(begun, self._gamma, ids, len(ids), started, padded_tokens=0)
@@ -142,9 +158,8 @@ class DSparkAttachment(Attachment):
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
-    def _meet(self, tap: EngineTap, batch: Any) -> BegunStep:
-        """Begin a step: all ranks meet, then the planner is set for the step."""
-        self._fall_back_if_closed()
+    def _decide(self, tap: EngineTap, batch: Any) -> None:
+        """Begin a step and set the planner for it."""
         rows, kv_tokens = len(batch.reqs), kv_tokens_of(batch)
         tap.begin_step(rows, kv_tokens, time.monotonic_ns())
         begun = tap.begun
@@ -153,10 +168,12 @@ class DSparkAttachment(Attachment):
             begun = BegunStep(begun.step, self._gamma, rows, kv_tokens, 0, 0)
         self._begun = batch, begun
         if self._swap is None:
-            return begun
-        planner = tap.planner
+            return
+        planner, refused = tap.planner, self._swap.refused
         policy = planner.policy if not begun.flags & StepFlag.FALLBACK else None
         self._swap.at_plan(policy, kv_tokens / max(rows, 1))
+        if self._steering is not None and self._swap.refused != refused:
+            self._steering.fail(f"a policy that all ranks had accepted was refused: {self._swap.reason}")
         drafted, wanted = rows * self._gamma, None
         if policy is not None and policy.acting:
             if planner.in_trial:
@@ -164,11 +181,10 @@ class DSparkAttachment(Attachment):
             elif policy.mode is Mode.PINNED:
                 wanted = drafted
         self._swap.force(wanted, rows)
-        return begun
 
     def _closed(self) -> None:
-        # With several ranks the planner keeps the agreed policy until all ranks fall back in the same step.
-        if self._swap is not None and not self._guard.lockstep:
+        # With several ranks the planner keeps the policy in use until all ranks leave in the same step.
+        if self._swap is not None and self._steering is None:
             try:
                 self._swap.force(None, 1)
                 self._swap.restore()
@@ -182,10 +198,6 @@ class DSparkAttachment(Attachment):
         if self._swap is not None:
             counters |= {"sps_swaps": self._swap.swaps, "sps_refusals": self._swap.refused}
         return counters
-
-
-def _unanimous(group: Group) -> Callable[[bool], bool]:
-    return lambda well: int(group.total(np.array([0 if well else 1], np.int64))[0]) == 0
 
 
 def _padded_rows(executor: Any, result: Any, rows: int) -> int:

@@ -16,7 +16,6 @@ ones are. Otherwise each swap would change the confidences the next calibration 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -45,8 +44,10 @@ class CostTable(NamedTuple):
 
 
 def cost_table(policy: Policy, gamma: int, kv_per_request: float = 0.0) -> CostTable:
-    """The policy's predicted step time as SGLang's table. gamma: draft tokens per request. kv_per_request: context tokens of one,
-    whose cost SGLang's table can only know as one of requests.
+    """The policy's predicted step time as SGLang's table.
+
+    gamma: draft tokens per request. kv_per_request: context tokens per request. SGLang's table has no context dimension, so
+    their cost is added to the cost per request.
 
     Raises ValueError when the policy predicts no step time for gamma, or one that is not finite and > 0.
     """
@@ -138,12 +139,12 @@ class DSparkSwap:
 
     `at_plan` before the planner plans a step, `at_forward` on the stream of its forward: temperatures are read there by graphs.
     planner: SGLang's DSparkVerifyPlanner, of which `nothing_to_swap` says None. gamma: draft tokens per request. launched: its
-    `launch_temperatures`. unanimous: whether all ranks say yes; None for one rank. swaps, refused: how often each happened.
+    `launch_temperatures`. swaps, refused: how often each happened.
     reason: of the last refusal, "" before one.
     """
 
-    def __init__(self, planner: Any, gamma: int, launched: Floats, unanimous: Callable[[bool], bool] | None = None) -> None:
-        self._planner, self._gamma, self._launched, self._unanimous = planner, gamma, launched, unanimous
+    def __init__(self, planner: Any, gamma: int, launched: Floats) -> None:
+        self._planner, self._gamma, self._launched = planner, gamma, launched
         self._budget = planner._budget_planner
         self._launch_table = self._budget.sps_table
         # One temperature for all (no file at start) is a constant of captured graphs: only a list can be written into.
@@ -160,7 +161,7 @@ class DSparkSwap:
         """Follow the policy of this step, None for none. Never raises; touches the host only.
 
         Policy not acting: back to the launch values. Paused, pinned or without a forecast: no change. With several ranks all
-        must call it in the same step with the same policy; a new policy is adopted by all of them or by none.
+        call it in the same step with the same policy, which all of them have checked before.
         """
         if policy is None or not policy.acting:
             self.restore()
@@ -172,8 +173,6 @@ class DSparkSwap:
             prepared, reason = self._prepare(policy, kv_per_request), ""
         except Exception as error:
             prepared, reason = None, one_line(error)
-        if self._unanimous is not None and not self._agreed(prepared is not None):
-            prepared, reason = None, reason or "another rank refused it"
         if prepared is None:
             self._refuse(policy.version, reason)
             return
@@ -192,7 +191,7 @@ class DSparkSwap:
         self._temperatures = wanted
 
     def force(self, draft_tokens: int | None, rows: int) -> None:
-        """Verify exactly `draft_tokens` draft tokens of `rows` requests in the next step; None: let the table decide again."""
+        """Verify exactly `draft_tokens` draft tokens of `rows` requests in the next step; None: the table decides."""
         if draft_tokens is None:
             if self._forced:
                 self._planner.set_forced_budget_frac(None)
@@ -211,11 +210,10 @@ class DSparkSwap:
             self._wanted = self._launched
             self._version = 0
 
-    def _agreed(self, well: bool) -> bool:
-        try:
-            return self._unanimous is None or self._unanimous(well)
-        except Exception:
-            return False
+    def check(self, policy: Policy) -> None:
+        """Raise if this rank could not follow a policy. Changes nothing."""
+        if policy.acting and not policy.verify_all:
+            self._prepare(policy, 1.0)
 
     def _refuse(self, version: int, reason: str) -> None:
         self.refused += 1

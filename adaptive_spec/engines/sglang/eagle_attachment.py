@@ -3,7 +3,7 @@
     worker, controller, attach      once, while the server starts
     step -> draft, draft_forward -> verify -> draft_extend -> results      every decode step
 
-Exceptions are caught by `hook_guard.Guard`; SGLang then runs the step by itself.
+Exceptions are caught by `hook_guard.Guard`; SGLang then runs the step without the plugin.
 """
 
 from __future__ import annotations
@@ -57,6 +57,8 @@ class EagleAttachment(Attachment):
         self._undecided: int | None = LAUNCH if settings.fallback == "launch" else None
         """Who chooses K of a step on which no policy of the sidecar acts; see `SidecarDraftPolicy`."""
         self._decided = self._undecided
+        self._begun: BegunStep | None = None
+        """Decision of the step that is about to run."""
         self._upkeep: SwitchUpkeep | None = None
         self._skips_extend = os.environ.get(SKIP_EXTEND_VARIABLE, "").strip().lower() in ("true", "1", "yes", "y")
         self._stale_steps = 0
@@ -134,8 +136,8 @@ class EagleAttachment(Attachment):
         allowed_from = self._policy.allowed_from(max_batch(worker)) if self._policy is not None else ()
         info = self._info(worker, place, launch_k, candidates, Granularity.BATCH, allowed_from)
         self._first_rank = place.rank == 0
-        scores = self._settings.batch_scores
-        if scores == "on" or (scores == "auto" and place.ranks == 1):
+        # With several ranks a result that one of them misses would leave it with another history, and another K.
+        if self._settings.batch_scores != "off" and place.ranks == 1:
             self._history = AcceptanceHistory(max(candidates[-1], 1), REQUESTS_REMEMBERED)
         self._tap = self._open_tap(info, place)
         self._worker = worker
@@ -144,6 +146,9 @@ class EagleAttachment(Attachment):
             log.info("adaptive-spec: attached, mode %s, K %d at launch, candidates %s", self._settings.mode, launch_k, candidates)
         else:
             self.report("observing", self._reason)
+
+    def _may_steer(self) -> bool:
+        return self._policy is not None and len(self._policy.captured) > 1
 
     def _terms(self) -> int:
         """Checksum of everything beside the policy that K depends on; never 0."""
@@ -159,37 +164,43 @@ class EagleAttachment(Attachment):
 
     # -- every decode step ---------------------------------------------------------------------------------------------
 
+    def step_first(self, worker: Any, batch: Any, *args: Any, **kwargs: Any) -> None:
+        """Decide K of the step: on every rank alike, whatever else fails on one of them."""
+        self._step, self._begun, self._decided = None, None, self._at_rest()
+        if self._guard.closed is not None and self._steering is None:
+            return
+        with self._alike(batch):
+            tap = self._tap_for(worker, batch)
+            if tap is None:
+                return
+            rows, kv_tokens = len(batch.reqs), kv_tokens_of(batch)
+            k = tap.begin_step(rows, kv_tokens, time.monotonic_ns())
+            begun, policy = tap.begun, self._policy
+            if policy is None or self._settings.mode != "active":
+                # The policy does not act on this step, so the record names none.
+                begun = BegunStep(begun.step, k, rows, kv_tokens, 0, 0)
+            elif begun.policy_version:
+                begun = self._decide(policy, begun, batch)
+            self._begun = begun
+
     def step_before(self, worker: Any, batch: Any, *args: Any, **kwargs: Any) -> OpenStep | None:
-        self._step, self._decided = None, self._undecided
-        tap = self._tap_for(worker, batch)
-        if tap is None:
+        begun, policy = self._begun, self._policy
+        if begun is None:
             return None
-        rows, kv_tokens = len(batch.reqs), kv_tokens_of(batch)
-        self._fall_back_if_closed()
-        started = self._clock.now() if self._guard.closed is None else None
-        # Before anything that can fail: the ranks meet in this call.
-        k = tap.begin_step(rows, kv_tokens, time.monotonic_ns())
-        begun = tap.begun
-        policy = self._policy
+        started = self._clock.now()
         ids = [request_id(request) for request in batch.reqs]
-        if policy is None or self._settings.mode != "active":
-            # The policy does not act on this step, so the record names none.
-            begun = BegunStep(begun.step, k, rows, kv_tokens, 0, 0)
-        elif begun.policy_version:
-            begun = self._decide(policy, begun, ids, batch)
-        if started is None:
-            return None
-        padded = policy.padded_rows(rows) if policy is not None else rows
-        self._step = OpenStep(begun, k, np.array(ids, np.uint32), padded, started, flags=_waits_on_the_host(batch))
+        padded = policy.padded_rows(begun.batch_size) if policy is not None else begun.batch_size
+        self._step = OpenStep(begun, begun.k, np.array(ids, np.uint32), padded, started, flags=_waits_on_the_host(batch))
         self._step.staged = contract.STAGE_TIMES not in self._guard.lost
         self._in_flight.begin(self._step)
         return self._step
 
-    def _ran(self, step: OpenStep, worker: Any) -> None:
+    def _on_launched(self, step: OpenStep, worker: Any) -> None:
         step.k = int(worker.speculative_num_steps)
         if self._decided is not None and self._decided not in (LAUNCH, step.k):
             step.begun = step.begun._replace(flags=step.begun.flags & ~(_TRIAL | _STEP_CHOICE) | _LIMITED)
-        self._decided = self._undecided
+        if self._steering is None:
+            self._decided = self._undecided
         if step.k == 0:
             self._stale_steps = STALE_STEPS if self._skips_extend else 0
         elif self._stale_steps:
@@ -233,7 +244,7 @@ class EagleAttachment(Attachment):
         if self._confidences is not None:
             self._guard.part("confidences", self._confidences.after_extend, batch_result.next_draft_input)
 
-    def _took(self, step: OpenStep) -> None:
+    def _on_result(self, step: OpenStep) -> None:
         if self._history is not None and not step.flags & _CENSORED and step.accept_len is not None and step.counted is not None:
             self._history.observe(step.request_ids[step.counted].tolist(), step.accept_len[step.counted], step.k)
 
@@ -253,24 +264,28 @@ class EagleAttachment(Attachment):
         """See `SidecarDraftPolicy`. Never raises."""
         if self._policy is None or self._tap is None or self._settings.mode != "active":
             return None
-        if self._guard.closed is not None and not self._guard.lockstep:
+        if self._guard.closed is not None and self._steering is None:
             return self._undecided
         return self._decided
 
-    def _decide(self, policy: SidecarDraftPolicy, begun: BegunStep, ids: list[int], batch: Any) -> BegunStep:
+    def _at_rest(self) -> int | None:
+        """Who decides without a policy. Ranks have the same setting only once rank 0 has begun."""
+        return self._undecided if self._steering is None or self._steering.steers else None
+
+    def _decide(self, policy: SidecarDraftPolicy, begun: BegunStep, batch: Any) -> BegunStep:
         """Decide K of a step on which the sidecar's policy acts: never one that is not allowed at its batch size."""
         k = policy.nearest(begun.batch_size, begun.k)
         flags = begun.flags if k == begun.k else begun.flags & ~_TRIAL | _LIMITED
         self._decided = k
-        chosen = self._by_scores(policy, ids, batch, k, begun.kv_tokens)
+        chosen = self._by_scores(policy, batch, k, begun.kv_tokens)
         self._decided = chosen
         return begun._replace(k=chosen, flags=flags if chosen == k else flags | _STEP_CHOICE)
 
-    def _by_scores(self, policy: SidecarDraftPolicy, ids: list[int], batch: Any, k: int, kv_tokens: int) -> int:
+    def _by_scores(self, policy: SidecarDraftPolicy, batch: Any, k: int, kv_tokens: int) -> int:
         """The step choice: K of this step from the acceptance history and the known scores of its requests."""
         if self._history is None or self._tap is None:
             return k
-        settings = self._settings
+        settings, ids = self._settings, [request_id(request) for request in batch.reqs]
         candidates = [c for c in policy.allowed(len(ids)) if c == k or settings.k_min <= c <= settings.k_max]
         # Without the tap topk_p is SGLang's constant 1.0.
         first = batch.spec_info.topk_p if self._confidences is not None else None
@@ -280,7 +295,7 @@ class EagleAttachment(Attachment):
 
 
 def _waits_on_the_host(batch: Any) -> int:
-    """DISTURBED for a batch whose verify stage does what the model of times does not know, else 0.
+    """DISTURBED for a batch whose verify stage does work that the latency model does not cover, else 0.
 
     Grammars: verify waits for the drafted tokens on the host and computes the mask there. Log-probabilities: verify computes
     them over the vocabulary for every accepted token.

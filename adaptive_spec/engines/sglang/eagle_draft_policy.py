@@ -11,7 +11,7 @@ from adaptive_spec.engines.sglang.steps_in_flight import MOST_OPEN
 from adaptive_spec.wire.slot import MAX_BATCH_LIMIT
 
 LAUNCH = -1
-"""Decided: the launch K, whatever it is."""
+"""Decided: the launch K."""
 
 
 class _Asked(NamedTuple):
@@ -30,8 +30,8 @@ class SidecarDraftPolicy:
           = what SGLang's own policy says                otherwise: shadow, no policy that acts, detached
 
     SGLang's own policy sees the counts of every step, also of those whose K it did not choose (`_teach`), so that it can decide
-    at once when it has to. Everything here follows from calls that SGLang makes on every rank alike, so the own policies of all
-    ranks stay equal, whatever hooks fail on one of them.
+    at once when no policy of the sidecar acts. Everything here follows from calls that SGLang makes on every rank alike, so
+    SGLang's own policies stay equal on all ranks, even if hooks fail on one of them.
 
     stock: SGLang's own policy. launch_k: K at launch. decided: returns K of the step just begun, LAUNCH, or None where SGLang's
     own policy decides; never raises. What the protocol does not name is passed on to `stock`.
@@ -122,7 +122,7 @@ class SidecarDraftPolicy:
     def allowed(self, batch_size: int) -> tuple[int, ...]:
         """K for a batch size, ascending: those that the configuration lists for it after padding, and the launch K.
 
-        With graphs, another K would run without one; without graphs it could run, but it is not what the server was told.
+        With graphs, another K would run without one. Without graphs it could run, but is not in the server's configuration.
         """
         padded = self.padded_rows(batch_size)
         found = self._allowed.get(padded)

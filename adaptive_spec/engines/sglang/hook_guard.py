@@ -21,8 +21,6 @@ FAULT_VARIABLE = "ADAPTIVE_SPEC_INJECT_FAULT"
 """For tests: comma-separated hooks that raise, such as `draft` or `draft/after`, or `draft:3` to raise three times. `@FILE`: read
 them from a file, which may change."""
 
-MEETING = frozenset({"step", "plan"})
-"""Hooks in which ranks meet; see `Guard.lockstep`."""
 ONCE = frozenset({"worker", "controller", "attach"})
 """Hooks that run once, while the server starts. One failure there detaches the plugin: it cannot be attached in part."""
 
@@ -60,11 +58,7 @@ After = Callable[..., None]
 
 
 class Guard:
-    """Counts failures by hook. closed: None, or why hooks are no longer called. on_close: called once, must not raise.
-
-    lockstep: this is one of several ranks. The hooks of `MEETING` are then called even when the guard is closed, because the
-    other ranks wait for this one in them. The agreed K stays in use until all ranks have fallen back to the launch K.
-    """
+    """Counts failures by hook. closed: None, or why hooks are no longer called. on_close: called once, must not raise."""
 
     def __init__(self, faults: str | None = None) -> None:
         text = os.environ.get(FAULT_VARIABLE, "") if faults is None else faults
@@ -72,7 +66,6 @@ class Guard:
         self._row: Counter[str] = Counter()
         self.failures: Counter[str] = Counter()
         self.closed: str | None = None
-        self.lockstep = False
         self.on_close: Callable[[], None] = lambda: None
         self.groups: Mapping[str, str] = {}
         """Group of each hook."""
@@ -94,7 +87,7 @@ class Guard:
         """Stop calling the hooks of an optional group and of those that need it, and log why in one line."""
         if group in self.lost:
             return
-        log.error("adaptive-spec: goes on without %s: %s", group, reason)
+        log.error("adaptive-spec: continues without %s: %s", group, reason)
         for name in self.optional[self.optional.index(group) :]:
             if name not in self.lost:
                 self.lost[name] = reason
@@ -134,11 +127,21 @@ class Guard:
         if self._faults is not None and self._faults.due(name):
             raise RuntimeError(f"fault injected into {name} by {FAULT_VARIABLE}")
 
-    def around(self, hook: str, before: Before | None, after: After | None) -> Callable[..., Any]:
-        """Return an AROUND hook for SGLang: `wrapper(original, *args, **kwargs)`."""
+    def around(
+        self, hook: str, before: Before | None, after: After | None, first: Callable[..., None] | None = None
+    ) -> Callable[..., Any]:
+        """Return an AROUND hook for SGLang: `wrapper(original, *args, **kwargs)`.
+
+        first: called before all else, also when the guard is closed: what all ranks must decide alike, whatever fails on one.
+        """
 
         def wrapper(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            note, went_well = None, self.closed is None or (self.lockstep and hook in MEETING)
+            if first is not None:
+                try:
+                    first(*args, **kwargs)
+                except Exception:
+                    self.failed(hook)
+            note, went_well = None, self.closed is None
             if self.lost and self.groups.get(hook, "") in self.lost:
                 went_well = False
             if went_well:

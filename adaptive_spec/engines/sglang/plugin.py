@@ -73,7 +73,7 @@ def lacking(groups: Iterable[str]) -> str:
 def _install(settings: PluginSettings, engine: str) -> None:
     """Hook what makes the worker; the first call of it decides what else is hooked."""
     guard = Guard()
-    side: list[Attachment] = []
+    made: list[Attachment] = []
 
     def closed() -> None:
         """Closed before there is an attachment, which reports for itself."""
@@ -82,9 +82,9 @@ def _install(settings: PluginSettings, engine: str) -> None:
     guard.on_close = closed
 
     def worker(note: None, worker_class: Any, algorithm: Any, server_args: Any) -> None:
-        if not side:
-            side.append(_attachment(settings, guard, engine, algorithm))
-            attach(side[0], guard, engine, worker_class, algorithm, server_args)
+        if not made:
+            made.append(_attachment(settings, guard, engine, algorithm))
+            attach(made[0], guard, engine, worker_class, algorithm, server_args)
 
     for need in contract.hooks_of(contract.OBSERVE):
         _register(need.path, guard.around(need.hook, None, worker))
@@ -100,36 +100,36 @@ def _attachment(settings: PluginSettings, guard: Guard, engine: str, algorithm: 
     return EagleAttachment(settings, guard, engine)
 
 
-def attach(side: Attachment, guard: Guard, engine: str, worker_class: Any, algorithm: Any, server_args: Any) -> None:
+def attach(attachment: Attachment, guard: Guard, engine: str, worker_class: Any, algorithm: Any, server_args: Any) -> None:
     """Hook the groups of an algorithm before its worker is made. Without one of its required groups it is not attached; without
     another group it is attached at the level below.
     """
     from sglang.srt.plugins.hook_registry import HookRegistry
 
-    side.worker_after(None, worker_class, algorithm, server_args)
+    attachment.worker_after(None, worker_class, algorithm, server_args)
     if guard.closed is not None:
         return
-    for group in side.REQUIRED_GROUPS:
+    for group in attachment.REQUIRED_GROUPS:
         missing = lacking((group,))
         if missing:
             reason = f"{engine} lacks {missing}"
             log.error("adaptive-spec: not attached: %s", reason)
-            side.refuse(reason)
+            attachment.refuse(reason)
             return
-    hooked = list(side.REQUIRED_GROUPS)
-    for group in side.OPTIONAL_GROUPS:
+    hooked = list(attachment.REQUIRED_GROUPS)
+    for group in attachment.OPTIONAL_GROUPS:
         missing = lacking((group,))
         if missing:
             guard.lose(group, f"{engine} lacks {missing}")
             break  # each level needs those below it
         hooked.append(group)
-    own: Mapping[str, Callable[..., Any]] = side.own_hooks()
+    own: Mapping[str, Callable[..., Any]] = attachment.own_hooks()
     for group in hooked:
         for need in contract.hooks_of(group):
             hook = own.get(need.hook)
             if hook is None:
-                before, after = (getattr(side, f"{need.hook}_{half}", None) for half in ("before", "after"))
-                hook = guard.around(need.hook, before, after)
+                parts = (getattr(attachment, f"{need.hook}_{part}", None) for part in ("before", "after", "first"))
+                hook = guard.around(need.hook, *parts)
             _register(need.path, hook)
     HookRegistry.apply_hooks()
 

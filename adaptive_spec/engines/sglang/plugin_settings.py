@@ -3,12 +3,14 @@
 | variable | meaning |
 |---|---|
 | ADAPTIVE_SPEC_MODE | off (default), shadow (observe and report) or active (decide K) |
-| ADAPTIVE_SPEC_CONFIG | the sidecar's YAML: its runtime_dir, and its controller.mode where ADAPTIVE_SPEC_MODE is not set |
+| ADAPTIVE_SPEC_CONFIG | the sidecar's YAML. Used: runtime_dir; max_age_s, k_min, k_max and fallback of controller.policy; |
+| | controller.mode where ADAPTIVE_SPEC_MODE is not set |
 | ADAPTIVE_SPEC_RUNTIME_DIR | folder shared with the sidecar; takes precedence over the configuration |
-| ADAPTIVE_SPEC_FALLBACK | who chooses K while no policy acts: stock (default, SGLang's own adaptive policy), launch (launch K) |
-| ADAPTIVE_SPEC_BATCH_SCORES | step choice from the batch's own scores: auto (default: with one rank only), on, off |
+| ADAPTIVE_SPEC_FALLBACK | who chooses K while no policy acts: stock (default, SGLang's own adaptive policy), launch (launch K); |
+| | takes precedence over the configuration |
+| ADAPTIVE_SPEC_BATCH_SCORES | step choice from the batch's own scores: auto (default), on, off; never with several ranks |
 | ADAPTIVE_SPEC_CONFIDENCES | draft confidences of EAGLE: on, off; takes precedence over the configuration, whose default is on |
-| ADAPTIVE_SPEC_RENDEZVOUS_STEPS | decode steps between meetings of the ranks, 1..10000, default 16. Larger: later swaps |
+| ADAPTIVE_SPEC_RANKS_TIMEOUT_S | seconds that rank 0 allows the others to answer, outside the steps, 1..3600, default 60 |
 | ADAPTIVE_SPEC_UNTESTED_SGLANG | 1: also attach to an untested SGLang version if all hook targets are found |
 """
 
@@ -37,7 +39,7 @@ class PluginSettings:
     k_min: int = 0
     k_max: int = 32
     batch_scores: Literal["auto", "on", "off"] = "auto"
-    rendezvous_steps: int = 16
+    ranks_timeout_s: int = 60
     untested_sglang: bool = False
     fallback: Literal["stock", "launch"] = "stock"
     confidences: Literal["on", "off"] = "on"
@@ -63,7 +65,7 @@ def plugin_settings(environment: Mapping[str, str]) -> PluginSettings:
     return PluginSettings(
         cast(Literal["off", "shadow", "active"], mode), runtime_dir, max_age_s, k_min, k_max,
         cast(Literal["auto", "on", "off"], _choice(environment, "BATCH_SCORES", ("auto", "on", "off"), "auto")),
-        _whole(environment, "RENDEZVOUS_STEPS", 1, 10_000, 16),
+        _whole(environment, "RANKS_TIMEOUT_S", 1, 3600, 60),
         _choice(environment, "UNTESTED_SGLANG", ("0", "1"), "0") == "1",
         cast(Literal["stock", "launch"], _choice(environment, "FALLBACK", FALLBACKS, fallback)),
         cast(Literal["on", "off"], _choice(environment, "CONFIDENCES", ("on", "off"), confidences)),
@@ -75,7 +77,7 @@ def _choice(environment: Mapping[str, str], name: str, allowed: tuple[str, ...],
     if not value:
         return default
     if value not in allowed:
-        raise BadInput(f"{PREFIX}{name}: {value!r} is not allowed: must be one of {', '.join(allowed)}")
+        raise BadInput(f"{PREFIX}{name}: must be one of {', '.join(allowed)}, got {value!r}")
     return value
 
 
@@ -84,5 +86,5 @@ def _whole(environment: Mapping[str, str], name: str, low: int, high: int, defau
     if not text:
         return default
     if not text.isascii() or not text.isdigit() or not low <= int(text) <= high:
-        raise BadInput(f"{PREFIX}{name}: {text!r} is not allowed: must be a whole number in {low}..{high}")
+        raise BadInput(f"{PREFIX}{name}: must be a whole number in {low}..{high}, got {text!r}")
     return int(text)

@@ -89,13 +89,15 @@ class Result:
         return own / best if best > 0.0 else 0.0
 
     def _policy(self, run: Run) -> dict[str, Any]:
+        file = self.scenario.file
+        limited = file.k_by_batch is not None or file.latency.k_switch_ms > 0.0
+        switching = {"k_switches": run.k_switches, "limited_steps": run.limited_steps} if limited else {}
         return {
             "goodput_tokens_per_s": run.goodput,
             "efficiency": self.efficiency(run),
             "swaps": run.swaps,
             "steps": run.steps,
-            "k_switches": run.k_switches,
-            "limited_steps": run.limited_steps,
+            **switching,
             "phases": [
                 {
                     "at_s": phase.at_s,

@@ -1,4 +1,4 @@
-"""Calibration maps: cumulative draft score -> P(accept), four ways, each fitted to the same forgetting histogram.
+"""Calibration maps: cumulative draft score -> P(accept), four ways, each fitted to the same histogram of decaying counts.
 
     linear    P_j = clip(a + b s_j)                         one line for all positions (the offline guide's map)
     binned    P_j = accepted / verified in the bin of s_j     per position, with the pooled bins as prior
@@ -7,8 +7,8 @@
                                                               where all before it were accepted
 
 s_j is the cumulative score p_1 ... p_j. Regimes: with few samples linear and logistic have less variance; chain is exact when
-acceptance depends on each token's own confidence alone; binned fits any shape once there is data. The prequential log loss
-chooses which one serves.
+acceptance depends on each token's own confidence alone; binned fits any shape once there is data. The map with the
+lowest prequential log loss is used.
 """
 
 from __future__ import annotations
@@ -173,6 +173,11 @@ def all_maps(cumulative: ScoreHistogram, at_risk: ScoreHistogram, river: RiverLo
         "binned": binned_map(cumulative),
         "linear": linear_map(cumulative),
     }
+
+
+def rate_map(rates: Floats) -> SurvivalMap:
+    """P(position j accepted | all before were), rates [max_k], whatever the confidence."""
+    return _map(np.repeat(rates[:, None], GRID_POINTS, axis=1), conditional=True)
 
 
 def _map(value: Floats, conditional: bool) -> SurvivalMap:

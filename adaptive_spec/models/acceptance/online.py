@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from adaptive_spec.domain.arrays import Floats
 from adaptive_spec.domain.step_record import UNKNOWN_CONFIDENCE, StepRecord
 from adaptive_spec.domain.survival import GridPosition, SurvivalMap, grid_position
-from adaptive_spec.models.acceptance.calibration_maps import GRID, RiverLogistic, ScoreHistogram, all_maps
+from adaptive_spec.models.acceptance.calibration_maps import GRID, RiverLogistic, ScoreHistogram, all_maps, rate_map
 from adaptive_spec.models.acceptance.draft_imputation import RecentDrafts
 from adaptive_spec.models.acceptance.position_counts import PositionCounts
 from adaptive_spec.models.acceptance.reliability import BINS, Reliability
@@ -99,6 +99,7 @@ class AcceptanceModel:
         self.losses = {kind: np.zeros(2) for kind in KINDS}
         """Forgetting (weight, sum of log losses) per map."""
         self.kind = KINDS[0]
+        self._rate_map: SurvivalMap | None = None
         self.reliability = Reliability()
         self.samples = 0
         self.recent = RecentDrafts(max_k)
@@ -110,8 +111,8 @@ class AcceptanceModel:
 
     @property
     def survival(self) -> SurvivalMap:
-        """The serving map."""
-        return self.maps[self.kind]
+        """The serving map: of the best kind, or of rates where most recent labels are of tokens that were not scored."""
+        return self.maps[self.kind] if self._rate_map is None else self._rate_map
 
     def observe(self, record: StepRecord) -> None:
         """Queue one step; `learn` takes the queue in one vectorised pass."""
@@ -153,6 +154,8 @@ class AcceptanceModel:
     def refit(self) -> None:
         """Refit every map and serve the one with the lowest prequential log loss."""
         self.maps = dict(all_maps(self.cumulative, self.at_risk, self.river))
+        mostly_unscored = self.unscored.verified[0] > self.at_risk.verified[0].sum()
+        self._rate_map = rate_map(self.conditional_rates()[0]) if mostly_unscored else None
         mean = {kind: total / weight for kind, (weight, total) in self.losses.items() if weight > 0}
         if mean:
             best = min(mean, key=mean.__getitem__)

@@ -1,4 +1,4 @@
-"""What is measured of verify latency, by token count: a read-only view for whoever chooses what to measure next."""
+"""What is measured of verify latency, by token count: a read-only view for the sweep, which chooses what to measure next."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ class PlanCostModel:
 
     The first draft token often comes with the draft-extend at no extra cost, so K counts from the second. The prediction for a
     plan is its own mean and the regression over all plans, weighted by precision; the regression weighs as much as one sample
-    whose relative error is `MISFIT_BETWEEN`. speed_factor: led by the verify latency, followed here.
+    whose relative error is `MISFIT_BETWEEN`. speed_factor: estimated from verify latency, only read here.
     """
 
     FEATURES = 6

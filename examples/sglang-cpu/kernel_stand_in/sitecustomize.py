@@ -1,7 +1,7 @@
 """Loaded by every Python process that has this folder on PYTHONPATH: lets torchvision be imported beside a CPU-only torch.
 
 torchvision's wheel is linked against CUDA, so its extension does not load here, and `import torchvision` ends in an error about
-the operator torchvision::nms. Declaring that operator just before the import is enough: nobody calls it.
+the operator torchvision::nms. Declaring that operator just before the import is enough: it is never called.
 """
 
 from __future__ import annotations

@@ -57,7 +57,7 @@ from tests.engines.sglang.dspark_stand_in import (
     verify_seconds,
 )
 from tests.engines.sglang.dspark_swap_checks import policy
-from tests.engines.sglang.thread_group import ThreadGroup, together
+from tests.engines.sglang.eagle_rank import Board, loop
 
 SERVER_ARGS = {
     "device": "cuda", "attn_dp_size": 1, "ep_join_mode": None, "pp_size": 1, "dp_size": 1, "disaggregation_mode": "null",
@@ -73,13 +73,13 @@ class Plugged:
     ) -> None:
         self.server = StandInServer(monkeypatch, folder, **server)
         monkeypatch.setenv(hook_guard.FAULT_VARIABLE, faults)
-        monkeypatch.setattr(Attachment, "_place", lambda _: Place(0, 1, None))
+        monkeypatch.setattr(Attachment, "_place", lambda _: Place(0, 1))
         made: list[DSparkAttachment] = []
         init = DSparkAttachment.__init__
 
-        def noted(side: DSparkAttachment, *args: Any) -> None:
-            init(side, *args)
-            made.append(side)
+        def noted(attachment: DSparkAttachment, *args: Any) -> None:
+            init(attachment, *args)
+            made.append(attachment)
 
         monkeypatch.setattr(DSparkAttachment, "__init__", noted)
         self.runtime_dir = folder / "run"
@@ -87,29 +87,29 @@ class Plugged:
         plugin._install(PluginSettings(plugin_mode, self.runtime_dir), "sglang test")
         HookRegistry.apply_hooks()
         assert SpeculativeAlgorithm.DSPARK.create_worker(SimpleNamespace(**SERVER_ARGS)) is DSparkWorkerV2
-        [self.side] = made
-        self.guard = self.side._guard
+        [self.attachment] = made
+        self.guard = self.attachment._guard
         self.server.start()
-        if self.side._tap is not None:
-            self.side._clock = self.server.clock
+        if self.attachment._tap is not None:
+            self.attachment._clock = self.server.clock
         self.launch_table = getattr(self.server.planner._budget_planner, "sps_table", None)
 
     def page(self) -> PolicyPage:
         page = PolicyPage.create_or_open(self.runtime_dir / PAGE_NAME, payload_bytes(MAX_BATCH, GAMMA))
         page.heartbeat(time.monotonic_ns())
-        assert self.side._tap is not None
-        self.side._tap._look_at = 0
+        assert self.attachment._tap is not None
+        self.attachment._tap._look_at = 0
         return page
 
     def records(self) -> list[StepRecord]:
         self.server.drain()
-        self.side._in_flight.interrupt()
+        self.attachment._in_flight.interrupt()
         with RingReader.open(self.runtime_dir / RING_NAME) as ring:
             return list(ring.poll(10_000))
 
     @property
     def report(self) -> EngineReport:
-        self.side.report(self.side._state, self.side._reason)
+        self.attachment.report(self.attachment._state, self.attachment._reason)
         report = read_report(self.runtime_dir)
         assert report is not None
         return report
@@ -189,7 +189,7 @@ def test_servers_that_are_left_alone(argument: str, value: Any, words: str) -> N
     assert words in reason
 
 
-def test_a_renamed_target_refuses_dspark_and_nobody_else(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+def test_a_renamed_target_refuses_dspark_only(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     path = "sglang.srt.speculative.dspark_components.dspark_planner.DSparkVerifyPlanner.renamed"
     monkeypatch.setattr(contract, "NEEDS", (*contract.NEEDS, Need(contract.DSPARK, path, ("self",), hook="plan")))
     assert plugin.lacking(contract.EAGLE_GROUPS) == "", "EAGLE is not concerned"
@@ -471,7 +471,7 @@ def test_the_loop_finds_staircase_and_temperatures(monkeypatch: pytest.MonkeyPat
         assert worth(plain) > 0.98, "of what our own search finds on the true curve, with confidences of a step or two before"
         assert np.mean([record.num_tokens % TILE == 0 for record in plain]) > 0.9, "to the ends of tiles"
         plugged.server.worker._verify_planner._budget_planner.sps_table = plugged.launch_table
-        plugged.side._swap = None
+        plugged.attachment._swap = None
         for _ in range(50):
             plugged.server.step(5)
         assert worth(ring.poll(64)) < 0.9, "the table of the launch"
@@ -499,49 +499,65 @@ def follow(page: PolicyPage, found: Policy | None, published: list[Policy]) -> N
 # -- ranks -------------------------------------------------------------------------------------------------------------
 
 
-RANKS, INTERVAL = 3, 3
+RANKS = 3
 
 
 class Rank:
     """One rank's attachment on a planner of SGLang's. The forward is left out: hooks of classes serve one rank only."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path, group: ThreadGroup, rank: int) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path, board: Board, rank: int) -> None:
         self.server = StandInServer(monkeypatch, folder)
         self.guard = Guard("")
-        self.side = DSparkAttachment(
-            PluginSettings("active", folder / "run", rendezvous_steps=INTERVAL), self.guard, "sglang test"
-        )
-        place = Place(rank, RANKS, group.member(rank))
-        self.side._place = lambda: place  # type: ignore[method-assign]  # no SGLang process groups here
-        self.plan = self.guard.around("plan", self.side.plan_before, None)
-        self.step = self.guard.around("step", self.side.step_before, self.side.step_after)
-        self.overlap = True
+        self.attachment = side = DSparkAttachment(PluginSettings("active", folder / "run"), self.guard, "sglang test")
+        self.place = place = Place(rank, RANKS)
+        side._place = lambda: place  # type: ignore[method-assign]  # no SGLang process groups here
+        side._hook_broadcast = lambda: None  # type: ignore[method-assign]
+        side._notes = lambda place, terms: board.notes(rank, terms)  # type: ignore[method-assign]
+        self.plan = self.guard.around("plan", None, None, side.plan_first)
+        self.step = self.guard.around("step", side.step_before, side.step_after, side.step_first)
+        self.overlap, self.forward_iter = True, 0
 
     def attach(self) -> None:
-        self.side.attach(lambda worker: None, self.server.worker)
+        self.attachment.attach(lambda worker: None, self.server.worker)
 
-    def run(self, steps: int) -> list[tuple[str, list[float], float | None]]:
-        """After each step: table, temperatures and forced budget."""
-        found = []
+    @property
+    def swap(self) -> Any:
+        assert self.attachment._swap is not None
+        return self.attachment._swap
+
+    def run(self) -> tuple[str, list[float], float | None]:
+        """After a step: table, temperatures and forced budget."""
         planner = self.server.planner
-        for number in range(steps):
-            batch = self.server.batch(1 + number % 4)
-            if self.overlap:
-                self.plan(lambda *_: None, planner, batch, None)
-            self.step(lambda *_: SimpleNamespace(), self.server.worker, batch)
-            found.append((
-                planner._budget_planner.sps_table.to_json(), planner._confidence_head.sts_temperatures.tolist(),
-                planner._budget_planner.forced_budget_frac,
-            ))  # fmt: skip
-        return found
+        self.forward_iter += 1
+        batch = self.server.batch(1 + self.forward_iter % 4)
+        batch.forward_iter = self.forward_iter
+        if self.overlap:
+            self.plan(lambda *_: None, planner, batch, None)
+        self.step(lambda *_: SimpleNamespace(), self.server.worker, batch)
+        budget = planner._budget_planner
+        return budget.sps_table.to_json(), planner._confidence_head.sts_temperatures.tolist(), budget.forced_budget_frac
+
+
+State = tuple[str, list[float], float | None]
+
+
+def run(ranks: list[Rank], steps: int) -> list[State]:
+    """The state after each step, equal on all ranks."""
+    found = []
+    for _ in range(steps):
+        loop(ranks)
+        states = [rank.run() for rank in ranks]
+        assert states == states[:1] * RANKS
+        found.append(states[0])
+    return found
 
 
 @pytest.fixture
 def ranks(monkeypatch: pytest.MonkeyPatch, folder: Path) -> list[Rank]:
-    group = ThreadGroup(RANKS)
-    ranks = [Rank(monkeypatch, folder, group, i) for i in range(RANKS)]
-    together(ranks, Rank.attach)
-    assert all(rank.guard.lockstep and rank.guard.closed is None for rank in ranks)
+    board = Board(RANKS)
+    ranks = [Rank(monkeypatch, folder, board, i) for i in range(RANKS)]
+    for rank in ranks:
+        rank.attach()
     return ranks
 
 
@@ -549,8 +565,8 @@ def ranks(monkeypatch: pytest.MonkeyPatch, folder: Path) -> list[Rank]:
 def page(folder: Path, ranks: list[Rank]) -> Iterator[PolicyPage]:
     with PolicyPage.create_or_open(folder / "run" / PAGE_NAME, payload_bytes(MAX_BATCH, GAMMA)) as page:
         page.heartbeat(time.monotonic_ns())
-        assert ranks[0].side._tap is not None
-        ranks[0].side._tap._look_at = 0
+        assert ranks[0].attachment._tap is not None
+        ranks[0].attachment._tap._look_at = 0
         yield page
 
 
@@ -562,38 +578,29 @@ def test_all_ranks_swap_in_the_same_step(ranks: list[Rank], page: PolicyPage, ov
     for version in range(1, 8):
         trials = (Trial(0, GAMMA, 7, 2),) if version % 2 else ()
         page.publish(dataclasses.replace(policy(version, tile=5 + version), trials=trials))
-        found = together(ranks, lambda rank: rank.run(INTERVAL + 2))
-        assert found[0] == found[1] == found[2]
-        tables |= {state[0] for state in found[0]}
+        tables |= {state[0] for state in run(ranks, 5)}
     assert len(tables) >= 5
+    assert not any(rank.guard.failures for rank in ranks)
 
 
 def test_what_one_rank_refuses_none_takes_over(ranks: list[Rank], page: PolicyPage, monkeypatch: pytest.MonkeyPatch) -> None:
     page.publish(policy(1))
-    before = together(ranks, lambda rank: rank.run(2 * INTERVAL))[0][-1]
-    swap = ranks[1].side._swap
-    assert swap is not None
-    monkeypatch.setattr(swap, "_prepare", lambda *_: {"a": 1}["x"])
+    before = run(ranks, 6)[-1]
+    monkeypatch.setattr(ranks[1].swap, "_prepare", lambda *_: {"a": 1}["x"])
     page.publish(policy(2, tile=9))
-    found = together(ranks, lambda rank: rank.run(2 * INTERVAL))
-    assert found[0] == found[1] == found[2]
-    assert found[0][-1] == before
-    swaps = [rank.side._swap for rank in ranks]
-    assert [(s.swaps, s.refused) for s in swaps if s] == [(1, 1)] * RANKS
-    assert swaps[0] is not None
-    assert swaps[0].reason == "another rank refused it"
+    assert run(ranks, 6)[-1] == before
+    assert [rank.swap.swaps for rank in ranks] == [1] * RANKS
+    assert ranks[0].attachment._counters()["rank_refusals"] == 1
 
 
 def test_a_rank_that_detaches_takes_all_back_in_the_same_step(ranks: list[Rank], page: PolicyPage) -> None:
     launched = ranks[0].server.planner._budget_planner.sps_table.to_json()
     page.publish(policy(1))
-    swapped = together(ranks, lambda rank: rank.run(2 * INTERVAL + 1))[0][-1]
+    swapped = run(ranks, 7)[-1]
     assert swapped[0] != launched
     failing = ranks[2].guard.around("draft", lambda: {"a": 1}["x"], None)
     for _ in range(FAILURES_IN_A_ROW):
         failing(lambda: None)
     assert ranks[2].guard.closed
-    found = together(ranks, lambda rank: rank.run(3 * INTERVAL))
-    assert found[0] == found[1] == found[2], "also until the meeting"
-    assert found[0][0] == swapped
-    assert found[0][-1] == (launched, [LAUNCH_TEMPERATURE] * GAMMA, None)
+    assert ranks[2].run() == ranks[0].run() == ranks[1].run() == swapped, "it goes on like the others until all leave"
+    assert run(ranks, 5)[-1] == (launched, [LAUNCH_TEMPERATURE] * GAMMA, None)

@@ -1,10 +1,11 @@
-"""A stand-in for the sidecar's end of the page, that publishes as fast as it is told: `python -m ...rank_policies DIR SEED`."""
+"""A stand-in for the sidecar's end of the page, that publishes all the time: `python -m ...rank_policies DIR SEED [acting]`."""
 
 from __future__ import annotations
 
 import random
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -35,14 +36,15 @@ def random_policy(version: int, dice: random.Random) -> Policy:
     )  # fmt: skip
 
 
-def main(runtime_dir: Path, seed: int) -> None:
+def main(runtime_dir: Path, seed: int, acting: bool) -> None:
     dice = random.Random(seed)
     with PolicyPage.create_or_open(runtime_dir / PAGE_NAME, payload_bytes(MAX_BATCH, MAX_K)) as page:
         while True:
-            page.publish(random_policy(page.last_version + 1, dice))
+            policy = random_policy(page.last_version + 1, dice)
+            page.publish(replace(policy, acting=True) if acting else policy)
             page.heartbeat(time.monotonic_ns())
-            time.sleep(dice.random() * 0.0004)
+            time.sleep(dice.random() * 0.004)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), "acting" in sys.argv)

@@ -96,7 +96,7 @@ def test_first_position_of_a_replayed_graph() -> None:
         torch.testing.assert_close(following.topk_p.reshape(-1), torch.softmax(logits, -1).max(-1).values)
 
 
-def test_a_tap_nobody_listens_to_changes_nothing() -> None:
+def test_an_unused_tap_changes_nothing() -> None:
     runner = Runner()
     tap = LogitsTap(runner, "forward")
     runner.outputs = [_output(torch.zeros(1, 2))] * 2

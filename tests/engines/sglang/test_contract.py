@@ -1,4 +1,4 @@
-"""The table of what the plugin uses of SGLang: nothing is forgotten in it, and releases whose wheels are cached meet it."""
+"""The table of what the plugin uses of SGLang: it is complete, and releases whose wheels are cached meet it."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ OURS = {
         "before_draft_forward",
         "before_extend",
         "encode",
-        "from_first",
         "send",
     ),
-    *("temperatures", "total"),
+    *("temperatures", "check", "decode", "get"),
 }
-"""Of the plugin's own objects that it holds as `Any`, and of strings. A name of SGLang belongs into the contract, not in here."""
+"""Attributes of the plugin's own objects that it holds as `Any`, of strings, and of PyTorch's store. Names of SGLang belong into
+the contract."""
 
 
 def names_of(need: Need) -> set[str]:

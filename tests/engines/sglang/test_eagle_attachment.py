@@ -1,10 +1,9 @@
-"""Several ranks in one process, as threads: whatever fails on one of them, none waits in vain and all draft the same K."""
+"""Ranks in one process, one after another: whatever fails on one of them, all draft the same K."""
 
 from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,92 +17,45 @@ from adaptive_spec.domain.policy import Mode, Trial
 from adaptive_spec.domain.step_record import UNKNOWN_CONFIDENCE, StepFlag
 from adaptive_spec.engine_side.tap import PAGE_NAME, RING_NAME
 from adaptive_spec.engines.sglang.attachment import STEP_ATTRIBUTE, Place
-from adaptive_spec.engines.sglang.eagle_attachment import SKIP_EXTEND_VARIABLE, STALE_STEPS, EagleAttachment
-from adaptive_spec.engines.sglang.hook_guard import FAILURES_IN_A_ROW, Guard
-from adaptive_spec.engines.sglang.plugin_settings import PluginSettings
+from adaptive_spec.engines.sglang.eagle_attachment import SKIP_EXTEND_VARIABLE, STALE_STEPS
+from adaptive_spec.engines.sglang.hook_guard import FAILURES_IN_A_ROW
 from adaptive_spec.wire.engine_report import read_report
 from adaptive_spec.wire.policy_page import PolicyPage, payload_bytes
 from adaptive_spec.wire.ring import RingReader
+from tests.engines.sglang.eagle_rank import LAUNCH_K, STOCK_K, Board, EagleRank, Stock, loop
 from tests.engines.sglang.rank_policies import CANDIDATES, MAX_BATCH, MAX_K, random_policy
 from tests.engines.sglang.slots import Slots
-from tests.engines.sglang.thread_group import ThreadGroup, together
 
 RANKS = 3
-INTERVAL = 4
 
 
-class Stock:
-    candidate_steps = CANDIDATES
-
-    def set_cuda_graph_bs(self, cuda_graph_bs: list[int] | None) -> None: ...
-
-    def get_steps_for_batch(self, batch_size: int) -> int:
-        return 1
-
-    def cuda_graph_bs_for_step(self, step: int) -> list[int] | None:
-        return None
+def _rank(folder: Path, **options: Any) -> EagleRank:
+    """One rank alone."""
+    return EagleRank(Place(0, 1), folder, **options)
 
 
-class Rank:
-    """An attachment with as much of a worker as it touches."""
-
-    def __init__(
-        self, rank: int, folder: Path, group: ThreadGroup | None, faults: str = "", mode: Any = "active", fallback: Any = "stock",
-        stock: Any = None, confidences: Any = "on",
-    ) -> None:  # fmt: skip
-        self.guard = Guard(faults)
-        settings = PluginSettings(mode, folder, 30.0, rendezvous_steps=INTERVAL, fallback=fallback, confidences=confidences)
-        self.attachment = EagleAttachment(settings, self.guard, "sglang test")
-        self.attachment._supported = True
-        member = group.member(rank) if group is not None else None
-        self.attachment._place = lambda: Place(rank, RANKS if group else 1, member)  # type: ignore[method-assign]  # no SGLang here
-        draft = SimpleNamespace(
-            draft_runner=SimpleNamespace(forward=lambda *_: None),
-            speculative_num_steps=3,
-            cuda_graph_runner_for_draft_extend=None,
-        )
-        runner = SimpleNamespace(model_runner=SimpleNamespace(max_running_requests=MAX_BATCH))
-        self.worker = SimpleNamespace(
-            device="cpu", speculative_num_steps=3, _draft_worker=draft, _target_worker=runner,
-            adaptive_controller=SimpleNamespace(_states=dict.fromkeys(stock.candidate_steps if stock else CANDIDATES)),
-            server_args=SimpleNamespace(model_path="/m/x"),
-        )  # fmt: skip
-        self.policy = self.attachment.draft_policy(self.worker, stock or Stock())
-        self.worker.adaptive_controller.params = self.policy
-        self.grammar = False
-        self.captured = False
-        self._step = self.guard.around("step", self.attachment.step_before, self.attachment.step_after)
-
-    def attach(self) -> None:
-        def original(worker: Any) -> None:
-            self.captured = True
-
-        self.attachment.attach(original, self.worker)
-
-    def step(self, rows: int, kv_tokens: int, run: Callable[[int], None] = lambda k: None) -> int:
-        """K the draft policy says in a decode step; run: runs it."""
-        mode = SimpleNamespace(is_extend=lambda: False, is_idle=lambda: False)
-        requests = [SimpleNamespace(rid=f"r{i}") for i in range(rows)]
-        batch = SimpleNamespace(
-            forward_mode=mode, is_extend_in_batch=False, reqs=requests, seq_lens_sum=kv_tokens,
-            has_grammar=self.grammar, return_logprob=False,
-            spec_info=SimpleNamespace(topk_p=torch.full((rows, 1), 0.9)),
-        )  # fmt: skip
-        found: list[int] = []
-
-        def forward(worker: Any, batch: Any) -> Any:
-            found.append(self.policy.get_steps_for_batch(rows))
-            run(found[0])
-            return SimpleNamespace()
-
-        result = self._step(forward, self.worker, batch)
-        if hasattr(result, STEP_ATTRIBUTE):
-            self.last = getattr(result, STEP_ATTRIBUTE)
-            self.last_begun = self.last.begun
-        return found[0]
+def _together(folder: Path, change: dict[int, dict[str, Any]] | None = None, **options: Any) -> tuple[list[EagleRank], Board]:
+    """Several ranks, attached. change: options of one rank."""
+    board = Board(RANKS)
+    ranks = [EagleRank(Place(i, RANKS), folder, **{**options, **(change or {}).get(i, {})}) for i in range(RANKS)]
+    for rank in ranks:
+        rank.attach(board)
+    return ranks, board
 
 
-def _steps(rank: Rank, count: int, seed: int) -> list[int]:
+def _run(ranks: list[EagleRank], loops: int, seed: int) -> list[int]:
+    """K of every step, equal on all ranks: a forward with two K would not end."""
+    dice, found = random.Random(seed), []
+    for _ in range(loops):
+        loop(ranks, [object()])
+        rows, kv_tokens = dice.randint(1, MAX_BATCH), dice.randint(1, 10_000)
+        ks = [rank.step(rows, kv_tokens) for rank in ranks]
+        assert ks == ks[:1] * len(ranks)
+        found.append(ks[0])
+    return found
+
+
+def _steps(rank: EagleRank, count: int, seed: int) -> list[int]:
     dice = random.Random(seed)
     return [rank.step(dice.randint(1, MAX_BATCH), dice.randint(1, 10_000)) for _ in range(count)]
 
@@ -119,58 +71,111 @@ def page(tmp_path: Path) -> Any:
 
 
 def test_all_ranks_draft_alike(tmp_path: Path, page: PolicyPage) -> None:
-    group = ThreadGroup(RANKS)
-    ranks = [Rank(i, tmp_path, group) for i in range(RANKS)]
-    together(ranks, Rank.attach)
-    assert all(rank.captured and rank.guard.closed is None and rank.guard.lockstep for rank in ranks)
-    found = together(ranks, lambda rank: _steps(rank, 60, 1))
-    assert found[0] == found[1] == found[2]
-    assert len(set(found[0])) > 1
+    ranks, _ = _together(tmp_path)
+    found = _run(ranks, 60, 1)
+    assert len(set(found)) > 1
+    assert not any(rank.guard.failures for rank in ranks)
     report = read_report(tmp_path)
     assert report is not None
     assert report.state == "attached"
     assert all(rank.attachment._history is None for rank in ranks), "no floats of one's own decide among ranks"
 
 
-@pytest.mark.parametrize(("fallback", "k"), [("stock", 1), ("launch", 3)])
-def test_a_rank_that_detaches_takes_all_back(tmp_path: Path, page: PolicyPage, fallback: str, k: int) -> None:
-    group = ThreadGroup(RANKS)
-    ranks = [Rank(i, tmp_path, group, fallback=fallback) for i in range(RANKS)]
-    together(ranks, Rank.attach)
-    before = together(ranks, lambda rank: _steps(rank, 2 * INTERVAL, 2))
-    failing = ranks[1].guard.around("results", lambda: {"a": 1}["x"], None)
-    for _ in range(FAILURES_IN_A_ROW):
-        failing(lambda: None)
-    assert ranks[1].guard.closed
-    after = together(ranks, lambda rank: _steps(rank, 10 * INTERVAL, 3))
-    assert before[0] == before[1] == before[2]
-    assert after[0] == after[1] == after[2], "also until the meeting"
-    assert set(after[0][INTERVAL:]) == {k}
+HOOKS = ("step", "step/after", "results", "results/after", "broadcast")
 
 
-@pytest.mark.parametrize("fault", ["attach", "attach/after"])
-def test_a_rank_that_cannot_attach_leaves_all_to_sglang(tmp_path: Path, page: PolicyPage, fault: str) -> None:
-    group = ThreadGroup(RANKS)
-    ranks = [Rank(i, tmp_path, group, fault if i == 2 else "") for i in range(RANKS)]
-    together(ranks, Rank.attach)
-    assert all(rank.captured and rank.guard.closed for rank in ranks)
-    found = together(ranks, lambda rank: _steps(rank, 3 * INTERVAL, 4))
-    assert found == [[1] * (3 * INTERVAL)] * RANKS, "SGLang's own policy"
+@pytest.mark.parametrize("fallback", ["stock", "launch"])
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("hook", HOOKS)
+def test_a_hook_that_fails_on_one_rank_takes_all_back(
+    tmp_path: Path, page: PolicyPage, rank: int, hook: str, fallback: str
+) -> None:
+    """From the middle of a run on; the same K in every step."""
+    faults = tmp_path / "faults"
+    faults.write_text("")
+    ranks, _ = _together(tmp_path, {rank: {"faults": f"@{faults}"}}, fallback=fallback)
+    before = _run(ranks, 30, 2)
+    assert len(set(before)) > 1
+    faults.write_text(hook)
+    after = _run(ranks, 30, 3)
+    if hook == "broadcast" and rank:
+        assert len(set(after)) > 1, "only rank 0 reads the page"
+        return
+    assert set(after[15:]) == {{"stock": STOCK_K, "launch": LAUNCH_K}[fallback]}
+    assert all(one.attachment._steering is not None and one.attachment._steering.left for one in ranks)
+    report = read_report(tmp_path)
+    assert report is not None
+    assert report.state == ("observing" if rank or hook == "broadcast" else "detached")
+    assert report.failures["ranks"] == 1
+    assert (f"rank {rank}" if rank or hook == "broadcast" else hook.partition("/")[0]) in report.reason
 
 
-def test_ranks_told_different_things_leave_all_to_sglang(tmp_path: Path, page: PolicyPage) -> None:
-    group = ThreadGroup(RANKS)
-    ranks = [Rank(i, tmp_path, group, mode="shadow" if i == 1 else "active") for i in range(RANKS)]
-    together(ranks, Rank.attach)
-    assert all("do not agree" in str(rank.guard.closed) for rank in ranks)
-    assert together(ranks, lambda rank: rank.step(4, 100)) == [1] * RANKS
+def test_one_failure_of_the_decision_itself_makes_all_leave(tmp_path: Path, page: PolicyPage) -> None:
+    """What nobody foresaw. Only of that one step can it not be said that all ranks ran the same K."""
+    ranks, _ = _together(tmp_path)
+    _run(ranks, 30, 2)
+    tap = ranks[1].attachment._tap
+    assert tap is not None
+    planner, tap.planner = tap.planner, None  # type: ignore[assignment]
+    for rank in ranks:
+        rank.step(4, 100)
+    tap.planner = planner
+    assert set(_run(ranks, 10, 3)) == {STOCK_K}
+    assert all(rank.attachment._steering is not None and "RuntimeError" in rank.attachment._steering.left for rank in ranks)
 
 
-def test_one_rank_alone_asks_nobody(tmp_path: Path, page: PolicyPage) -> None:
-    rank = Rank(0, tmp_path, None)
+@pytest.mark.parametrize("fallback", ["stock", "launch"])
+@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("fault", ["controller", "attach", "attach/after", "attach/ranks"])
+def test_a_rank_that_cannot_attach_leaves_all_to_sglang(
+    tmp_path: Path, page: PolicyPage, fault: str, rank: int, fallback: str
+) -> None:
+    ranks, _ = _together(tmp_path, {rank: {"faults": fault}}, fallback=fallback)
+    assert all(one.captured for one in ranks)
+    assert _run(ranks, 30, 4) == [STOCK_K] * 30, "SGLang's own policy"
+    assert not any(one.attachment._steering and one.attachment._steering.steers for one in ranks)
+
+
+@pytest.mark.parametrize("change", [{"mode": "shadow"}, {"fallback": "launch"}])
+def test_ranks_told_different_things_leave_all_to_sglang(tmp_path: Path, page: PolicyPage, change: dict[str, Any]) -> None:
+    ranks, _ = _together(tmp_path, {1: change})
+    assert _run(ranks, 30, 4) == [STOCK_K] * 30
+
+
+def test_a_rank_without_the_plugin_leaves_all_to_sglang(tmp_path: Path, page: PolicyPage) -> None:
+    """Nothing waits for it, and nothing that it could not read is sent to it."""
+    board = Board(RANKS)
+    ranks = [EagleRank(Place(i, RANKS), tmp_path, timeout_s=1) for i in range(RANKS - 1)]
+    for rank in ranks:
+        rank.attach(board)
+    sent: list[Any] = []
+    for second in range(30):
+        for rank in ranks[:1]:
+            assert rank.attachment._steering is not None
+            rank.attachment._steering._looked_s = -1e9
+            rank.attachment.broadcast(lambda receiver, given: sent.extend(given), None, [second])
+    assert sent == list(range(30))
+    report = read_report(tmp_path)
+    assert report is not None
+    assert report.state == "observing"
+    assert "rank 2 did not answer within 1 s" in report.reason
+
+
+@pytest.mark.parametrize("options", [{"mode": "shadow"}, {"candidates": (LAUNCH_K,)}])
+def test_without_a_k_to_decide_the_ranks_exchange_nothing(tmp_path: Path, page: PolicyPage, options: dict[str, Any]) -> None:
+    ranks, board = _together(tmp_path, **options)
+    sent: list[Any] = []
+    for rank in ranks:
+        rank.attachment.broadcast(lambda receiver, given: sent.extend(given or ()), None, [] if rank.place.rank == 0 else None)
+    _run(ranks, 30, 5)
+    assert board.calls == 0
+    assert not sent
+
+
+def test_a_single_rank_attaches_without_a_group(tmp_path: Path, page: PolicyPage) -> None:
+    rank = _rank(tmp_path)
     rank.attach()
     assert rank.guard.closed is None
-    assert not rank.guard.lockstep
     assert rank.attachment._history is not None
     found = _steps(rank, 60, 5)
     assert set(found) <= set(CANDIDATES)
@@ -181,7 +186,7 @@ def test_one_rank_alone_asks_nobody(tmp_path: Path, page: PolicyPage) -> None:
 
 @pytest.mark.parametrize(("fallback", "k"), [("stock", 1), ("launch", 3)])
 def test_without_a_policy_that_acts_the_fallback_decides(tmp_path: Path, fallback: str, k: int) -> None:
-    rank = Rank(0, tmp_path, None, fallback=fallback)
+    rank = _rank(tmp_path, fallback=fallback)
     rank.attach()
     assert _steps(rank, 5, 5) == [k] * 5, "no sidecar"
     with PolicyPage.create_or_open(tmp_path / PAGE_NAME, payload_bytes(MAX_BATCH, MAX_K)) as page:
@@ -195,12 +200,12 @@ def test_without_a_policy_that_acts_the_fallback_decides(tmp_path: Path, fallbac
 
 def test_a_step_that_cannot_be_as_asked_is_limited_and_no_trial(tmp_path: Path) -> None:
     """K 5 is captured, and not listed from 5 requests on."""
-    rank = Rank(0, tmp_path, None, stock=Slots({1: [1, 3, 5], 5: [0, 1]}))
+    rank = _rank(tmp_path, stock=Slots({1: [1, 3, 5], 5: [0, 1]}))
     rank.policy.set_cuda_graph_bs(None)
     rank.attach()
-    side = rank.attachment
-    assert side._tap is not None
-    assert side._tap.info.allowed_from == ((1, (1, 3, 5)), (5, (0, 1, 3)))
+    attachment = rank.attachment
+    assert attachment._tap is not None
+    assert attachment._tap.info.allowed_from == ((1, (1, 3, 5)), (5, (0, 1, 3)))
     policy = replace(random_policy(1, random.Random(3)), mode=Mode.ACTIVE, acting=True, trials=(Trial(0, 5, 0, 4),))
     policy.k_table[:] = 5
     with PolicyPage.create_or_open(tmp_path / PAGE_NAME, payload_bytes(MAX_BATCH, MAX_K)) as page:
@@ -225,7 +230,7 @@ def test_a_controller_that_does_not_ask_the_plugin_is_noticed(tmp_path: Path, pa
 
     class OwnController(SimpleNamespace): ...
 
-    rank = Rank(0, tmp_path, None)
+    rank = _rank(tmp_path)
     rank.worker.adaptive_controller = OwnController(_states=dict.fromkeys(CANDIDATES), params=Stock())
     rank.attach()
     report = read_report(tmp_path)
@@ -236,7 +241,7 @@ def test_a_controller_that_does_not_ask_the_plugin_is_noticed(tmp_path: Path, pa
 
 
 def test_a_step_that_waits_on_the_host_is_disturbed(tmp_path: Path) -> None:
-    rank = Rank(0, tmp_path, None)
+    rank = _rank(tmp_path)
     rank.attach()
     rank.step(2, 100)
     assert rank.last.flags == 0
@@ -248,7 +253,7 @@ def test_a_step_that_waits_on_the_host_is_disturbed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("skips", [True, False])
 def test_drafts_after_skipped_ones_teach_no_acceptance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, skips: bool) -> None:
     monkeypatch.setenv(SKIP_EXTEND_VARIABLE, str(skips).lower())
-    rank = Rank(0, tmp_path, None)
+    rank = _rank(tmp_path)
     rank.attach()
     flagged = []
     for k in (3, 0, 0, *[3] * (STALE_STEPS + 2)):
@@ -257,21 +262,21 @@ def test_drafts_after_skipped_ones_teach_no_acceptance(tmp_path: Path, monkeypat
     assert flagged == [False, False, False, *[skips] * STALE_STEPS, False, False]
 
 
-def _levels(rank: Rank) -> int | None:
+def _levels(rank: EagleRank) -> int | None:
     report = read_report(rank.attachment._settings.runtime_dir)
     assert report is not None
     return report.level
 
 
 def test_each_level_fails_alone(tmp_path: Path, page: PolicyPage, caplog: pytest.LogCaptureFixture) -> None:
-    rank = Rank(0, tmp_path, None)
+    rank = _rank(tmp_path)
     rank.attach()
-    side, guard = rank.attachment, rank.guard
+    attachment, guard = rank.attachment, rank.guard
     assert _levels(rank) == 3
-    assert side._confidences is not None
+    assert attachment._confidences is not None
     for _ in range(FAILURES_IN_A_ROW):
         guard.part("confidences", lambda: {"a": 1}["x"])
-    assert (_levels(rank), side._confidences) == (2, None)
+    assert (_levels(rank), attachment._confidences) == (2, None)
     verify = guard.around("verify", lambda *_: {"a": 1}["x"], None)
     for _ in range(FAILURES_IN_A_ROW):
         verify(lambda: None)
@@ -281,9 +286,9 @@ def test_each_level_fails_alone(tmp_path: Path, page: PolicyPage, caplog: pytest
     verify(lambda: None)
     assert not caplog.records, "one line for each level"
     assert guard.failures == {"confidences": FAILURES_IN_A_ROW, "verify": FAILURES_IN_A_ROW}
-    results = guard.around("results", side.results_before, side.results_after)
+    results = guard.around("results", attachment.results_before, attachment.results_after)
     rank.step(2, 100)
-    rank.last.ended = side._clock.now()
+    rank.last.ended = attachment._clock.now()
     result = SimpleNamespace(num_correct_drafts_per_req_cpu=[1, 2])
     setattr(result, STEP_ATTRIBUTE, rank.last)
     requests = [SimpleNamespace(is_retracted=False, finished=lambda: False)] * 2
@@ -299,11 +304,11 @@ def test_each_level_fails_alone(tmp_path: Path, page: PolicyPage, caplog: pytest
 
 
 def test_results_reach_the_ring_with_their_own_step(tmp_path: Path, page: PolicyPage) -> None:
-    rank = Rank(0, tmp_path, None)
+    rank = _rank(tmp_path)
     rank.attach()
-    side, guard = rank.attachment, rank.guard
-    verify = guard.around("verify", side.verify_before, side.verify_after)
-    results = guard.around("results", side.results_before, side.results_after)
+    attachment, guard = rank.attachment, rank.guard
+    verify = guard.around("verify", attachment.verify_before, attachment.verify_after)
+    results = guard.around("results", attachment.results_before, attachment.results_after)
     mode = SimpleNamespace(is_extend=lambda: False, is_idle=lambda: False)
     requests = [SimpleNamespace(rid=f"r{i}", is_retracted=False, finished=lambda i=i: i == 1) for i in range(3)]
     batch = SimpleNamespace(
@@ -331,7 +336,7 @@ def test_results_reach_the_ring_with_their_own_step(tmp_path: Path, page: Policy
     assert records[0].num_tokens == 12
 
 
-def _records(rank: Rank, topk_p: torch.Tensor, ran: list[int]) -> list[Any]:
+def _records(rank: EagleRank, topk_p: torch.Tensor, ran: list[int]) -> list[Any]:
     """The records of steps of two requests that ran these K, draft-extend skipped throughout."""
     side, guard = rank.attachment, rank.guard
     draft = guard.around("draft", side.draft_before, side.draft_after)
@@ -360,7 +365,7 @@ def _records(rank: Rank, topk_p: torch.Tensor, ran: list[int]) -> list[Any]:
 
 
 def test_without_confidences_the_counts_are_recorded(tmp_path: Path, page: PolicyPage) -> None:
-    rank = Rank(0, tmp_path, None, confidences="off")
+    rank = _rank(tmp_path, confidences="off")
     forward = rank.worker._draft_worker.draft_runner.forward
     rank.attach()
     assert rank.worker._draft_worker.draft_runner.forward is forward, "the draft model is left alone"
@@ -374,7 +379,7 @@ def test_without_confidences_the_counts_are_recorded(tmp_path: Path, page: Polic
 def test_the_step_choice_uses_topk_p_only_where_it_is_a_confidence(
     tmp_path: Path, page: PolicyPage, monkeypatch: pytest.MonkeyPatch, confidences: str, expected: float | None
 ) -> None:
-    rank = Rank(0, tmp_path, None, confidences=confidences)
+    rank = _rank(tmp_path, confidences=confidences)
     rank.attach()
     seen: list[Any] = []
 

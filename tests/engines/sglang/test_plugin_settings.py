@@ -27,10 +27,10 @@ def test_environment_and_configuration(tmp_path: Path) -> None:
     settings = plugin_settings({
         "ADAPTIVE_SPEC_CONFIG": str(config), "ADAPTIVE_SPEC_MODE": "Active", "ADAPTIVE_SPEC_RUNTIME_DIR": "/dev/shm/there",
         "ADAPTIVE_SPEC_CONFIDENCES": "off",
-        "ADAPTIVE_SPEC_RENDEZVOUS_STEPS": "4", "ADAPTIVE_SPEC_BATCH_SCORES": "off", "ADAPTIVE_SPEC_UNTESTED_SGLANG": "1",
+        "ADAPTIVE_SPEC_RANKS_TIMEOUT_S": "4", "ADAPTIVE_SPEC_BATCH_SCORES": "off", "ADAPTIVE_SPEC_UNTESTED_SGLANG": "1",
     })  # fmt: skip
     assert (settings.mode, settings.runtime_dir) == ("active", Path("/dev/shm/there"))
-    assert (settings.rendezvous_steps, settings.batch_scores, settings.untested_sglang) == (4, "off", True)
+    assert (settings.ranks_timeout_s, settings.batch_scores, settings.untested_sglang) == (4, "off", True)
     assert settings.confidences == "off"
     assert plugin_settings({"ADAPTIVE_SPEC_MODE": "active"}).confidences == "on"
     config.write_text("controller: {acceptance: {confidences: off}}\n")
@@ -47,8 +47,8 @@ def test_environment_and_configuration(tmp_path: Path) -> None:
         ("BATCH_SCORES", "yes", "must be one of auto, on, off"),
         ("FALLBACK", "static", "must be one of stock, launch"),
         ("CONFIDENCES", "auto", "must be one of on, off"),
-        ("RENDEZVOUS_STEPS", "0", "must be a whole number in 1..10000"),
-        ("RENDEZVOUS_STEPS", "ten", "must be a whole number in 1..10000"),
+        ("RANKS_TIMEOUT_S", "0", "must be a whole number in 1..3600"),
+        ("RANKS_TIMEOUT_S", "ten", "must be a whole number in 1..3600"),
         ("CONFIG", "/no/such/file", "cannot be read"),
     ],
 )

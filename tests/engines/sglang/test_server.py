@@ -41,7 +41,7 @@ def server(kit: CpuKit, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sg
 
 @pytest.fixture(scope="module")
 def whole(server: SglangServer) -> Iterator[RingTrace]:
-    """All records from the server's first on, until somebody ends it."""
+    """All records from the server's first on, until it is stopped."""
     traced = RingTrace(server, oldest=True)
     yield traced
     traced.end()
@@ -257,7 +257,7 @@ def test_kill_9_of_the_sidecar(server: SglangServer) -> None:
     server.load(some_prompts(8, seed=8), 4)
     report = server.report()
     assert report is not None
-    assert report.counters["fallback_steps"] > fallbacks.counters["fallback_steps"], "launch K while nobody was there"
+    assert report.counters["fallback_steps"] > fallbacks.counters["fallback_steps"], "the fallback, while there was no sidecar"
     assert server.wait(
         lambda: (
             server.metrics()["engine_events_total"].get((("event", "fallback_steps"),), 0) >= report.counters["fallback_steps"]

@@ -55,19 +55,19 @@ def test_one_k_can_be_watched(kit: CpuKit, tmp_path: Path) -> None:
         assert report.state == "observing"
         assert report.reason.startswith("speculative_adaptive=False")
         assert sum(int(r.verify_len.sum()) for r in records) == sum(a.meta["spec_num_proposed_drafts"] for a in answers)
-        # The sidecar was asked for mode active, and sees that nobody runs its trials.
+        # The sidecar was asked for mode active, and detects that its trials are not run.
         for seed in range(2, 20):
             if server.status()["mode"] == "shadow":
                 break
             server.load(some_prompts(24, seed), 6)
         status, metrics = server.settled(), server.metrics()
         assert status["mode"] == "shadow"
-        words = "the engine only lets itself be watched: its steps run none of the policies made for it"
+        words = "the engine is observe-only: its steps run none of the policies made for it"
         assert status["reason"] == f"{words} ({report.reason})"
         assert metrics["mode"][(("mode", "shadow"),)] == 1.0
         assert metrics["mode"][(("mode", "sweep"),)] == 0.0
         assert metrics["sweep_progress_ratio"] == {(): 1.0}
-        assert status["latency_points"], "it learns from what comes by itself"
+        assert status["latency_points"], "it learns from the traffic"
         assert set(status["k_by_batch_size"].values()) == {3}
 
         def load(ended: threading.Event) -> None:

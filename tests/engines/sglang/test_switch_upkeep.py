@@ -63,7 +63,7 @@ def test_the_list_stays_short_and_says_the_same() -> None:
     whole: list[tuple[str, Mapping[str, Any]]] = []
     short: list[tuple[str, Mapping[str, Any]]] = []
     for step in range(3000):
-        if step % 500 == 7:  # somebody else's change of other fields, and of one of the same
+        if step % 500 == 7:  # another component's change of other fields, and of one of the same
             entry = (f"set_internal_state {step}", {"max_running": step, "speculative_num_steps": -step})
         else:
             k = dice.choice((0, 1, 3, 7))

@@ -179,11 +179,11 @@ def test_every_policy_runs_and_repeats_itself(small: Small, name: str, granulari
 
 
 def test_a_startup_profile_does_not_notice_another_curve_and_adaptive_does(small: Small) -> None:
-    # At first a second tile is cheap, later it costs double: only who measures again stays below it.
-    cheap, dear = [[1, 10.0], [64, 10.5]], [[1, 10.0], [16, 10.5], [32, 30.0], [64, 31.0]]
+    # At first a second tile is cheap, later it costs double: a policy that measures again stays below it.
+    cheap, expensive = [[1, 10.0], [64, 10.5]], [[1, 10.0], [16, 10.5], [32, 30.0], [64, 31.0]]
     scenario = small(
         duration_s=80, **{"latency.verify_curve": cheap, "latency.noise": NOISE, "latency.draft_ms_per_step": 0.2},
-        drift=[{"at_s": 20, "verify_curve": dear}],
+        drift=[{"at_s": 20, "verify_curve": expensive}],
     )  # fmt: skip
     oracle, ours, peer = run("oracle", scenario), run("adaptive", scenario), run("startup-profile", scenario)
     assert peer.phases[0].goodput / oracle.phases[0].goodput > 0.98

@@ -1,4 +1,4 @@
-"""The simulated server keeps the contract: costs, padding, load path, acceptance, drift, and the same world for everybody."""
+"""The simulated server keeps the contract: costs, padding, load path, acceptance, drift, equal random draws for all policies."""
 
 from __future__ import annotations
 

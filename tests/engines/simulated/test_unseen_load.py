@@ -1,6 +1,6 @@
-"""A load nobody has measured yet: what the models say of it must not keep the controller from looking.
+"""A load that was not measured yet: predictions for it must not keep the controller from measuring it.
 
-Each was found by running random scenarios, and each once ended for good on a K that gave 60-90 % of what was possible.
+Each case was found by running random scenarios. In each, K once stayed where goodput was 60-90 % of the best.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def change(at_s: float, **what: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("seed", [1, 2])
 def test_a_large_batch_after_a_small_one(small: Small, seed: int) -> None:
-    """Two requests cannot tell what a draft costs per request: 120 must not be taken for sixty times as dear."""
+    """At batch size 2 the draft's cost per request is unknown: it must not be extrapolated to 60 times the cost at 120."""
     scenario = small(
         **{
             "duration_s": 120, "latency.verify_curve": steps(128, 11.7, 1.2), "latency.graph_batch_sizes": None,

@@ -56,6 +56,9 @@ def test_without_confidences_survival_is_the_product_of_the_rates() -> None:
     assert len(survival) == 512
     np.testing.assert_allclose(survival, np.tile(np.cumprod(rates), (512, 1)))
     assert model.reliability.ece is None, "there is nothing to be calibrated"
+    for confidence in (0.1, 0.5, 0.99):
+        found = model.survival.survival(np.full((1, 5), confidence, np.float32))
+        np.testing.assert_allclose(found[0], np.cumprod(rates), rtol=1e-5)
 
 
 def test_only_known_confidences_teach_the_maps() -> None:
@@ -111,6 +114,14 @@ def test_recent_drafts_of_unknown_confidence_count_as_usual_ones() -> None:
     assert usual.sum() == 256
     known = learnt([unknown(record, rows=slice(0, 0)) for record in made]).recent_survival()
     assert survival.mean(axis=0) == pytest.approx(known.mean(axis=0), abs=0.02)
+
+
+def test_the_calibration_serves_where_most_confidences_are_known() -> None:
+    made = records(40)
+    for unknown_rows, by_rates in ((7, False), (9, True)):
+        model = learnt([unknown(record, rows=slice(0, unknown_rows)) for record in made])
+        low, high = model.survival.survival(np.array([[0.2], [0.9]], np.float32))[:, 0]
+        assert low == high if by_rates else high > low + 0.3
 
 
 def test_known_drafts_give_way_to_unknown_ones() -> None:

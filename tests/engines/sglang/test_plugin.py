@@ -115,7 +115,7 @@ def test_without_a_level_those_below_are_hooked(
     kept = set(contract.LEVELS) - lost
     assert registry.names == {need.hook for need in contract.needs_of(kept) if need.hook}
     assert [record.getMessage() for record in caplog.records] == [
-        f"adaptive-spec: goes on without {group}: sglang test lacks sglang.gone: not there"
+        f"adaptive-spec: continues without {group}: sglang test lacks sglang.gone: not there"
     ]
 
 

@@ -57,7 +57,7 @@ def _missing(monkeypatch: pytest.MonkeyPatch, *groups: str) -> None:
     monkeypatch.setattr(plugin, "lacking", lacking)
 
 
-@pytest.mark.parametrize("version", ["0.5.23", "0.5.23+cu130"])
+@pytest.mark.parametrize("version", ["0.5.20", "0.5.23", "0.5.23+cu130"])
 def test_a_supported_release_with_any_local_suffix(monkeypatch: pytest.MonkeyPatch, version: str) -> None:
     _missing(monkeypatch)
     assert plugin.refusal(PluginSettings("active"), version) is None

@@ -83,7 +83,8 @@ def run(options: dict[str, Any]) -> dict[str, Any]:
     progress = Path(options["out"]).with_suffix(".steps")
     while not over:
         stop = rank == 0 and (os.path.exists(options["stop"]) or time.monotonic() - begun_s > options["limit_s"])
-        requests = ["stop"] if stop else ["request"] * same.randint(0, 2)
+        count = same.randint(0, 2)  # drawn on every rank in every loop, the last one too
+        requests = ["stop"] if stop else ["request"] * count
         # The hook's own time is what it takes beside SGLang's broadcast.
         inside = [0.0]
 

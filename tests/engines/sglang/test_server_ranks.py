@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -18,18 +19,20 @@ START_S = 500.0
 """Both ranks import SGLang and load the models, on the cores of one machine."""
 
 
+def _parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1])
+
+
 def _scheduler(server: SglangServer, rank: int) -> int:
-    """Process id of a rank's scheduler."""
+    """Process id of a rank's scheduler: it has the parent of rank 0, which wrote the report."""
+    report = server.report()
+    assert report is not None
+    parent = _parent(report.pid)
     for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit():
-            continue
-        try:
+        with contextlib.suppress(OSError, ValueError):
             title = (entry / "cmdline").read_bytes().decode(errors="replace")
-            session = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[3])
-        except (OSError, ValueError):
-            continue
-        if session == server.process.pid and title.startswith(f"sglang::scheduler_TP{rank}"):
-            return int(entry.name)
+            if title.startswith(f"sglang::scheduler_TP{rank}") and _parent(int(entry.name)) == parent:
+                return int(entry.name)
     raise AssertionError(f"no scheduler of rank {rank}")
 
 

@@ -63,7 +63,7 @@ def same_on_all(k: int) -> bool:
 def run(options: dict[str, Any]) -> dict[str, Any]:
     rank, ranks = int(options["rank"]), int(options["ranks"])
     torch.set_num_threads(1)
-    store = distributed.TCPStore("127.0.0.1", int(options["port"]), ranks, rank == 0, timeout=timedelta(seconds=30))  # type: ignore[attr-defined]
+    store = distributed.TCPStore("127.0.0.1", int(options["port"]), ranks, rank == 0, timeout=timedelta(seconds=240))  # type: ignore[attr-defined]
     distributed.init_process_group("gloo", store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=50))
     side: EagleRank | None = None
     begun_s = time.monotonic()

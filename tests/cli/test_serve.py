@@ -67,7 +67,7 @@ def test_doctor_looks_at_every_hook(kit: CpuKit, tmp_path: Path) -> None:
     )
     found = {finding["subject"]: finding for finding in json.loads(result.stdout)}
     assert found["sglang entry point"]["state"] == "note"
-    assert "ADAPTIVE_SPEC_MODE: 'x' is not allowed" in found["sglang plugin"]["text"]
+    assert "ADAPTIVE_SPEC_MODE: must be one of off, shadow, active, got 'x'" in found["sglang plugin"]["text"]
     assert result.returncode == 1
 
 

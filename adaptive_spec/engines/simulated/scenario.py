@@ -256,7 +256,7 @@ def scenario_from(data: object, name: str, folder: Path) -> Scenario:
     _check_classes(file, name)
     for batch_size, ks in (file.k_by_batch or {}).items():
         if ks[-1] > file.max_k:
-            raise BadInput(f"{name}: k_by_batch.{batch_size}: {ks[-1]} is not allowed: must be <= {file.max_k}, max_k")
+            raise BadInput(f"{name}: k_by_batch.{batch_size}: must be <= {file.max_k} (max_k), got {ks[-1]}")
     events = sorted(enumerate(file.drift or []), key=lambda numbered: numbered[1].at_s)
     curve = read_curve(file.latency.verify_curve, folder, f"{name}: latency.verify_curve")
     curves = tuple(

@@ -61,7 +61,7 @@ BAD: list[tuple[str, Any, str]] = [
     ("k_by_batch", {2: [1]}, "k_by_batch"),
     ("k_by_batch", {1: []}, "k_by_batch"),
     ("k_by_batch", {1: [3, 1]}, "k_by_batch"),
-    ("k_by_batch", {1: [9]}, "k_by_batch.1: 9"),
+    ("k_by_batch", {1: [9]}, "k_by_batch.1: must be <="),
     ("latency.k_switch_ms", -1, "latency.k_switch_ms"),
     ("colour", 1, "colour: unknown key"),
     ("latency.colour", 1, "latency.colour: unknown key"),

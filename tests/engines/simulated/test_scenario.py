@@ -48,7 +48,7 @@ REMOVED = object()
 CHAT = {"chat": 1.0}
 BAD: list[tuple[str, Any, str]] = [
     ("name", "", "name"),
-    ("name", REMOVED, "name: missing"),
+    ("name", REMOVED, "name: is missing"),
     ("granularity", "token", "granularity"),
     ("max_k", 0, "max_k"),
     ("max_k", 33, "max_k"),
@@ -67,8 +67,8 @@ BAD: list[tuple[str, Any, str]] = [
     ("latency.colour", 1, "latency.colour: unknown key"),
     ("latency.noise.colour", 1, "latency.noise.colour: unknown key; must be one of sigma"),
     ("classes.chat.colour", 1, "classes.chat.colour: unknown key"),
-    ("latency", REMOVED, "latency: missing"),
-    ("latency.verify_curve", REMOVED, "latency.verify_curve: missing"),
+    ("latency", REMOVED, "latency: is missing"),
+    ("latency.verify_curve", REMOVED, "latency.verify_curve: is missing"),
     ("latency.verify_curve", "nowhere.csv", "latency.verify_curve"),
     ("latency.verify_curve", [], "latency.verify_curve"),
     ("latency.verify_curve", [[1, 10.0]], "latency.verify_curve"),

@@ -248,6 +248,11 @@ class Attachment:
 
     # -- every decode step ---------------------------------------------------------------------------------------------
 
+    @property
+    def _inert(self) -> bool:
+        """Detached, and no other rank relies on this one: nothing is decided any more."""
+        return self._guard.closed is not None and self._steering is None
+
     def _tap_for(self, worker: Any, batch: Any) -> EngineTap | None:
         """The tap, for a decode step of the attached worker; else None. Any other batch interrupts the steps in flight."""
         if self._tap is None or worker is not self._worker:

@@ -95,7 +95,7 @@ class DSparkAttachment(Attachment):
 
     def plan_first(self, planner: Any, batch: Any, *args: Any, **kwargs: Any) -> None:
         self._begun = None
-        if self._guard.closed is not None and self._steering is None:
+        if self._inert:
             return
         if self._tap is not None and planner is self._planner and decodes(batch):
             with self._alike(batch):
@@ -104,7 +104,7 @@ class DSparkAttachment(Attachment):
     def step_first(self, worker: Any, batch: Any, *args: Any, **kwargs: Any) -> None:
         self._step, planned = None, self._begun
         self._begun = None
-        if self._guard.closed is not None and self._steering is None:
+        if self._inert:
             return
         with self._alike(batch):
             tap = self._tap_for(worker, batch)

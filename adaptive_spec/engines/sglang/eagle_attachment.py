@@ -167,7 +167,7 @@ class EagleAttachment(Attachment):
     def step_first(self, worker: Any, batch: Any, *args: Any, **kwargs: Any) -> None:
         """Decide K of the step: on every rank alike, whatever else fails on one of them."""
         self._step, self._begun, self._decided = None, None, self._at_rest()
-        if self._guard.closed is not None and self._steering is None:
+        if self._inert:
             return
         with self._alike(batch):
             tap = self._tap_for(worker, batch)
@@ -264,7 +264,7 @@ class EagleAttachment(Attachment):
         """See `SidecarDraftPolicy`. Never raises."""
         if self._policy is None or self._tap is None or self._settings.mode != "active":
             return None
-        if self._guard.closed is not None and self._steering is None:
+        if self._inert:
             return self._undecided
         return self._decided
 

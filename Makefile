@@ -82,8 +82,9 @@ images: $(STAMP)
 sglang-matrix: $(STAMP)
 	@$(BIN)/python -m tests.engines.release_matrix sglang $(ARGS)
 
-# Checks that are not part of `make test`.
+# Checks that are not part of `make test`: the releases of SGLang, and tests with the marker `nightly`.
 nightly: sglang-matrix
+	$(BIN)/python -m pytest -m nightly $(ARGS)
 
 # The plots of the status page; npm checks what it fetches against the registry's own checksum.
 UPLOT := 1.6.32

@@ -20,7 +20,7 @@ COMMAND = "make benchmarks"
 TIMELINE = "h100-70b-chat-to-code"
 SLICE_S = 2.0
 SHOWN = ("adaptive", "best static", *PEERS)
-COLOURS = ("#1b6ca8", "#666666", "#d1495b", "#edae49", "#66a182", "#8d6a9f", "#2e4057")
+COLOURS = ("#1b6ca8", "#666666", "#d1495b", "#edae49", "#66a182", "#b0b0b0", "#000000", "#8d6a9f", "#2e4057")
 
 
 def write_pages(docs: Path, summaries: Sequence[Summary], ablated: Sequence[Result], seeds: int) -> None:

@@ -247,21 +247,24 @@ def demo(
 
 
 @cli.command()
-@click.argument("scenarios", nargs=-1, required=True, type=PATH, metavar="SCENARIO.yaml...")
+@click.argument("scenarios", nargs=-1, type=PATH, metavar="[SCENARIO.yaml...]")
+@click.option("--random", "count", type=click.IntRange(1, 10_000), help="Draw so many scenarios at random, instead of files.")
+@click.option("--save", type=PATH, help="Folder to write the drawn scenarios to, as files; created if missing.")
 @click.option("--policies", default="adaptive,oracle,static,ema", show_default=True, help="Policies to run, separated by commas.")
-@click.option("--seed", type=click.IntRange(min=0), help="Seed, instead of that of the scenarios.")
+@click.option("--seed", type=click.IntRange(min=0), help="Seed, instead of that of the scenarios; with --random: of the draw.")
 @click.option("--json", "json_file", type=PATH, help="File to write the results to.")
 @click.option("--warm", is_flag=True, help="Start adaptive from a profile of the first phase instead of a sweep.")
 @click.option(
     "--jobs", type=click.IntRange(min=1), help="Number of processes; does not change the results.  [default: one per core]"
 )
 def bench(
-    scenarios: tuple[Path, ...], policies: str, seed: int | None, json_file: Path | None, warm: bool, jobs: int | None
-) -> None:
+    scenarios: tuple[Path, ...], count: int | None, save: Path | None, policies: str, seed: int | None, json_file: Path | None,
+    warm: bool, jobs: int | None,
+) -> None:  # fmt: skip
     """Compare policies on a simulated server in virtual time. Scenario files: docs/scenarios.md."""
     from adaptive_spec.engines.simulated.bench import bench as run_bench
 
-    run_bench(scenarios, policies, seed, json_file, warm, jobs)
+    run_bench(scenarios, count, save, policies, seed, json_file, warm, jobs)
 
 
 @cli.command()

@@ -11,7 +11,8 @@ from pathlib import Path
 
 from adaptive_spec.engines.simulated.catalogue import build, policy_names
 from adaptive_spec.engines.simulated.peers.sglang_ema import build_params
-from adaptive_spec.engines.simulated.report import MANY_PHASES, result_table
+from adaptive_spec.engines.simulated.random_scenarios import random_scenarios, save_random
+from adaptive_spec.engines.simulated.report import MANY_PHASES, result_table, summary_table
 from adaptive_spec.engines.simulated.results import Result, Run
 from adaptive_spec.engines.simulated.scenario import Scenario, load_scenario
 from adaptive_spec.engines.simulated.server import SimulatedServer
@@ -78,15 +79,38 @@ def _run_here(scenario: Scenario, name: str, seed: int, warm: bool, advance: Pro
     return run
 
 
-def bench(paths: Sequence[Path], policies: str, seed: int | None, json_file: Path | None, warm: bool, jobs: int | None) -> None:
-    """Run, print the tables, write the JSON. Raises BadInput before anything has run."""
+def chosen_scenarios(paths: Sequence[Path], count: int | None, save: Path | None, seed: int | None) -> list[Scenario]:
+    """The scenarios of the files, or `count` drawn with `seed` (default 0) and written to `save`. Raises BadInput."""
+    if count is None:
+        if not paths:
+            raise BadInput("SCENARIO.yaml: must be at least one scenario file, or --random N, got none")
+        if save is not None:
+            raise BadInput(f"--save: must come with --random, got {str(save)!r} alone")
+        return [load_scenario(path) for path in paths]
+    if paths:
+        raise BadInput(f"--random: must come without scenario files, got {str(paths[0])!r}")
+    if save is not None:
+        try:
+            save_random(save, count, seed or 0)
+        except OSError as error:
+            raise BadInput(f"--save: {str(save)!r} cannot be written: {error.strerror or error}") from error
+    return random_scenarios(count, seed or 0)
+
+
+def bench(
+    paths: Sequence[Path], count: int | None, save: Path | None, policies: str, seed: int | None, json_file: Path | None,
+    warm: bool, jobs: int | None,
+) -> None:  # fmt: skip
+    """Run, print the tables, write the JSON. Raises BadInput before anything has run. count, save: see `chosen_scenarios`."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     # One run uses one core. Linear algebra threads would compete for it. Must be set before a child loads numpy.
     for variable in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ.setdefault(variable, "1")
-    scenarios = [load_scenario(path) for path in paths]
+    scenarios = chosen_scenarios(paths, count, save, seed)
+    if count is not None:
+        seed = None  # each drawn scenario has a seed of its own
     names = [policy_names(policies, scenario) for scenario in scenarios]
     if json_file is not None and not json_file.absolute().parent.is_dir():
         raise BadInput(f"--json: {str(json_file)!r} cannot be written: no such folder")
@@ -112,11 +136,13 @@ def bench(paths: Sequence[Path], policies: str, seed: int | None, json_file: Pat
         for name, run in result.runs.items():
             if run.failures:
                 console.print(f"[red]{name}: {run.failures} calls of the controller failed; it fell back each time[/red]")
+    if count is not None:
+        console.print(summary_table(results))
     for wide in (False, True):
         if any(("ema-wide" if wide else "ema") in result.runs for result in results):
             console.print(f"{'ema-wide' if wide else 'ema'}: {build_params(7, wide)[1]}", highlight=False)
     if json_file is not None:
-        document = {"version": 1, "scenarios": [result.document() for result in results]}
+        document = {"version": 1, "scenarios": [result.document(expected=count is not None) for result in results]}
         try:
             write_atomically(json_file.absolute(), json.dumps(document, indent=1).encode() + b"\n")
         except OSError as error:

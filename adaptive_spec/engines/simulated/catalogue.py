@@ -10,8 +10,9 @@ from adaptive_spec.engines.simulated.decider import Decider, Static
 from adaptive_spec.engines.simulated.oracle import Oracle
 from adaptive_spec.engines.simulated.peers.goodput_bandit import GoodputBandit
 from adaptive_spec.engines.simulated.peers.offline_files import OfflineFiles
+from adaptive_spec.engines.simulated.peers.reference import Reference
 from adaptive_spec.engines.simulated.peers.sglang_ema import SglangEma
-from adaptive_spec.engines.simulated.peers.startup_profile import StartupProfile
+from adaptive_spec.engines.simulated.peers.startup_profile import CaptureTable, StartupProfile
 from adaptive_spec.engines.simulated.scenario import Scenario
 from adaptive_spec.engines.simulated.server import SimulatedServer
 from adaptive_spec.errors import BadInput
@@ -20,6 +21,8 @@ PEERS: dict[str, Callable[[Scenario, int], Decider]] = {
     "ema": lambda scenario, seed: SglangEma(scenario, wide=False),
     "ema-wide": lambda scenario, seed: SglangEma(scenario, wide=True),
     "startup-profile": StartupProfile,
+    "capture-table": CaptureTable,
+    "reference": Reference,
     "offline-files": OfflineFiles,
     "goodput-bandit": GoodputBandit,
 }

@@ -1,4 +1,4 @@
-"""The number of running requests over time: the same for every policy, from its own random stream."""
+"""Running requests and spells of slowness over time: the same for every policy, each from a random stream of its own."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from adaptive_spec.engines.simulated.scenario import TimelineEntry
+from adaptive_spec.engines.simulated.scenario import Noise, TimelineEntry
 
 TICK_S = 0.1
 
@@ -42,3 +42,23 @@ class LoadPath:
         if len(counts) == 1:
             return counts[0]
         return counts[min(int((time_s - self._starts[self._entry]) / TICK_S + 1e-9), len(counts) - 1)]
+
+
+class SlowSpells:
+    """Spells in which every step takes `Noise.spell_factor` times as long; see `Noise`."""
+
+    def __init__(self, noise: Noise, rng: np.random.Generator) -> None:
+        self._noise, self._rng = noise, rng
+        self._slow = True
+        self._until_s = 0.0
+
+    def factor(self, time_s: float) -> float:
+        """Factor of a step that begins at `time_s`; times may not go back."""
+        noise = self._noise
+        if noise.spell_gap_s <= 0.0:
+            return 1.0
+        while time_s >= self._until_s:
+            self._slow = not self._slow
+            length_s = self._rng.uniform(0.5, 1.5) * noise.spell_s if self._slow else self._rng.exponential(noise.spell_gap_s)
+            self._until_s += max(float(length_s), 1e-3)
+        return noise.spell_factor if self._slow else 1.0

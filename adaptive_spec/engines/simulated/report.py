@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 from rich.table import Table
 
 from adaptive_spec.engines.simulated.results import Result
@@ -46,4 +49,27 @@ def result_table(result: Result, seed: int | None, warm: bool) -> Table:
             *(f"{efficiency:.3f} [dim]{steps:>4}[/dim]" for efficiency, steps in shown),
             style=style,
         )
+    return table
+
+
+def summary_table(results: Sequence[Result]) -> Table:
+    """Each policy over all scenarios: geometric mean of its expected efficiency, its standard error, the worst scenario."""
+    table = Table(
+        title="all scenarios, by expected goodput of the plans that were run: over the oracle's, the best greedy choice per step",
+        title_justify="left",
+    )
+    table.add_column("policy", no_wrap=True)
+    for words in ("scenarios", "geometric mean", "std. error", "worst"):
+        table.add_column(words, justify="right", no_wrap=True)
+    table.add_column("worst scenario", no_wrap=True)
+    for name in dict.fromkeys(name for result in results for name in result.runs):
+        with_it = [result for result in results if name in result.runs]
+        values = [result.expected_efficiency(result.runs[name]) for result in with_it]
+        logs = np.log(values)
+        error = float(logs.std(ddof=1)) / len(logs) ** 0.5 if len(logs) > 1 else 0.0
+        worst = int(np.argmin(values))
+        table.add_row(
+            name, str(len(values)), f"{np.exp(logs.mean()):.4f}", f"{error:.4f}", f"{values[worst]:.3f}",
+            with_it[worst].scenario.name,
+        )  # fmt: skip
     return table

@@ -16,6 +16,7 @@ GOOD = 0.95
 class Phase:
     """The steps between two events. tokens, seconds: of the steps begun in it. good_after: decode steps until the
     50-step mean of the chosen plans' expected goodput reached 95 % of the oracle's in the same states, None if never.
+    expected_tokens, expected_s: what the chosen plans gave and took in expectation, without noise of acceptance or time.
     """
 
     at_s: float
@@ -23,6 +24,8 @@ class Phase:
     seconds: float = 0.0
     steps: int = 0
     good_after: int | None = None
+    expected_tokens: float = 0.0
+    expected_s: float = 0.0
     _chosen: list[float] = field(default_factory=list, repr=False)
     _best: list[float] = field(default_factory=list, repr=False)
 
@@ -30,6 +33,11 @@ class Phase:
     def goodput(self) -> float:
         """Tokens per simulated second, 0 when no step began in it."""
         return self.tokens / self.seconds if self.seconds > 0.0 else 0.0
+
+    def expect(self, tokens: float, seconds: float) -> None:
+        """Count one step's expected output and time."""
+        self.expected_tokens += tokens
+        self.expected_s += seconds
 
     def compare(self, chosen: float, best: float) -> None:
         """Count one step's expected goodput beside the oracle's."""
@@ -64,6 +72,11 @@ class Run:
         """Tokens per simulated second."""
         return self.tokens / self.seconds
 
+    @property
+    def expected_goodput(self) -> float:
+        """Expected tokens per expected second of the plans that were run: goodput without the noise of single steps."""
+        return sum(phase.expected_tokens for phase in self.phases) / sum(phase.expected_s for phase in self.phases)
+
 
 @dataclass(frozen=True)
 class Result:
@@ -73,13 +86,13 @@ class Result:
     runs: dict[str, Run]
     oracle: Run
 
-    def document(self) -> dict[str, Any]:
-        """The scenario's part of `--json`."""
-        return {
-            "name": self.scenario.name,
-            "granularity": self.scenario.file.granularity,
-            "policies": {name: self._policy(run) for name, run in self.runs.items()},
-        }
+    def document(self, expected: bool = False) -> dict[str, Any]:
+        """The scenario's part of `--json`. expected: with the efficiency by expected goodput of each policy."""
+        policies = {name: self._policy(run) for name, run in self.runs.items()}
+        if expected:
+            for name, run in self.runs.items():
+                policies[name]["expected_efficiency"] = self.expected_efficiency(run)
+        return {"name": self.scenario.name, "granularity": self.scenario.file.granularity, "policies": policies}
 
     def efficiency(self, run: Run, phase: int | None = None) -> float:
         """Goodput over the oracle's, of the whole run or of one phase."""
@@ -87,6 +100,10 @@ class Result:
             return run.goodput / self.oracle.goodput
         own, best = run.phases[phase].goodput, self.oracle.phases[phase].goodput
         return own / best if best > 0.0 else 0.0
+
+    def expected_efficiency(self, run: Run) -> float:
+        """Expected goodput of the plans that were run over that of the oracle's."""
+        return run.expected_goodput / self.oracle.expected_goodput
 
     def _policy(self, run: Run) -> dict[str, Any]:
         file = self.scenario.file

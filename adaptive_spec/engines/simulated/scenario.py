@@ -26,7 +26,7 @@ from adaptive_spec.wire.slot import MAX_BATCH_LIMIT, MAX_K_LIMIT
 
 MS_LIMIT = 1e6
 LAUNCH_K = 3
-"""Draft length servers are launched with, cut to max_k."""
+"""Draft length servers are launched with where the scenario has no launch_k, cut to max_k."""
 
 
 def _curve_form(value: Any) -> str | list[list[float]]:
@@ -63,11 +63,18 @@ class _Part(BaseModel):
 
 
 class Noise(_Part):
-    """Noise of step times: lognormal with mean 1; with probability spike_rate a step is multiplied by spike_factor."""
+    """Noise of step times: lognormal with mean 1; with probability spike_rate a step is multiplied by spike_factor.
+
+    Spells of slowness, as a neighbour on the machine makes them: all steps are multiplied by spell_factor for a uniform time of
+    0.5 to 1.5 spell_s, then run undisturbed for an exponential time of mean spell_gap_s. spell_gap_s 0: no spells.
+    """
 
     sigma: float = Field(0.0, ge=0.0, le=2.0)
     spike_rate: float = Field(0.0, ge=0.0, le=1.0)
     spike_factor: float = Field(1.0, ge=1.0, le=1e4)
+    spell_gap_s: float = Field(0.0, ge=0.0, le=1e6)
+    spell_s: float = Field(1.0, gt=0.0, le=1e6)
+    spell_factor: float = Field(1.0, ge=1.0, le=1e4)
 
 
 class Latency(_Part):
@@ -171,6 +178,7 @@ class ScenarioFile(_Part):
     drift: list[DriftEvent] | None = None
     mean_output_tokens: float = Field(200.0, ge=1.0, le=1e9)
     k_by_batch: dict[int, list[int]] | None = None
+    launch_k: int | None = Field(None, ge=0, le=MAX_K_LIMIT)
 
     @field_validator("k_by_batch")
     @classmethod
@@ -206,7 +214,7 @@ class Scenario:
 
     @property
     def launch_k(self) -> int:
-        return min(LAUNCH_K, self.max_k)
+        return min(LAUNCH_K, self.max_k) if self.file.launch_k is None else self.file.launch_k
 
     @cached_property
     def allowed_from(self) -> AllowedFrom:
@@ -257,6 +265,8 @@ def scenario_from(data: object, name: str, folder: Path) -> Scenario:
     for batch_size, ks in (file.k_by_batch or {}).items():
         if ks[-1] > file.max_k:
             raise BadInput(f"{name}: k_by_batch.{batch_size}: must be <= {file.max_k} (max_k), got {ks[-1]}")
+    if file.launch_k is not None and file.launch_k > file.max_k:
+        raise BadInput(f"{name}: launch_k: must be <= {file.max_k} (max_k), got {file.launch_k}")
     events = sorted(enumerate(file.drift or []), key=lambda numbered: numbered[1].at_s)
     curve = read_curve(file.latency.verify_curve, folder, f"{name}: latency.verify_curve")
     curves = tuple(

@@ -12,14 +12,14 @@ from adaptive_spec.domain.allowed import runnable_table
 from adaptive_spec.domain.arrays import Floats
 from adaptive_spec.domain.step_record import StepFlag, StepRecord
 from adaptive_spec.engines.simulated.decider import Decider
-from adaptive_spec.engines.simulated.load_path import LoadPath
+from adaptive_spec.engines.simulated.load_path import LoadPath, SlowSpells
 from adaptive_spec.engines.simulated.plans import Costs, best_ragged, expected_tokens
 from adaptive_spec.engines.simulated.requests import Requests
 from adaptive_spec.engines.simulated.results import Phase, Run
 from adaptive_spec.engines.simulated.scenario import Scenario
 
 NOISE_AHEAD = 4096
-PATH, DRAFTS, NOISE = 11, 12, 13
+PATH, DRAFTS, NOISE, SPELLS = 11, 12, 13, 14
 """Names of random streams."""
 NO_SCORES = np.zeros((0, 0), dtype=np.float32)
 
@@ -41,6 +41,7 @@ class SimulatedServer:
         self.time_s = 0.0
         self.steps = 0
         self._path = LoadPath(scenario.file.timeline, scenario.file.duration_s, path)
+        self._spells = SlowSpells(scenario.file.latency.noise, np.random.default_rng([seed, SPELLS]))
         self._drafts, self._noise_rng = drafts, noise
         self._noise: list[float] = []
         self._entry = self._event = 0
@@ -88,15 +89,17 @@ class SimulatedServer:
         decider.expect(requests.ids[:b])
         k = self._run(decider.draft_length(b, kv), b)
         step_ms = self.costs.batch_step_ms(b, kv)
+        expected = expected_tokens(requests.survival[:b])
+        phase.expect(float(expected[k]), float(step_ms[k]) * 1e-3 + self._switch_s)
         if phase.good_after is None:
-            goodput = expected_tokens(requests.survival[:b]) / step_ms
+            goodput = expected / step_ms
             phase.compare(float(goodput[k]), float(goodput[self._allowed_mask[b]].max()))
         accepted = (requests.luck()[:, None] < requests.survival[:b, :k]).sum(axis=1)
         confidences = NO_SCORES
         if decider.reads_scores:
             confidences = requests.confidences(requests.draw_after(k, accepted, self._drafts))
         tokens = int(accepted.sum()) + b
-        noise = self._next_noise()
+        noise = self._next_noise() * self._spells.factor(self.time_s)
         scale = self.costs.scale * noise * 1e-3
         step_s = float(step_ms[k]) * noise * 1e-3 + self._switch_s
         self.time_s += step_s
@@ -129,14 +132,14 @@ class SimulatedServer:
             np.minimum(accepted, verify_len, out=accepted)
             num_tokens = b + int(verify_len.sum())
         step_ms = self.costs.ragged_step_ms(k, num_tokens, kv)
+        if verify_len is not None:
+            survival = survival[np.arange(k) < verify_len[:, None]]
+        expected = b + float(survival.sum())
+        phase.expect(expected, step_ms * 1e-3 + self._switch_s)
         if compared:
-            if verify_len is not None:
-                survival = survival[np.arange(k) < verify_len[:, None]]
-            phase.compare(
-                (b + float(survival.sum())) / step_ms, best_ragged(self.q, self.costs, kv, self.scenario.allowed_k(b))[2]
-            )
+            phase.compare(expected / step_ms, best_ragged(self.q, self.costs, kv, self.scenario.allowed_k(b))[2])
         tokens = int(accepted.sum()) + b
-        noise = self._next_noise()
+        noise = self._next_noise() * self._spells.factor(self.time_s)
         scale = self.costs.scale * noise * 1e-3
         step_s = step_ms * noise * 1e-3 + self._switch_s
         self.time_s += step_s

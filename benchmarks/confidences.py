@@ -36,7 +36,7 @@ def cost(vocabulary: int, rows: int) -> dict[str, list[float]]:
     import torch
     from torch import Tensor
 
-    from adaptive_spec.engines.sglang.max_probability import max_probability
+    from adaptive_spec.engines.common.max_probability import max_probability
 
     def softmax(logits: Tensor) -> Tensor:
         return torch.softmax(logits.float(), dim=-1).amax(dim=-1)

@@ -32,8 +32,8 @@ import click
 
 from adaptive_spec.client.sglang import ServerApi
 from adaptive_spec.client.sidecar import ControlClient
+from adaptive_spec.engines.common.ring_follower import RingFollower
 from adaptive_spec.engines.sglang.cpu_kit import CpuKit, Prompt
-from adaptive_spec.engines.sglang.ring_follower import RingFollower
 from adaptive_spec.errors import BadInput
 
 START_TIMEOUT_S = 240.0

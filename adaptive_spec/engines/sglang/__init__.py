@@ -1,20 +1,16 @@
 """The SGLang plugin: chooses K, or the verify lengths of DSpark, inside SGLang's scheduler processes. See docs/sglang.md.
 
 Loaded by SGLang's processes. They import numpy and the standard library only, torch and SGLang inside functions, and
-`plugin_settings` imports `config` (pydantic, PyYAML) when ADAPTIVE_SPEC_CONFIG is set:
+`common.plugin_settings` imports `config` (pydantic, PyYAML) when ADAPTIVE_SPEC_CONFIG is set:
 
     plugin                the entry point `register`: decides whether to hook into this SGLang, and registers the hooks
-    plugin_settings       the environment variables that configure the plugin
     contract              all that is hooked or used of SGLang, in groups that may fail separately, and the supported releases
-    hook_guard            wraps every hook: counts failures, keeps them from SGLang, detaches after too many
     attachment            what all algorithms share: start-up, the tap, the ranks, results, the engine report
     eagle_attachment      the hooks of an EAGLE server, which decide K of each step
     dspark_attachment     the hooks of a DSPARK server, which decide how many draft tokens are verified
     eagle_draft_policy    gives K to SGLang's AdaptiveController by its protocol `AdaptiveSpecPolicy`
     dspark_swap           turns a policy into DSpark's SPS cost table and temperatures, and swaps them in the running planner
     supported_servers     which server arguments the plugin can decide for, observe only, or must refuse
-    steps_in_flight       matches each decode step with its own result and times, and writes the finished step
-    stage_clock           stage times: the host's clock on a CPU, CUDA events on a GPU
     confidences           draft confidences from the draft model's logits, copied to the host without waiting
     switch_upkeep         bounds the log lines and list entries that SGLang adds at every K switch
     ranks                 all tensor-parallel ranks act on the same policy in every step
@@ -25,5 +21,4 @@ Not loaded by SGLang's processes:
     doctor_checks         what `adaptive-spec doctor` reports of an installed SGLang
     cpu_kit               starts a real SGLang server on a CPU (examples/sglang-cpu)
     demo_worker           the engine process of `adaptive-spec demo --engine sglang`
-    ring_follower         figures of a running server from its record ring, for the demonstration and benchmarks
 """

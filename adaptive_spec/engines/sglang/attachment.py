@@ -25,12 +25,12 @@ from adaptive_spec import __version__
 from adaptive_spec.domain.engine_info import EngineInfo
 from adaptive_spec.domain.policy import Granularity, Policy
 from adaptive_spec.engine_side.tap import EngineTap
+from adaptive_spec.engines.common.hook_guard import Guard
+from adaptive_spec.engines.common.plugin_settings import PluginSettings
+from adaptive_spec.engines.common.stage_clock import HostClock, StageClock
+from adaptive_spec.engines.common.steps_in_flight import FinishedStep, OpenStep, StepsInFlight
 from adaptive_spec.engines.sglang import contract
-from adaptive_spec.engines.sglang.hook_guard import Guard
-from adaptive_spec.engines.sglang.plugin_settings import PluginSettings
 from adaptive_spec.engines.sglang.ranks import Notes, RankedTap, Steering, carried, try_policy
-from adaptive_spec.engines.sglang.stage_clock import HostClock, StageClock
-from adaptive_spec.engines.sglang.steps_in_flight import FinishedStep, OpenStep, StepsInFlight
 from adaptive_spec.engines.static_contract import installed, unmet
 from adaptive_spec.wire.engine_report import EngineReport, State, write_report
 from adaptive_spec.wire.slot import MAX_BATCH_LIMIT

@@ -10,10 +10,10 @@ import os
 import sys
 from importlib import metadata
 
+from adaptive_spec.engines.common.plugin_settings import plugin_settings
 from adaptive_spec.engines.releases import version_refusal
 from adaptive_spec.engines.sglang import contract
 from adaptive_spec.engines.sglang.plugin import WAY_OUT, lacking
-from adaptive_spec.engines.sglang.plugin_settings import plugin_settings
 from adaptive_spec.errors import BadInput
 
 GROUP = "sglang.srt.plugins"

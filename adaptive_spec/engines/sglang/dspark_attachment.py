@@ -24,13 +24,13 @@ from numpy.typing import NDArray
 from adaptive_spec.domain.policy import Granularity, Mode, Policy
 from adaptive_spec.domain.step_record import StepFlag
 from adaptive_spec.engine_side.tap import BegunStep, EngineTap
+from adaptive_spec.engines.common.hook_guard import Guard
+from adaptive_spec.engines.common.plugin_settings import PluginSettings
+from adaptive_spec.engines.common.stage_clock import clock_for
+from adaptive_spec.engines.common.steps_in_flight import OpenStep
 from adaptive_spec.engines.sglang import contract
 from adaptive_spec.engines.sglang.attachment import Attachment, Place, decodes, kv_tokens_of, max_batch, request_id
 from adaptive_spec.engines.sglang.dspark_swap import DSparkSwap, launch_temperatures, nothing_to_swap
-from adaptive_spec.engines.sglang.hook_guard import Guard
-from adaptive_spec.engines.sglang.plugin_settings import PluginSettings
-from adaptive_spec.engines.sglang.stage_clock import clock_for
-from adaptive_spec.engines.sglang.steps_in_flight import OpenStep
 
 log = logging.getLogger("sglang.adaptive_spec")
 

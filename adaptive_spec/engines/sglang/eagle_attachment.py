@@ -20,13 +20,13 @@ from adaptive_spec.domain.policy import Granularity
 from adaptive_spec.domain.step_record import StepFlag
 from adaptive_spec.engine_side.step_choice import REQUESTS_REMEMBERED, AcceptanceHistory, refined_k
 from adaptive_spec.engine_side.tap import BegunStep
+from adaptive_spec.engines.common.hook_guard import Guard
+from adaptive_spec.engines.common.plugin_settings import PluginSettings
+from adaptive_spec.engines.common.stage_clock import clock_for
+from adaptive_spec.engines.common.steps_in_flight import OpenStep
 from adaptive_spec.engines.sglang import contract
 from adaptive_spec.engines.sglang.attachment import Attachment, Place, kv_tokens_of, max_batch, request_id
 from adaptive_spec.engines.sglang.eagle_draft_policy import LAUNCH, SidecarDraftPolicy
-from adaptive_spec.engines.sglang.hook_guard import Guard
-from adaptive_spec.engines.sglang.plugin_settings import PluginSettings
-from adaptive_spec.engines.sglang.stage_clock import clock_for
-from adaptive_spec.engines.sglang.steps_in_flight import OpenStep
 from adaptive_spec.engines.sglang.switch_upkeep import SwitchUpkeep, limit_lines
 
 SKIP_EXTEND_VARIABLE = "SGLANG_SPEC_SKIP_ZERO_STEP_DRAFT_EXTEND"

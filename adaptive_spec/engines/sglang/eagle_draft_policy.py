@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-from adaptive_spec.engines.sglang.steps_in_flight import MOST_OPEN
+from adaptive_spec.engines.common.steps_in_flight import MOST_OPEN
 from adaptive_spec.wire.slot import MAX_BATCH_LIMIT
 
 LAUNCH = -1

@@ -14,10 +14,10 @@ from collections.abc import Callable, Iterable, Mapping
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
+from adaptive_spec.engines.common.hook_guard import Guard
+from adaptive_spec.engines.common.plugin_settings import PluginSettings, plugin_settings
 from adaptive_spec.engines.releases import version_refusal
 from adaptive_spec.engines.sglang import contract
-from adaptive_spec.engines.sglang.hook_guard import Guard
-from adaptive_spec.engines.sglang.plugin_settings import PluginSettings, plugin_settings
 from adaptive_spec.engines.static_contract import installed, unmet
 from adaptive_spec.errors import BadInput
 from adaptive_spec.wire.engine_report import EngineReport, write_report
@@ -72,7 +72,7 @@ def lacking(groups: Iterable[str]) -> str:
 
 def _install(settings: PluginSettings, engine: str) -> None:
     """Hook what makes the worker; the first call of it decides what else is hooked."""
-    guard = Guard()
+    guard = Guard("SGLang")
     made: list[Attachment] = []
 
     def closed() -> None:

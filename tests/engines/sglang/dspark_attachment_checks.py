@@ -34,11 +34,12 @@ from adaptive_spec.domain.plan_search import best_verified
 from adaptive_spec.domain.policy import Mode, Policy, Trial
 from adaptive_spec.domain.step_record import StepFlag, StepRecord
 from adaptive_spec.engine_side.tap import PAGE_NAME, RING_NAME
-from adaptive_spec.engines.sglang import contract, hook_guard, plugin
+from adaptive_spec.engines.common import hook_guard
+from adaptive_spec.engines.common.hook_guard import FAILURES_IN_A_ROW, Guard
+from adaptive_spec.engines.common.plugin_settings import PluginSettings
+from adaptive_spec.engines.sglang import contract, plugin
 from adaptive_spec.engines.sglang.attachment import Attachment, Place
 from adaptive_spec.engines.sglang.dspark_attachment import DSparkAttachment
-from adaptive_spec.engines.sglang.hook_guard import FAILURES_IN_A_ROW, Guard
-from adaptive_spec.engines.sglang.plugin_settings import PluginSettings
 from adaptive_spec.engines.sglang.supported_servers import dspark_unsupported_reason
 from adaptive_spec.engines.static_contract import Need
 from adaptive_spec.wire.engine_report import EngineReport, read_report
@@ -507,7 +508,7 @@ class Rank:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path, board: Board, rank: int) -> None:
         self.server = StandInServer(monkeypatch, folder)
-        self.guard = Guard("")
+        self.guard = Guard("SGLang", "")
         self.attachment = side = DSparkAttachment(PluginSettings("active", folder / "run"), self.guard, "sglang test")
         self.place = place = Place(rank, RANKS)
         side._place = lambda: place  # type: ignore[method-assign]  # no SGLang process groups here

@@ -31,7 +31,7 @@ from sglang.srt.speculative.dspark_components.dspark_sts import DSparkStsCalibra
 from sglang.srt.speculative.dspark_components.dspark_verify import TargetVerifyExecutor, TargetVerifyResult
 from sglang.srt.speculative.dspark_components.dspark_worker_v2 import DSparkWorkerV2
 
-from adaptive_spec.engines.sglang.steps_in_flight import Moment
+from adaptive_spec.engines.common.steps_in_flight import Moment
 
 GAMMA, MAX_BATCH, VOCABULARY, WIDTH = 5, 8, 64, 16
 TRUE_TEMPERATURE, LAUNCH_TEMPERATURE = 2.0, 1.0

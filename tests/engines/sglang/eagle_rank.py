@@ -9,10 +9,10 @@ from typing import Any, Protocol
 
 import torch
 
+from adaptive_spec.engines.common.hook_guard import Guard
+from adaptive_spec.engines.common.plugin_settings import PluginSettings
 from adaptive_spec.engines.sglang.attachment import STEP_ATTRIBUTE, Attachment, Place
 from adaptive_spec.engines.sglang.eagle_attachment import EagleAttachment
-from adaptive_spec.engines.sglang.hook_guard import Guard
-from adaptive_spec.engines.sglang.plugin_settings import PluginSettings
 from adaptive_spec.engines.sglang.ranks import View
 from tests.engines.sglang.rank_policies import CANDIDATES, MAX_BATCH
 
@@ -86,7 +86,7 @@ class EagleRank:
         self, place: Place, folder: Path, faults: str = "", mode: Any = "active", fallback: Any = "stock", stock: Any = None,
         max_age_s: float = 30.0, timeout_s: int = 60, candidates: Sequence[int] = CANDIDATES, confidences: Any = "on",
     ) -> None:  # fmt: skip
-        self.place, self.guard = place, Guard(faults)
+        self.place, self.guard = place, Guard("SGLang", faults)
         settings = PluginSettings(mode, folder, max_age_s, ranks_timeout_s=timeout_s, fallback=fallback, confidences=confidences)
         self.attachment = side = EagleAttachment(settings, self.guard, "sglang test")
         side._supported = True

@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from adaptive_spec.engines.common.pinned_ring import PinnedRing
+from adaptive_spec.engines.common.steps_in_flight import MOST_OPEN
 from adaptive_spec.engines.sglang.confidences import (
     ConfidenceTap,
     LogitConfidences,
     LogitsTap,
-    PinnedRing,
     StaticBuffers,
 )
-from adaptive_spec.engines.sglang.steps_in_flight import MOST_OPEN
 
 
 def _output(logits: Tensor) -> Any:

@@ -16,9 +16,9 @@ import torch
 from adaptive_spec.domain.policy import Mode, Trial
 from adaptive_spec.domain.step_record import UNKNOWN_CONFIDENCE, StepFlag
 from adaptive_spec.engine_side.tap import PAGE_NAME, RING_NAME
+from adaptive_spec.engines.common.hook_guard import FAILURES_IN_A_ROW
 from adaptive_spec.engines.sglang.attachment import STEP_ATTRIBUTE, Place
 from adaptive_spec.engines.sglang.eagle_attachment import SKIP_EXTEND_VARIABLE, STALE_STEPS
-from adaptive_spec.engines.sglang.hook_guard import FAILURES_IN_A_ROW
 from adaptive_spec.wire.engine_report import read_report
 from adaptive_spec.wire.policy_page import PolicyPage, payload_bytes
 from adaptive_spec.wire.ring import RingReader

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
+from adaptive_spec.engines.common.hook_guard import FAULT_VARIABLE, Guard
+from adaptive_spec.engines.common.plugin_settings import PluginSettings
 from adaptive_spec.engines.sglang import contract, plugin
 from adaptive_spec.engines.sglang.eagle_attachment import EagleAttachment
-from adaptive_spec.engines.sglang.hook_guard import FAULT_VARIABLE, Guard
-from adaptive_spec.engines.sglang.plugin_settings import PluginSettings
 from adaptive_spec.engines.static_contract import Unmet
 from adaptive_spec.wire.engine_report import read_report
 
@@ -140,7 +140,7 @@ def test_a_failure_before_there_is_an_attachment_is_reported(
 
 
 def test_a_controller_is_given_the_sidecars_policy_and_keeps_its_arguments(tmp_path: Path) -> None:
-    side = EagleAttachment(PluginSettings("shadow", tmp_path), Guard(""), "sglang test")
+    side = EagleAttachment(PluginSettings("shadow", tmp_path), Guard("SGLang", ""), "sglang test")
     side._supported = True
     seen: list[Any] = []
     stock = SimpleNamespace(candidate_steps=[1, 3])

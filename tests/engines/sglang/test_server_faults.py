@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from adaptive_spec.domain.step_record import StepFlag
+from adaptive_spec.engines.common.hook_guard import FAILURES_IN_A_ROW, FAULT_VARIABLE, ONCE
 from adaptive_spec.engines.sglang import contract
 from adaptive_spec.engines.sglang.cpu_kit import CpuKit
-from adaptive_spec.engines.sglang.hook_guard import FAILURES_IN_A_ROW, FAULT_VARIABLE, ONCE
 from tests.engines.sglang.server import SglangServer, some_prompts, trace
 
 pytestmark = pytest.mark.server

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from adaptive_spec.engines.sglang.plugin_settings import PluginSettings, plugin_settings
+from adaptive_spec.engines.common.plugin_settings import PluginSettings, plugin_settings
 from adaptive_spec.errors import BadInput
 
 

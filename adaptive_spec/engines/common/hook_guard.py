@@ -1,8 +1,8 @@
-"""The guard around every hook: a failure of the plugin never reaches SGLang.
+"""The guard around every hook: a failure of the plugin never reaches the engine.
 
-A hook is a pair `before(...) -> note` and `after(note, result, ...)` around one function of SGLang, which is always called
+A hook is a pair `before(...) -> note` and `after(note, result, ...)` around one function of the engine, which is always called
 exactly once, with the arguments it was given. An exception of the pair is counted and dropped. A hook that fails
-`FAILURES_IN_A_ROW` times in a row, or once while the server starts, closes the guard: SGLang's functions are still called,
+`FAILURES_IN_A_ROW` times in a row, or once while the server starts, closes the guard: the engine's functions are still called,
 the hooks are not. A hook of a group that may fail alone (`Guard.optional`) ends that group only: its hooks, and those of the
 groups that need it, are no longer called, and the others go on.
 """
@@ -23,8 +23,6 @@ them from a file, which may change."""
 
 ONCE = frozenset({"worker", "controller", "attach"})
 """Hooks that run once, while the server starts. One failure there detaches the plugin: it cannot be attached in part."""
-
-log = logging.getLogger("sglang.adaptive_spec")
 
 
 class InjectedFaults:
@@ -58,9 +56,15 @@ After = Callable[..., None]
 
 
 class Guard:
-    """Counts failures by hook. closed: None, or why hooks are no longer called. on_close: called once, must not raise."""
+    """Counts failures by hook.
 
-    def __init__(self, faults: str | None = None) -> None:
+    engine: its name, "SGLang" or "vLLM"; its logger's name begins with it. closed: None, or why hooks are no longer called.
+    on_close: called once, must not raise.
+    """
+
+    def __init__(self, engine: str, faults: str | None = None) -> None:
+        self._engine = engine
+        self._log = logging.getLogger(f"{engine.lower()}.adaptive_spec")
         text = os.environ.get(FAULT_VARIABLE, "") if faults is None else faults
         self._faults = InjectedFaults(text) if text else None
         self._row: Counter[str] = Counter()
@@ -80,14 +84,14 @@ class Guard:
         """Stop calling hooks, and log why."""
         if self.closed is None:
             self.closed = reason
-            log.error("adaptive-spec: detached, SGLang runs without the plugin: %s", reason)
+            self._log.error("adaptive-spec: detached, %s runs without the plugin: %s", self._engine, reason)
             self.on_close()
 
     def lose(self, group: str, reason: str) -> None:
         """Stop calling the hooks of an optional group and of those that need it, and log why in one line."""
         if group in self.lost:
             return
-        log.error("adaptive-spec: continues without %s: %s", group, reason)
+        self._log.error("adaptive-spec: continues without %s: %s", group, reason)
         for name in self.optional[self.optional.index(group) :]:
             if name not in self.lost:
                 self.lost[name] = reason
@@ -98,7 +102,7 @@ class Guard:
         self.failures[hook] += 1
         self._row[hook] += 1
         if self.failures[hook] == 1:
-            log.exception("adaptive-spec: hook %s failed; further failures are only counted", hook)
+            self._log.exception("adaptive-spec: hook %s failed; further failures are only counted", hook)
         if hook in ONCE:
             self.close(f"hook {hook} failed while the server started")
         elif self._row[hook] >= FAILURES_IN_A_ROW:
@@ -130,7 +134,7 @@ class Guard:
     def around(
         self, hook: str, before: Before | None, after: After | None, first: Callable[..., None] | None = None
     ) -> Callable[..., Any]:
-        """Return an AROUND hook for SGLang: `wrapper(original, *args, **kwargs)`.
+        """Return a hook around a function of the engine: `wrapper(original, *args, **kwargs)`.
 
         first: called before all else, also when the guard is closed: what all ranks must decide alike, whatever fails on one.
         """

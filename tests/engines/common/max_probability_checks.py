@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adaptive_spec.engines.sglang.max_probability import UNKNOWN, plain_max_probability
-from adaptive_spec.engines.sglang.max_probability_kernel import BLOCK, split_max_probability
+from adaptive_spec.engines.common.max_probability import UNKNOWN, plain_max_probability
+from adaptive_spec.engines.common.max_probability_kernel import BLOCK, split_max_probability
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 NAN, INF = float("nan"), float("inf")

@@ -91,7 +91,7 @@ class _Kernel:
         if kind not in self._compiled and torch.cuda.is_current_stream_capturing():
             return None
         try:
-            from adaptive_spec.engines.sglang.max_probability_kernel import split_max_probability
+            from adaptive_spec.engines.common.max_probability_kernel import split_max_probability
 
             with torch.cuda.device(rows.device):
                 found = split_max_probability(rows)

@@ -1,4 +1,4 @@
-"""The plugin's settings, from environment variables: the command line of its process is SGLang's.
+"""A plugin's settings, from environment variables: the command line of its process is the engine's.
 
 | variable | meaning |
 |---|---|
@@ -12,6 +12,7 @@
 | ADAPTIVE_SPEC_CONFIDENCES | draft confidences of EAGLE: on, off; takes precedence over the configuration, whose default is on |
 | ADAPTIVE_SPEC_RANKS_TIMEOUT_S | seconds that rank 0 allows the others to answer, outside the steps, 1..3600, default 60 |
 | ADAPTIVE_SPEC_UNTESTED_SGLANG | 1: also attach to an untested SGLang version if all hook targets are found |
+| ADAPTIVE_SPEC_UNTESTED_VLLM | 1: the same for vLLM |
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ class PluginSettings:
     untested_sglang: bool = False
     fallback: Literal["stock", "launch"] = "stock"
     confidences: Literal["on", "off"] = "on"
+    untested_vllm: bool = False
 
 
 def plugin_settings(environment: Mapping[str, str]) -> PluginSettings:
@@ -69,6 +71,7 @@ def plugin_settings(environment: Mapping[str, str]) -> PluginSettings:
         _choice(environment, "UNTESTED_SGLANG", ("0", "1"), "0") == "1",
         cast(Literal["stock", "launch"], _choice(environment, "FALLBACK", FALLBACKS, fallback)),
         cast(Literal["on", "off"], _choice(environment, "CONFIDENCES", ("on", "off"), confidences)),
+        _choice(environment, "UNTESTED_VLLM", ("0", "1"), "0") == "1",
     )  # fmt: skip
 
 

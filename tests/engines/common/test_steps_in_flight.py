@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from adaptive_spec.domain.step_record import UNKNOWN_CONFIDENCE, StepFlag
 from adaptive_spec.engine_side.tap import BegunStep
-from adaptive_spec.engines.sglang.stage_clock import EventClock, HostMoment
-from adaptive_spec.engines.sglang.steps_in_flight import MOST_OPEN, FinishedStep, KnownConfidences, OpenStep, StepsInFlight
+from adaptive_spec.engines.common.stage_clock import EventClock, HostMoment
+from adaptive_spec.engines.common.steps_in_flight import MOST_OPEN, FinishedStep, KnownConfidences, OpenStep, StepsInFlight
 
 
 def _step(number: int, ids: Sequence[int], k: int, at_s: float, padded: int | None = None) -> OpenStep:

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from adaptive_spec.engines.sglang import max_probability as module
-from adaptive_spec.engines.sglang.max_probability import UNKNOWN, max_probability
+from adaptive_spec.engines.common import max_probability as module
+from adaptive_spec.engines.common.max_probability import UNKNOWN, max_probability
 
 
 def test_it_is_the_softmax_maximum_in_the_shape_of_the_rows() -> None:
@@ -92,7 +92,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state.capturing)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-    name = "adaptive_spec.engines.sglang.max_probability_kernel"
+    name = "adaptive_spec.engines.common.max_probability_kernel"
     monkeypatch.setitem(sys.modules, name, SimpleNamespace(split_max_probability=run))
     return state
 

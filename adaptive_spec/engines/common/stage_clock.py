@@ -10,7 +10,7 @@ import time
 from collections import deque
 from typing import Any, Protocol
 
-from adaptive_spec.engines.sglang.steps_in_flight import Moment
+from adaptive_spec.engines.common.steps_in_flight import Moment
 
 POOL_EVENTS = 256
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from adaptive_spec.engines.sglang.hook_guard import FAILURES_IN_A_ROW, Guard
+from adaptive_spec.engines.common.hook_guard import FAILURES_IN_A_ROW, Guard
 
 
 def _original(calls: list[Any]) -> Any:
@@ -21,7 +21,7 @@ def _raise(*args: Any, **kwargs: Any) -> None:
 
 def test_note_and_result_reach_the_second_half() -> None:
     seen: list[Any] = []
-    guard, calls = Guard(""), list[Any]()
+    guard, calls = Guard("SGLang", ""), list[Any]()
     hook = guard.around("draft", lambda a, b: a + b, lambda note, result, a, b: seen.append((note, result, a, b)))
     assert hook(_original(calls), 1, b=2) == "result"
     assert calls == [((1,), {"b": 2})]
@@ -30,14 +30,14 @@ def test_note_and_result_reach_the_second_half() -> None:
 
 @pytest.mark.parametrize(("before", "after"), [(_raise, None), (None, _raise), (_raise, _raise)])
 def test_a_failing_hook_does_not_fail_the_call(before: Any, after: Any) -> None:
-    guard, calls = Guard(""), list[Any]()
+    guard, calls = Guard("SGLang", ""), list[Any]()
     assert guard.around("draft", before, after)(_original(calls), 1) == "result"
     assert calls == [((1,), {})], "called exactly once"
     assert guard.failures == {"draft": 1}
 
 
 def test_an_exception_of_the_original_is_raised_and_not_counted() -> None:
-    guard = Guard("")
+    guard = Guard("SGLang", "")
     with pytest.raises(KeyError):
         guard.around("draft", None, None)(lambda: {"a": 1}["x"])
     assert not guard.failures
@@ -45,7 +45,7 @@ def test_an_exception_of_the_original_is_raised_and_not_counted() -> None:
 
 def test_failures_in_a_row_close_the_guard() -> None:
     told: list[str | None] = []
-    guard, calls = Guard(""), list[Any]()
+    guard, calls = Guard("SGLang", ""), list[Any]()
     guard.on_close = lambda: told.append(guard.closed)
     fails = [True]
     hook = guard.around("draft", lambda: _raise() if fails[0] else None, None)
@@ -63,21 +63,21 @@ def test_failures_in_a_row_close_the_guard() -> None:
 
 
 def test_one_failure_while_the_server_starts_is_final() -> None:
-    guard = Guard("attach")
+    guard = Guard("SGLang", "attach")
     assert guard.around("attach", None, None)(_original([])) == "result"
     assert guard.closed == "hook attach failed while the server started"
 
 
 @pytest.mark.parametrize("name", ["draft", "draft/after"])
 def test_faults_can_be_injected(name: str) -> None:
-    guard, calls = Guard(f"verify, {name}"), list[Any]()
+    guard, calls = Guard("SGLang", f"verify, {name}"), list[Any]()
     assert guard.around("draft", None, lambda *_: None)(_original(calls)) == "result"
     assert guard.failures == {"draft": 1}
     assert len(calls) == 1
 
 
 def test_what_comes_first_is_called_whatever_fails() -> None:
-    guard, called = Guard("step"), list[str]()
+    guard, called = Guard("SGLang", "step"), list[str]()
     hook = guard.around("step", lambda: called.append("before"), None, lambda: called.append("first"))
     hook(_original([]))
     assert called == ["first"], "the hook itself failed"
@@ -87,7 +87,7 @@ def test_what_comes_first_is_called_whatever_fails() -> None:
 
 
 def test_a_failure_of_what_comes_first_is_counted() -> None:
-    guard, calls = Guard(""), list[Any]()
+    guard, calls = Guard("SGLang", ""), list[Any]()
     assert guard.around("step", None, None, lambda: _raise())(_original(calls)) == "result"
     assert guard.failures == {"step": 1}
     assert len(calls) == 1

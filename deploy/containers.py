@@ -111,7 +111,8 @@ def check_confinement(container: Container) -> None:
 def check_doctor(container: Container, *, complete: bool) -> None:
     """Run `doctor`. complete: nothing may be broken. Otherwise the libraries of the sidecar may be missing."""
     code = "import json; from pathlib import Path; from adaptive_spec.cli.doctor import examine\n"
-    code += "print(json.dumps([f._asdict() for f in examine(Path('/dev/shm/adaptive-spec'), Path('/tmp'), '127.0.0.1', 9477)]))"
+    code += "from adaptive_spec.runtime_folder import default_runtime_dir\n"
+    code += "print(json.dumps([f._asdict() for f in examine(default_runtime_dir(), Path('/tmp'), '127.0.0.1', 9477)]))"
     output = container.run("adaptive-spec", "doctor", "--json") if complete else container.run("python3", "-c", code)
     broken = [finding for finding in json.loads(output) if finding["state"] == "broken"]
     if (complete and broken) or any(finding["subject"] != "libraries" for finding in broken):

@@ -20,6 +20,7 @@ from adaptive_spec import __version__
 from adaptive_spec.client.sidecar import ControlClient
 from adaptive_spec.engine_side.tap import PAGE_NAME, RING_NAME
 from adaptive_spec.errors import BadInput
+from adaptive_spec.runtime_folder import check_runtime_dir, role_is_held
 from adaptive_spec.sidecar.listening import check_port
 
 LIBRARIES = ("numpy", "pydantic", "PyYAML", "click", "rich", "prometheus-client", "river", "bottle", "waitress", "matplotlib")
@@ -122,6 +123,12 @@ def _sglang() -> Iterator[Finding]:
 
 def _runtime_folder(folder: Path) -> Iterator[Finding]:
     place = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if os.path.lexists(folder):
+        try:
+            check_runtime_dir(folder)
+        except OSError as error:
+            yield Finding("broken", "runtime folder", f"{folder}: {error.strerror}")
+            return
     try:
         with tempfile.TemporaryFile(dir=place):
             pass
@@ -159,7 +166,8 @@ def _ring(runtime_dir: Path) -> Iterator[Finding]:
         yield Finding("broken", "ring", str(error))
         return
     age = f", last record {time.monotonic() - 1e-9 * last[0].time_ns:,.1f} s old" if last else ""
-    process = "alive" if process_alive(info.pid) else "not running"
+    held = role_is_held(runtime_dir, "engine")
+    process = "alive" if held or (held is None and process_alive(info.pid)) else "not running"
     yield Finding("ok", "ring", f"{info.name} {info.model} on {info.gpu}, pid {info.pid} {process}, {newest:,} records{age}")
 
 

@@ -18,14 +18,17 @@ from adaptive_spec import __version__
 from adaptive_spec.domain.commands import CONTROL_COMMANDS
 from adaptive_spec.errors import BadInput
 
-DEFAULT_RUNTIME_DIR = Path("/dev/shm/adaptive-spec")
 PATH = click.Path(path_type=Path)
 
 _runtime_dir = click.option(
-    "--runtime-dir", type=PATH, default=DEFAULT_RUNTIME_DIR, show_default=True, help="Folder that sidecar and engine share."
-)
+    "--runtime-dir", type=PATH,
+    help="Folder that sidecar and engine share.  [default: /dev/shm/adaptive-spec-USER-PORT of the running server, port 30000]",
+)  # fmt: skip
 _url = click.option("--url", help="Address of the sidecar's HTTP server.  [default: read from the runtime directory]")
-_token_file = click.option("--token-file", type=PATH, help="File with the control token.  [default: in the runtime directory]")
+_token_file = click.option(
+    "--token-file", type=PATH,
+    help="File with the control token.  [default: in the runtime directory, for the sidecar that runs there]",
+)  # fmt: skip
 
 
 @click.group(no_args_is_help=False, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -67,6 +70,7 @@ def fit(latency: Path | None, calibration: Path | None, out: Path, jump_threshol
 @cli.command()
 @click.option("--config", type=PATH, help="YAML configuration, see docs/configuration.md.")
 @click.option("--runtime-dir", type=PATH, help="Overrides runtime_dir of the configuration.")
+@click.option("--server-port", type=click.IntRange(1, 65535), help="Overrides server_port of the configuration.")
 @click.option("--profile-dir", type=PATH, help="Overrides profile_dir of the configuration.")
 @click.option("--host", help="Overrides host of the configuration.")
 @click.option("--port", type=click.IntRange(0, 65535), help="Overrides port of the configuration; 0: a free port.")
@@ -116,14 +120,16 @@ def serve(mode: str | None, config: Path | None, flags: tuple[str, ...], **overr
 @click.option("--prompts", type=PATH, help="With a server: file with one prompt per line, similar to your traffic.")
 @click.option("--api-key", envvar="SGLANG_API_KEY", default="", help="With a server: its API key.")
 def sweep(
-    url: str | None, runtime_dir: Path, token_file: Path | None, timeout: float, batch_sizes: str | None, prompts: Path | None,
-    api_key: str,
+    url: str | None, runtime_dir: Path | None, token_file: Path | None, timeout: float, batch_sizes: str | None,
+    prompts: Path | None, api_key: str,
 ) -> None:  # fmt: skip
     """Run a new sweep and show its progress. With --url of a server, one batch size after the other is swept."""
+    from adaptive_spec.cli.runtime_dirs import chosen_runtime_dir
     from adaptive_spec.cli.server_sweep import is_sidecar, read_prompts, sweep_server
     from adaptive_spec.cli.sweep import watch_sweep
     from adaptive_spec.client.sidecar import ControlClient
 
+    runtime_dir = chosen_runtime_dir(runtime_dir, url)
     if url is None or is_sidecar(url):
         watch_sweep(ControlClient.find(runtime_dir, url, token_file), timeout)
         return
@@ -140,15 +146,16 @@ def sweep(
 @_runtime_dir
 @_token_file
 @click.option("--json", "as_json", is_flag=True, help="With status: print /status.json.")
-def ctl(command: str, k: int | None, url: str | None, runtime_dir: Path, token_file: Path | None, as_json: bool) -> None:
+def ctl(command: str, k: int | None, url: str | None, runtime_dir: Path | None, token_file: Path | None, as_json: bool) -> None:
     """Show or change what a running sidecar does. `pin K` uses one K at all batch sizes until `unpin`."""
     if (command == "pin") != (k is not None):
         raise BadInput(
             "K: required for pin: a whole number in 0..32" if k is None else f"K: only allowed for pin, got {k} with {command}"
         )
+    from adaptive_spec.cli.runtime_dirs import chosen_runtime_dir
     from adaptive_spec.client.sidecar import ControlClient
 
-    client = ControlClient.find(runtime_dir, url, token_file)
+    client = ControlClient.find(chosen_runtime_dir(runtime_dir, url), url, token_file)
     if command != "status":
         click.echo(f"{command}: done, mode {client.send(command, k)['mode']}")
         return
@@ -199,11 +206,12 @@ def candidates(profile: Path, states: int, max_batch: int | None, out: Path | No
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address that the sidecar would use.")
 @click.option("--port", type=click.IntRange(0, 65535), default=9477, show_default=True, help="Port that the sidecar would use.")
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
-def doctor(runtime_dir: Path, profile_dir: Path, host: str, port: int, as_json: bool) -> None:
+def doctor(runtime_dir: Path | None, profile_dir: Path, host: str, port: int, as_json: bool) -> None:
     """Check this machine. Exit status 1 when something essential does not work."""
     from adaptive_spec.cli.doctor import examine
+    from adaptive_spec.cli.runtime_dirs import chosen_runtime_dir
 
-    findings = examine(runtime_dir, profile_dir, host, port)
+    findings = examine(chosen_runtime_dir(runtime_dir), profile_dir, host, port)
     if as_json:
         click.echo(json.dumps([finding._asdict() for finding in findings], indent=1))
     else:
@@ -281,11 +289,12 @@ def bench(
     "--max-mb", type=click.IntRange(1, 65_536), default=256, show_default=True, help="Most memory for the trace, in MiB."
 )
 @click.option("--duration", type=click.FloatRange(min=0.0, min_open=True), help="Seconds to run.  [default: until Ctrl-C]")
-def record(runtime_dir: Path, out: Path, steps: int, max_mb: int, duration: float | None) -> None:
+def record(runtime_dir: Path | None, out: Path, steps: int, max_mb: int, duration: float | None) -> None:
     """Record the steps of a live engine to a trace file. The trace is for `replay`."""
     from adaptive_spec.cli.record import record_trace
+    from adaptive_spec.cli.runtime_dirs import chosen_runtime_dir
 
-    trace = record_trace(runtime_dir, out, steps, max_mb << 20, duration)
+    trace = record_trace(chosen_runtime_dir(runtime_dir, role="engine"), out, steps, max_mb << 20, duration)
     click.echo(f"{len(trace.records)} steps of {trace.info.name} {trace.info.model} written to {out}, {trace.lost} lost")
 
 

@@ -29,6 +29,7 @@ from adaptive_spec.client.sidecar import ADDRESS_NAME
 from adaptive_spec.config.load import load_settings
 from adaptive_spec.config.settings import SidecarSettings
 from adaptive_spec.errors import BadInput
+from adaptive_spec.runtime_folder import default_runtime_dir, server_port_of
 from adaptive_spec.sidecar.listening import check_port
 from adaptive_spec.sidecar.supervisor import Supervisor, end, end_with_parent
 
@@ -67,6 +68,9 @@ def run_serve(options: ServeOptions) -> int:
 def _settings(options: ServeOptions) -> SidecarSettings:
     """Return the settings of both processes. Both read the same file, so they always agree."""
     settings = load_settings(options.config, options.overrides)
+    if not settings.model_fields_set & {"runtime_dir", "server_port"}:
+        port = server_port_of(options.flags)
+        settings = settings.model_copy(update={"server_port": port, "runtime_dir": default_runtime_dir(port)})
     update: dict[str, Any] = {"runtime_dir": settings.runtime_dir.absolute(), "profile_dir": settings.profile_dir.absolute()}
     if options.mode is not None:
         update["controller"] = settings.controller.model_copy(update={"mode": options.mode})

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import Any
 
 from adaptive_spec.errors import BadInput
+from adaptive_spec.regular_file import read_regular_file
+from adaptive_spec.runtime_folder import check_runtime_dir, role_holder, role_is_held
 
 ADDRESS_NAME = "sidecar.json"
 TOKEN_NAME = "control.token"
+LARGEST_BYTES = 1 << 14
+"""Of an address or a token file."""
 
 
 class ControlClient:
@@ -27,25 +32,25 @@ class ControlClient:
         self.url = url.rstrip("/")
         self._token = token
         self._timeout_s = timeout_s
-        # No proxy of the environment: a sidecar runs on this host or in this cluster.
-        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        # No proxy of the environment: a sidecar runs on this host or in this cluster. No redirects: a sidecar never sends one,
+        # and the token would go along.
+        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirects())
 
     @classmethod
     def find(cls, runtime_dir: Path, url: str | None, token_file: Path | None) -> ControlClient:
-        """Use the URL, or without one the address and token in the sidecar's runtime directory. Raises BadInput."""
+        """Use the URL, or without one the address of the sidecar that runs in the runtime directory. Raises BadInput.
+
+        Without a token file, the token in the runtime directory is sent, and only to the sidecar that runs there.
+        """
+        running = running_sidecar(runtime_dir)
         if url is None:
-            try:
-                url = str(json.loads((runtime_dir / ADDRESS_NAME).read_bytes())["url"])
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                raise BadInput(f"--runtime-dir: '{runtime_dir}': no sidecar runs there; give --url") from error
-        path = token_file or runtime_dir / TOKEN_NAME
-        try:
-            token = path.read_text().strip()
-        except (OSError, UnicodeDecodeError) as error:
-            if token_file:
-                raise BadInput(f"--token-file: '{path}': cannot be read") from error
-            token = ""
-        return cls(url, token)
+            if running is None:
+                raise BadInput(f"--runtime-dir: '{runtime_dir}': no sidecar runs there; give --url")
+            url = running
+        if token_file is not None:
+            return cls(url, token_from(token_file, "--token-file"))
+        token = own_token(runtime_dir / TOKEN_NAME) if url.rstrip("/") == running else None
+        return cls(url, token or "")
 
     def status(self) -> dict[str, Any]:
         """Return /status.json. Raises BadInput when the sidecar cannot be reached."""
@@ -71,6 +76,50 @@ class ControlClient:
         if not isinstance(document, dict):
             raise BadInput(f"{self.url}: no sidecar answers: the answer is not a JSON object")
         return document
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """A redirect is an answer with an error status."""
+
+    def redirect_request(self, *_: object) -> None:
+        return None
+
+
+def running_sidecar(runtime_dir: Path) -> str | None:
+    """Return the URL of the sidecar that holds its role in a folder of this user; None when there is none. Raises nothing."""
+    try:
+        check_runtime_dir(runtime_dir)
+        if not role_is_held(runtime_dir, "sidecar"):
+            return None
+        content = read_regular_file(runtime_dir / ADDRESS_NAME, LARGEST_BYTES)
+        document = json.loads(content.data)
+        url, pid = document["url"], document.get("pid")
+    except Exception:  # whatever the file holds
+        return None
+    # A sidecar that has just started may not have replaced the address of one that was killed.
+    ours = content.owner == os.geteuid() and (pid is None or role_holder(runtime_dir, "sidecar") in (0, pid))
+    return url if isinstance(url, str) and ours else None
+
+
+def own_token(path: Path) -> str | None:
+    """Return the token in a file that only this user can use; None when there is none. Raises nothing."""
+    try:
+        content = read_regular_file(path, LARGEST_BYTES)
+        token = content.data.decode().strip()
+    except (OSError, ValueError):
+        return None
+    return token if token and content.owner == os.geteuid() and not content.mode & 0o077 else None
+
+
+def token_from(path: Path, name: str) -> str:
+    """Return the token in a file that the user named. Raises BadInput, beginning with `name`."""
+    try:
+        token = read_regular_file(path, LARGEST_BYTES, follow_links=True).data.decode().strip()
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{name}: '{path}': cannot be read") from error
+    if not token.isascii() or not token.isprintable() or not token:
+        raise BadInput(f"{name}: '{path}': must contain a token of printable ASCII characters on one line")
+    return token
 
 
 def _reason(error: urllib.error.HTTPError) -> str:

@@ -49,7 +49,10 @@ def load_settings(path: Path | None, overrides: Mapping[str, object] | None = No
     settings = SidecarSettings() if path is None else settings_from(read_yaml(path, CONFIG_BYTES), str(path))
     given = {key: str(value) if isinstance(value, Path) else value for key, value in (overrides or {}).items()}
     checked = validated(SidecarSettings, given, "command line")
-    return settings.model_copy(update={key: getattr(checked, key) for key in given})
+    update = {key: getattr(checked, key) for key in given}
+    if "server_port" in given and not settings.model_fields_set & {"runtime_dir"} and "runtime_dir" not in given:
+        update["runtime_dir"] = checked.runtime_dir  # the default follows the port
+    return settings.model_copy(update=update)
 
 
 def settings_from(data: object, name: str) -> SidecarSettings:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from adaptive_spec.config.checks import FilePath, FolderPath, HostName, StoreUrl, WebUrl
+from adaptive_spec.runtime_folder import DEFAULT_SERVER_PORT, default_runtime_dir
 
 
 class _Section(BaseModel):
@@ -167,7 +168,11 @@ class SidecarSettings(_Section):
     """The sidecar's own configuration file."""
 
     runtime_dir: FolderPath = Field(
-        Path("/dev/shm/adaptive-spec"), description="Folder of the ring and the policy page, shared with the engine."
+        default_factory=default_runtime_dir,
+        description=(
+            "Folder of the ring and the policy page, shared with the engine: only for the user of both, mode 0700. Default: "
+            "`/dev/shm/adaptive-spec-USER-PORT`, with the user's number and `server_port`."
+        ),
     )
     profile_dir: FolderPath = Field(
         Path("profiles"), description="Folder of profiles, one sub-folder per model, GPU and TP degree."
@@ -208,5 +213,18 @@ class SidecarSettings(_Section):
         description=("Seconds between reads of the ring, 0.001..1. Larger: less CPU, slower reaction, records may be lost."),
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe log line printed.")
+    server_port: int = Field(
+        DEFAULT_SERVER_PORT,
+        ge=1,
+        le=65_535,
+        description="Port of the LLM server, 1..65535: part of the default of `runtime_dir`, so that each server has its own.",
+    )
     controller: ControllerSettings = ControllerSettings()
     grafana: GrafanaSettings = GrafanaSettings()
+
+    @model_validator(mode="after")
+    def _folder_of_the_server(self) -> Self:
+        """Without a folder of its own: the default one of the server's port."""
+        if "runtime_dir" not in self.model_fields_set:
+            self.__dict__["runtime_dir"] = default_runtime_dir(self.server_port)  # the model is frozen once it is made
+        return self

@@ -24,7 +24,9 @@ from adaptive_spec.domain.engine_info import EngineInfo
 from adaptive_spec.domain.policy import Granularity, Policy
 from adaptive_spec.domain.step_record import StepFlag
 from adaptive_spec.engine_side.planner import Planner
+from adaptive_spec.runtime_folder import RoleLock, make_runtime_dir, remove_temporary_files
 from adaptive_spec.wire import mapped_file
+from adaptive_spec.wire.engine_report import REPORT_NAME
 from adaptive_spec.wire.policy_page import PolicyPageReader
 from adaptive_spec.wire.ring import MIN_SLOTS, RingWriter
 from adaptive_spec.wire.slot import MAX_BATCH_LIMIT, MAX_K_LIMIT, SlotLayout
@@ -33,6 +35,7 @@ RING_NAME = "records.ring"
 PAGE_NAME = "policy.page"
 RING_BYTES_LIMIT = 32 << 20
 """Largest ring; a ring with large slots has fewer of them. A container's /dev/shm is often 64 MB."""
+NEVER = 1 << 62
 LOOK_STEPS = 64
 """Steps between checks for a new policy page."""
 
@@ -70,11 +73,13 @@ class BegunStep(NamedTuple):
 class EngineTap:
     """An engine's link to its sidecar; see the module. Not thread-safe: one tap for one decode loop.
 
-    info: the engine. planner: executes the policies; others only read it. begun: what the last `begin_step` decided.
+    info: the engine. refused: why it may not use the folder, "" if it may. planner: executes the policies; others only read it.
+    begun: what the last `begin_step` decided.
     """
 
     def __init__(self, runtime_dir: Path | str, info: EngineInfo, ring: RingWriter | None, max_age_s: float = 30.0) -> None:
         """Use an open ring (None: every record counts as failed). Engines call `open`."""
+        self.refused = ""
         self.info = info
         candidates = info.candidates or (info.launch_k,)
         self._launch_k = max((c for c in candidates if c <= info.launch_k), default=min(candidates))
@@ -82,6 +87,7 @@ class EngineTap:
         self.planner = Planner(self._launch_k, max(candidates), allowed)
         self._ragged = info.granularity is Granularity.REQUEST
         self._ring = ring
+        self._role: RoleLock | None = None
         self._page_path = str(Path(runtime_dir) / PAGE_NAME)
         self._page: PolicyPageReader | None = None
         self._max_age_s = max_age_s
@@ -96,17 +102,40 @@ class EngineTap:
         """Create `{runtime_dir}/records.ring` (and the folder, 0700); check for `policy.page` in it now and then.
 
         max_age_s: age of the sidecar's heartbeat, seconds, beyond which the launch K is used. slots: records in the ring, fewer
-        if they would exceed RING_BYTES_LIMIT. A ring that cannot be created is logged; the tap then still follows policies.
+        if they would exceed RING_BYTES_LIMIT. The tap holds the role `engine` of the folder until it is closed. A folder that
+        other users can use, or that another engine uses, is refused: see `refuse`. A ring that cannot be created is logged; the
+        tap then still follows policies.
         """
-        ring = None
+        folder, ring = Path(runtime_dir), None
         try:
-            mapped_file.make_runtime_dir(Path(runtime_dir))
+            make_runtime_dir(folder)
+            role = RoleLock.acquire(folder, "engine")
+        except Exception as error:
+            tap = cls(runtime_dir, info, None, max_age_s)
+            tap.refuse(getattr(error, "strerror", None) or str(error))
+            return tap
+        try:
+            remove_temporary_files(folder, (RING_NAME, REPORT_NAME))
             layout = SlotLayout.of(min(info.max_batch, MAX_BATCH_LIMIT), min(max(info.max_k, 1), MAX_K_LIMIT))
             fitting = max(RING_BYTES_LIMIT // layout.slot_bytes, MIN_SLOTS)
-            ring = RingWriter.create(Path(runtime_dir) / RING_NAME, info, min(slots, fitting))
+            ring = RingWriter.create(folder / RING_NAME, info, min(slots, fitting))
         except Exception as error:
             log.warning("record ring in %s: cannot be created, this engine cannot be observed: %s", runtime_dir, error)
-        return cls(runtime_dir, info, ring, max_age_s)
+        tap = cls(runtime_dir, info, ring, max_age_s)
+        tap._role = role
+        return tap
+
+    def refuse(self, reason: str) -> None:
+        """Neither record nor obey anything from now on, and log the reason: the folder is not this engine's own."""
+        self.refused = reason
+        self._look_at = NEVER
+        log.warning("runtime_dir '%s': %s: this engine cannot be observed or steered", Path(self._page_path).parent, reason)
+
+    def take_role(self, other: EngineTap) -> None:
+        """Take over the role in the folder, or the refusal, from a tap that was opened."""
+        self._role, other._role = other._role, None
+        if other.refused:
+            self.refused, self._look_at = other.refused, NEVER
 
     @property
     def counters(self) -> TapCounters:
@@ -217,8 +246,10 @@ class EngineTap:
     def close(self) -> None:
         """Close ring and page. Later steps use the launch K and are not recorded."""
         ring, page, self._ring, self._page = self._ring, self._page, None, None
-        self._look_at = 1 << 62
+        self._look_at = NEVER
         try:
+            if self._role is not None:
+                self._role.release()
             if page is not None:
                 self._page_failures += page.failures
                 page.close()
@@ -230,6 +261,8 @@ class EngineTap:
     def _check_page(self) -> None:
         """Open the policy page if there is one that is not open yet."""
         self._look_at = self._step + LOOK_STEPS
+        if self.refused:
+            return
         old = self._page
         identity = mapped_file.identity_at(self._page_path)
         if identity is None or (old is not None and identity == old.identity):

@@ -8,7 +8,6 @@ import os
 import queue
 import secrets
 import signal
-import stat
 import subprocess
 import threading
 import time
@@ -17,22 +16,23 @@ from functools import partial
 from pathlib import Path
 
 from adaptive_spec import __version__
-from adaptive_spec.client.sidecar import ADDRESS_NAME, TOKEN_NAME
+from adaptive_spec.client.sidecar import ADDRESS_NAME, TOKEN_NAME, own_token
 from adaptive_spec.config.settings import SidecarSettings
 from adaptive_spec.control.controller import Controller
+from adaptive_spec.engine_side.tap import PAGE_NAME
 from adaptive_spec.errors import BadInput
+from adaptive_spec.runtime_folder import RoleLock, make_runtime_dir, remove_temporary_files
 from adaptive_spec.sidecar.grafana import Annotator
 from adaptive_spec.sidecar.history import History
 from adaptive_spec.sidecar.http_server import WebServer
 from adaptive_spec.sidecar.profile_plots import start_plots
-from adaptive_spec.sidecar.session import Session, waiting_engine
+from adaptive_spec.sidecar.session import CHECKPOINT, Session, waiting_engine
 from adaptive_spec.sidecar.view import CurrentView, View
 from adaptive_spec.storage.archive import write_atomically
 from adaptive_spec.storage.profile import check_writable
 from adaptive_spec.storage.profile_store import ProfileStore
 from adaptive_spec.storage.profile_store_worker import StoreWorker
 from adaptive_spec.storage.signature import read_key
-from adaptive_spec.wire import mapped_file
 from adaptive_spec.wire.engine_report import read_report
 
 VIEW_INTERVAL_S = 0.25
@@ -52,7 +52,7 @@ class Sidecar:
 
     def __init__(self, settings: SidecarSettings) -> None:
         self.settings = settings
-        _check_runtime_dir(settings.runtime_dir)
+        self._role = _take_role(settings.runtime_dir)
         check_writable(settings.profile_dir)
         self._store = _store_worker(settings)
         self._annotator = Annotator.of(settings.grafana)
@@ -84,7 +84,8 @@ class Sidecar:
             if self._annotator:
                 self._annotator.close()
             self._web.close()
-            _remove_if_ours(address)
+            address.unlink(missing_ok=True)
+            self._role.release()
         log.info("stopped")
 
     def _run_once(self) -> None:
@@ -186,17 +187,19 @@ class Sidecar:
         return True
 
 
-def _check_runtime_dir(folder: Path) -> None:
-    """Make the runtime folder. Raises BadInput when that fails and when other users could write to it."""
+def _take_role(folder: Path) -> RoleLock:
+    """Make the runtime folder and take the role `sidecar` in it. Raises BadInput when it is not ours alone, or has a sidecar."""
     try:
-        mapped_file.make_runtime_dir(folder)
-        status = folder.stat()
+        make_runtime_dir(folder)
+        role = RoleLock.acquire(folder, "sidecar")
+    except BlockingIOError as error:
+        raise BadInput(f"runtime_dir: '{folder}': {error.strerror}; must be a folder of one engine and one sidecar") from error
     except OSError as error:
-        raise BadInput(f"runtime_dir: '{folder}': {error.strerror}; must be a writable folder") from error
-    if os.geteuid() not in (0, status.st_uid) or status.st_mode & stat.S_IWOTH:
-        raise BadInput(f"runtime_dir: '{folder}': other users can write to it; must be your own folder with mode 0700")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise BadInput(f"runtime_dir: '{folder}': Permission denied; must be a writable folder")
+        wanted = "" if "must be" in (error.strerror or "") else "; must be a writable folder"
+        raise BadInput(f"runtime_dir: '{folder}': {error.strerror}{wanted}") from error
+    (folder / ADDRESS_NAME).unlink(missing_ok=True)  # of a sidecar that was killed: another program may use its port now
+    remove_temporary_files(folder, (PAGE_NAME, f"{CHECKPOINT}.npz", ADDRESS_NAME, TOKEN_NAME))
+    return role
 
 
 def _store_worker(settings: SidecarSettings) -> StoreWorker | None:
@@ -217,22 +220,14 @@ def _control_token(settings: SidecarSettings) -> str:
                 raise BadInput(f"control_token_file: '{path}': file is empty; must contain a token")
             return token
         path = settings.runtime_dir / TOKEN_NAME
-        if path.exists() and not path.stat().st_mode & 0o077 and (token := path.read_text().strip()):
-            return token
+        if kept := own_token(path):
+            return kept
         token = secrets.token_urlsafe(32)
         write_atomically(path, token.encode() + b"\n")
         return token
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a text file"
         raise BadInput(f"control_token_file: '{path}': {reason}") from error
-
-
-def _remove_if_ours(address: Path) -> None:
-    try:
-        if json.loads(address.read_bytes())["pid"] == os.getpid():
-            address.unlink()
-    except (OSError, ValueError, KeyError):
-        pass
 
 
 def run_sidecar(settings: SidecarSettings) -> None:

@@ -19,6 +19,7 @@ from adaptive_spec.domain.engine_info import EngineInfo
 from adaptive_spec.domain.policy import Mode, Policy
 from adaptive_spec.engine_side.tap import PAGE_NAME, RING_NAME
 from adaptive_spec.errors import BadInput
+from adaptive_spec.runtime_folder import role_is_held
 from adaptive_spec.sidecar.swap_reasons import SwapReasons
 from adaptive_spec.sidecar.view import View
 from adaptive_spec.storage.archive import ArchiveError, load_archive, save_archive
@@ -33,7 +34,7 @@ CHECKPOINT = "checkpoint"
 POLL_RECORDS = 512
 """Most records learnt in one iteration, so that a long backlog does not delay the heartbeat."""
 SILENT_S = 5.0
-"""An engine that wrote a record within this time counts as alive, whatever its pid says."""
+"""Seconds since its last record in which an engine without a role counts as alive, whatever its pid says."""
 DROPS = ("lost", "torn", "invalid")
 
 log = logging.getLogger(__name__)
@@ -156,8 +157,12 @@ class Session:
         return True
 
     def attached(self, now_s: float) -> bool:
-        """Whether the engine is alive: its process exists, or (in another PID namespace) it wrote a record lately."""
-        return now_s - self._record_s < SILENT_S or process_alive(self.info.pid)
+        """Whether the engine is alive: it holds its role in the folder.
+
+        Where no engine ever took the role, as with a ring that was written without a tap: it wrote a record lately or runs.
+        """
+        held = role_is_held(self.settings.runtime_dir, "engine")
+        return held if held is not None else now_s - self._record_s < SILENT_S or process_alive(self.info.pid)
 
     def view(self, checkpoint_s: float | None) -> View:
         """Return the state of this session for the HTTP threads."""

@@ -44,7 +44,7 @@ class Archive(NamedTuple):
 
 def write_atomically(path: Path, data: bytes, mode: int = 0o600) -> None:
     """Write a file under a temporary name in its folder, then rename it. Raises OSError and then leaves no file behind."""
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:
             os.fchmod(descriptor, mode)

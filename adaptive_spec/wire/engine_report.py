@@ -1,8 +1,10 @@
 """The engine's report, `{runtime_dir}/engine.json`: whether it is attached or why not, and what failed in it.
 
 An engine that cannot be observed writes no records, so its state is in this file: written by the engine on a change and at most
-once a second, read by the sidecar for /metrics and /status.json. A damaged report, or one of a process that has ended, is
-ignored.
+once a second, read by the sidecar for /metrics and /status.json. Who writes it holds the role `engine` of the folder, so that a
+report of a process that has ended, or of a second engine, is never taken for the engine's. A damaged report is ignored.
+
+Both sides keep to the limits below: the writer shortens, the reader refuses.
 """
 
 from __future__ import annotations
@@ -14,12 +16,22 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from adaptive_spec.regular_file import read_regular_file
+from adaptive_spec.runtime_folder import check_runtime_dir, ensure_role, make_runtime_dir, role_holder, role_is_held
 from adaptive_spec.wire.liveness import process_alive
 
 REPORT_NAME = "engine.json"
 State = Literal["attached", "observing", "refused", "detached"]
 STATES: tuple[State, ...] = ("attached", "observing", "refused", "detached")
 LARGEST_BYTES = 1 << 16
+LONGEST_ENGINE = 100
+LONGEST_REASON = 1000
+LONGEST_NAME = 80
+MOST_NAMES = 64
+LARGEST_COUNT = 2**53
+"""A float holds every whole number up to this one; a metric is a float."""
+LARGEST_LEVEL = 9
+LARGEST_PID = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -46,31 +58,81 @@ class EngineReport:
 
 
 def write_report(runtime_dir: Path, report: EngineReport) -> None:
-    """Replace the report (mode 0600) atomically. Raises OSError."""
+    """Replace the report (mode 0600) atomically; the folder is created. The process then holds the role `engine`.
+
+    Raises OSError: BlockingIOError when another engine holds the role, PermissionError for a folder that other users can use.
+    """
+    make_runtime_dir(runtime_dir)
+    ensure_role(runtime_dir, "engine")
     path = runtime_dir / REPORT_NAME
     temporary = path.with_name(f".{REPORT_NAME}.{os.getpid()}.tmp")
-    with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600), "wb") as file:
-        file.write(json.dumps(asdict(report)).encode())
-    os.replace(temporary, path)
+    try:
+        with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600), "wb") as file:
+            file.write(json.dumps(_within_limits(report)).encode())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def read_report(runtime_dir: Path) -> EngineReport | None:
-    """Return the report of a running engine, None when there is no valid one. Never raises."""
+    """Return the report of a running engine, None when there is no valid one. Never raises, never waits."""
     try:
-        with open(runtime_dir / REPORT_NAME, "rb") as file:
-            fields = json.loads(file.read(LARGEST_BYTES))
-        report = EngineReport(
-            int(fields["pid"]), str(fields["engine"]), fields["state"], str(fields["reason"]), _tally(fields["failures"]),
-            _tally(fields["counters"]), _level(fields.get("level")),
-        )  # fmt: skip
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        check_runtime_dir(runtime_dir)
+        held = role_is_held(runtime_dir, "engine")
+        if held is False:
+            return None
+        content = read_regular_file(runtime_dir / REPORT_NAME, LARGEST_BYTES)
+        if content.owner != os.geteuid():
+            return None
+        report = parse_report(content.data)
+    except Exception:  # whatever the file holds
         return None
-    return report if report.state in STATES and process_alive(report.pid) else None
+    if held:
+        # A new engine may hold the role before it writes its own report. On a full disk the holder has noted nothing.
+        return report if role_holder(runtime_dir, "engine") in (0, report.pid) else None
+    return report if process_alive(report.pid) else None
 
 
-def _tally(data: Mapping[str, object]) -> dict[str, int]:
-    return {str(name): max(int(str(count)), 0) for name, count in data.items()}
+def parse_report(data: bytes) -> EngineReport:
+    """Return the report in JSON bytes. Raises ValueError, TypeError, KeyError or RecursionError for anything but a valid one."""
+    fields = json.loads(data)
+    if not isinstance(fields, dict) or fields["state"] not in STATES:
+        raise ValueError(f"state: must be one of {', '.join(STATES)}")
+    level = fields.get("level")
+    return EngineReport(
+        _whole("pid", fields["pid"], 1, LARGEST_PID), _text("engine", fields["engine"], LONGEST_ENGINE), fields["state"],
+        _text("reason", fields["reason"], LONGEST_REASON), _tally("failures", fields["failures"]),
+        _tally("counters", fields["counters"]), None if level is None else _whole("level", level, 0, LARGEST_LEVEL),
+    )  # fmt: skip
 
 
-def _level(value: object) -> int | None:
-    return None if value is None else int(str(value))
+def _within_limits(report: EngineReport) -> dict[str, object]:
+    def tally(counts: Mapping[str, int]) -> dict[str, int]:
+        return {_shown(name, LONGEST_NAME): min(max(int(counts[name]), 0), LARGEST_COUNT) for name in list(counts)[:MOST_NAMES]}
+
+    texts = {"engine": _shown(report.engine, LONGEST_ENGINE), "reason": _shown(report.reason, LONGEST_REASON)}
+    return {**asdict(report), **texts, "failures": tally(report.failures), "counters": tally(report.counters)}
+
+
+def _shown(text: str, longest: int) -> str:
+    """One line of printable characters, not too long."""
+    return "".join(c if c.isprintable() else " " if c.isspace() else "?" for c in str(text)[:longest])
+
+
+def _text(name: str, value: object, longest: int) -> str:
+    if not isinstance(value, str) or len(value) > longest or not value.isprintable():
+        raise ValueError(f"{name}: must be printable text of at most {longest} characters")
+    return value
+
+
+def _whole(name: str, value: object, low: int, high: int) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise ValueError(f"{name}: must be a whole number in {low}..{high}")
+    return value
+
+
+def _tally(name: str, value: object) -> dict[str, int]:
+    if not isinstance(value, dict) or len(value) > MOST_NAMES:
+        raise ValueError(f"{name}: must have at most {MOST_NAMES} names with a count each")
+    return {_text(name, key, LONGEST_NAME): _whole(name, count, 0, LARGEST_COUNT) for key, count in value.items()}

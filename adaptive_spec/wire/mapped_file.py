@@ -18,6 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, Self
 
+from adaptive_spec.runtime_folder import check_own_file
+
 WEAKLY_ORDERED = platform.machine().lower() not in ("x86_64", "amd64", "i386", "i686")
 """Whether this machine may reorder stores (ARM does): then a sequence lock needs a fence between sequence and content."""
 
@@ -53,11 +55,6 @@ def fence() -> None:
         pass
 
 
-def make_runtime_dir(folder: Path) -> None:
-    """Create the folder of ring and page, mode 0700, with its parents. An existing folder is not changed. Raises OSError."""
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-
-
 def create_mapped(path: Path, size: int, fill: Callable[[mmap.mmap], None], *, lock: bool = False) -> tuple[mmap.mmap, Identity]:
     """Create or replace a file of `size` zero bytes, mode 0600, and fill it before it is visible under its name.
 
@@ -87,14 +84,15 @@ def create_mapped(path: Path, size: int, fill: Callable[[mmap.mmap], None], *, l
 def open_mapped(path: Path, *, writable: bool = False, lock: bool = False) -> tuple[mmap.mmap, Identity]:
     """Map a whole existing file.
 
-    Raises FileNotFoundError, BlockingIOError (another process holds the lock), another OSError, or ValueError (not a
-    regular file, or empty). O_NONBLOCK: opening a pipe at the path must not block the engine; it is refused.
+    Raises FileNotFoundError, BlockingIOError (another process holds the lock), PermissionError (another user could have written
+    it), another OSError, or ValueError (not a regular file, or empty). O_NONBLOCK: opening a pipe must not block the engine.
     """
     fd = os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
             raise ValueError("not a regular file")
+        check_own_file(fd, path)
         if lock:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         mapping = mmap.mmap(fd, status.st_size, access=mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ)

@@ -32,6 +32,7 @@ import numpy as np
 from adaptive_spec.domain.arrays import AnyArray, AnyFloats
 from adaptive_spec.domain.policy import Granularity, Mode, Policy, Trial
 from adaptive_spec.domain.survival import GRID_POINTS, SurvivalMap
+from adaptive_spec.runtime_folder import make_runtime_dir
 from adaptive_spec.wire import mapped_file
 from adaptive_spec.wire.mapped_file import WEAKLY_ORDERED, fence
 from adaptive_spec.wire.slot import MAX_BATCH_LIMIT, MAX_K_LIMIT
@@ -230,7 +231,7 @@ class PolicyPage(mapped_file.Closeable):
         """
         _range("capacity", capacity, 1, MAX_CAPACITY)
         path = Path(path)
-        mapped_file.make_runtime_dir(path.parent)
+        make_runtime_dir(path.parent)
         try:
             page = cls._open(path)
         except FileNotFoundError:

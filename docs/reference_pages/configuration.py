@@ -26,7 +26,7 @@ def configuration_page() -> str:
         lines += [f"## {f'`{prefix[:-1]}`' if prefix else 'Sidecar'}", "", " ".join((section.__doc__ or "").split()), ""]
         lines += ["| key | type | default | meaning |", "|---|---|---|---|"]
         for name, info in fields.items():
-            default = "none" if info.default is None else f"`{info.default}`"
+            default = "by user and port" if info.default_factory else "none" if info.default is None else f"`{info.default}`"
             lines.append(f"| `{prefix}{name}` | {_type_words(info)} | {default} | {info.description} |")
         lines.append("")
     return "\n".join(lines)

@@ -43,6 +43,7 @@ def test_ring_and_page(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("name", "subject"), [(RING_NAME, "ring"), (PAGE_NAME, "policy page")])
 def test_foreign_files_are_broken(tmp_path: Path, name: str, subject: str) -> None:
     (tmp_path / name).write_bytes(b"x" * 10_000)
+    (tmp_path / name).chmod(0o600)
     finding = _find(tmp_path, tmp_path)[subject]
     assert finding.state == "broken"
     assert "magic" in finding.text

@@ -18,10 +18,14 @@ class Seen(NamedTuple):
 
 
 class CannedServer:
-    """answers: (status, body) by "METHOD /path"; any other request gets 404. requests: those received, in order."""
+    """answers: (status, body) by "METHOD /path"; any other request gets 404. requests: those received, in order.
+
+    headers: sent with every answer.
+    """
 
     def __init__(self, answers: dict[str, tuple[int, bytes]]) -> None:
         self.answers, self.requests = answers, list[Seen]()
+        self.headers: dict[str, str] = {}
         canned = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -32,6 +36,8 @@ class CannedServer:
                 status, answer = canned.answers.get(line, (404, b"{}"))
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(answer)))
+                for name, value in canned.headers.items():
+                    self.send_header(name, value)
                 self.end_headers()
                 with contextlib.suppress(OSError):  # the client may have left
                     self.wfile.write(answer)

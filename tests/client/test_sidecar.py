@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from adaptive_spec.client.sidecar import ADDRESS_NAME, TOKEN_NAME, ControlClient
+from adaptive_spec.client.sidecar import ADDRESS_NAME, TOKEN_NAME, ControlClient, running_sidecar
 from adaptive_spec.errors import BadInput
+from adaptive_spec.runtime_folder import RoleLock
 from tests.client.canned_server import CannedServer
 
 
@@ -61,13 +63,71 @@ def test_no_answer_is_one_line() -> None:
 
 
 def test_a_sidecar_is_found_by_its_runtime_directory(server: CannedServer, tmp_path: Path) -> None:
-    (tmp_path / ADDRESS_NAME).write_text(json.dumps({"url": server.url}))
-    (tmp_path / TOKEN_NAME).write_text("kept\n")
+    sidecar = _runs_in(tmp_path, server.url)
     ControlClient.find(tmp_path, None, None).send("pause")
     (tmp_path / "own").write_text("own")
     ControlClient.find(tmp_path, None, tmp_path / "own").send("pause")
     ControlClient.find(tmp_path / "none", server.url, None).send("pause")
     assert [seen.headers["Authorization"] for seen in server.requests] == ["Bearer kept", "Bearer own", "Bearer "]
+    sidecar.release()
+
+
+def _runs_in(folder: Path, url: str) -> RoleLock:
+    """What a sidecar leaves in its runtime directory."""
+    (folder / ADDRESS_NAME).write_text(json.dumps({"url": url, "pid": os.getpid()}))
+    (folder / TOKEN_NAME).write_text("kept\n")
+    (folder / TOKEN_NAME).chmod(0o600)
+    return RoleLock.acquire(folder, "sidecar")
+
+
+def test_the_local_token_goes_to_the_running_sidecar_only(server: CannedServer, tmp_path: Path) -> None:
+    """Not to another address, and not to the address of a sidecar that has ended, whose port another program may have."""
+    sidecar = _runs_in(tmp_path, server.url)
+    with CannedServer({"POST /control": (200, b"{}")}).running() as other:
+        ControlClient.find(tmp_path, other.url, None).send("pause")
+        assert [seen.headers["Authorization"] for seen in other.requests] == ["Bearer "]
+    ControlClient.find(tmp_path, server.url + "/", None).send("pause")
+    sidecar.release()
+    ControlClient.find(tmp_path, server.url, None).send("pause")
+    assert [seen.headers["Authorization"] for seen in server.requests] == ["Bearer kept", "Bearer "]
+    with pytest.raises(BadInput, match="no sidecar runs there"):
+        ControlClient.find(tmp_path, None, None)
+
+
+def test_an_address_that_another_sidecar_left_is_not_used(server: CannedServer, tmp_path: Path) -> None:
+    sidecar = _runs_in(tmp_path, server.url)
+    (tmp_path / ADDRESS_NAME).write_text(json.dumps({"url": server.url, "pid": os.getpid() + 1}))
+    assert running_sidecar(tmp_path) is None
+    sidecar.release()
+
+
+@pytest.mark.parametrize("what", ["mode of the folder", "link to the folder", "mode of the token", "link to the token"])
+def test_what_others_can_use_is_not_used(server: CannedServer, tmp_path: Path, what: str) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir(mode=0o700)
+    sidecar = _runs_in(folder, server.url)
+    if what == "mode of the folder":
+        folder.chmod(0o770)
+    elif what == "link to the folder":
+        folder.rename(tmp_path / "moved")
+        folder.symlink_to(tmp_path / "moved")
+    elif what == "mode of the token":
+        (folder / TOKEN_NAME).chmod(0o640)
+    else:
+        (folder / TOKEN_NAME).rename(tmp_path / "token")
+        (folder / TOKEN_NAME).symlink_to(tmp_path / "token")
+    ControlClient.find(folder, server.url, None).send("pause")
+    assert [seen.headers["Authorization"] for seen in server.requests] == ["Bearer "]
+    sidecar.release()
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_a_redirect_is_not_followed(status: int) -> None:
+    with CannedServer({}).running() as other, CannedServer({"POST /control": (status, b"")}).running() as server:
+        server.headers = {"Location": other.url + "/control"}
+        with pytest.raises(BadInput, match=f"refused: status {status}"):
+            ControlClient(server.url, "secret").send("pause")
+        assert not other.requests
 
 
 def test_what_cannot_be_found_is_one_line(tmp_path: Path) -> None:

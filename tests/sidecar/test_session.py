@@ -135,6 +135,7 @@ def test_checkpoint_of_another_engine_is_set_aside(settings: SidecarSettings, en
     session = _open(settings)
     session.checkpoint()
     session.close()
+    engine.close()
     other = NumbersEngine(settings.runtime_dir, engine_info("other"))
     session = _open(settings)
     assert session.origin == "sweep"
@@ -181,6 +182,7 @@ def test_profile_of_another_shape_is_set_aside(settings: SidecarSettings, engine
     session.save_profile()
     folder = session.profile_folder
     session.close()
+    engine.close()
     other = NumbersEngine(settings.runtime_dir, replace(engine.info, candidates=(0, 1, 2)))
     session = _open(settings)
     assert session.origin == "sweep"
@@ -276,6 +278,7 @@ def test_models_can_be_reproduced_from_trace_and_log(
 def test_restarted_engine_is_followed(settings: SidecarSettings, engine: NumbersEngine) -> None:
     session = _swept(_open(settings), engine)
     assert session.follow_engine()
+    engine.close()
     again = NumbersEngine(settings.runtime_dir, replace(engine.info, pid=1))
     for _ in range(50):
         again.step()
@@ -284,10 +287,10 @@ def test_restarted_engine_is_followed(settings: SidecarSettings, engine: Numbers
     view = session.view(None)
     assert view.snapshot is not None
     assert view.snapshot.mode is Mode.ACTIVE
+    again.close()
     other = NumbersEngine(settings.runtime_dir, engine_info("other"))
     assert not session.follow_engine()
     session.close()
-    again.close()
     other.close()
 
 

@@ -14,7 +14,7 @@ REPORT = EngineReport(os.getpid(), "sglang 0.5.23", "detached", "verify failed 8
 def test_round_trip_is_private_and_leaves_nothing_behind(tmp_path: Path) -> None:
     write_report(tmp_path, REPORT)
     assert read_report(tmp_path) == REPORT
-    assert [p.name for p in tmp_path.iterdir()] == [REPORT_NAME]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [REPORT_NAME, "engine.lock"]
     assert stat.S_IMODE((tmp_path / REPORT_NAME).stat().st_mode) == 0o600
 
 

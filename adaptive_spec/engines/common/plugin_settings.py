@@ -5,7 +5,8 @@
 | ADAPTIVE_SPEC_MODE | off (default), shadow (observe and report) or active (decide K) |
 | ADAPTIVE_SPEC_CONFIG | the sidecar's YAML. Used: runtime_dir; max_age_s, k_min, k_max and fallback of controller.policy; |
 | | controller.mode where ADAPTIVE_SPEC_MODE is not set |
-| ADAPTIVE_SPEC_RUNTIME_DIR | folder shared with the sidecar; takes precedence over the configuration |
+| ADAPTIVE_SPEC_RUNTIME_DIR | folder shared with the sidecar; takes precedence over the configuration. Without either: |
+| | /dev/shm/adaptive-spec-USER-PORT, with the user's number and the server's port |
 | ADAPTIVE_SPEC_FALLBACK | who chooses K while no policy acts: stock (default, SGLang's own adaptive policy), launch (launch K); |
 | | takes precedence over the configuration |
 | ADAPTIVE_SPEC_BATCH_SCORES | step choice from the batch's own scores: auto (default), on, off; never with several ranks |
@@ -18,24 +19,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, cast
 
 from adaptive_spec.errors import BadInput
+from adaptive_spec.runtime_folder import default_runtime_dir
 
 PREFIX = "ADAPTIVE_SPEC_"
-DEFAULT_RUNTIME_DIR = Path("/dev/shm/adaptive-spec")
 MODES = ("off", "shadow", "active")
 FALLBACKS = ("stock", "launch")
 
 
 @dataclass(frozen=True)
 class PluginSettings:
-    """See the module. k_min, k_max: the configuration's K range, applied to the step choice too."""
+    """See the module. k_min, k_max: the configuration's K range, applied to the step choice too.
+
+    default_folder: whether runtime_dir follows the server's port, see `of_server`.
+    """
 
     mode: Literal["off", "shadow", "active"] = "off"
-    runtime_dir: Path = DEFAULT_RUNTIME_DIR
+    runtime_dir: Path = field(default_factory=default_runtime_dir)
     max_age_s: float = 30.0
     k_min: int = 0
     k_max: int = 32
@@ -45,6 +49,13 @@ class PluginSettings:
     fallback: Literal["stock", "launch"] = "stock"
     confidences: Literal["on", "off"] = "on"
     untested_vllm: bool = False
+    default_folder: bool = False
+
+    def of_server(self, port: int) -> PluginSettings:
+        """Return these settings for a server on a port: without a folder of its own in environment or configuration, it has one
+        by its port.
+        """
+        return replace(self, runtime_dir=default_runtime_dir(port)) if self.default_folder else self
 
 
 def plugin_settings(environment: Mapping[str, str]) -> PluginSettings:
@@ -53,7 +64,8 @@ def plugin_settings(environment: Mapping[str, str]) -> PluginSettings:
     config = environment.get(PREFIX + "CONFIG", "")
     if mode == "off" or not (mode or config):
         return PluginSettings()
-    runtime_dir, max_age_s, k_min, k_max, fallback, confidences = DEFAULT_RUNTIME_DIR, 30.0, 0, 32, "stock", "on"
+    runtime_dir, max_age_s, k_min, k_max, fallback, confidences = default_runtime_dir(), 30.0, 0, 32, "stock", "on"
+    named = bool(environment.get(PREFIX + "RUNTIME_DIR"))
     if config:
         from adaptive_spec.config.load import load_settings
 
@@ -61,6 +73,7 @@ def plugin_settings(environment: Mapping[str, str]) -> PluginSettings:
         mode = mode or settings.controller.mode
         policy = settings.controller.policy
         runtime_dir, max_age_s, k_min, k_max = settings.runtime_dir, policy.max_age_s, policy.k_min, policy.k_max
+        named |= bool(settings.model_fields_set & {"runtime_dir", "server_port"})
         fallback = policy.fallback
         confidences = "on" if settings.controller.acceptance.confidences else "off"
     runtime_dir = Path(environment.get(PREFIX + "RUNTIME_DIR") or runtime_dir)
@@ -72,6 +85,7 @@ def plugin_settings(environment: Mapping[str, str]) -> PluginSettings:
         cast(Literal["stock", "launch"], _choice(environment, "FALLBACK", FALLBACKS, fallback)),
         cast(Literal["on", "off"], _choice(environment, "CONFIDENCES", ("on", "off"), confidences)),
         _choice(environment, "UNTESTED_VLLM", ("0", "1"), "0") == "1",
+        not named,
     )  # fmt: skip
 
 

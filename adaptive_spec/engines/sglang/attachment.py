@@ -79,6 +79,7 @@ class Attachment:
         self._first_rank = True
         self._report_at_s = 0.0
         self._reported: EngineReport | None = None
+        self._report_error = ""
 
     # -- once ----------------------------------------------------------------------------------------------------------
 
@@ -172,7 +173,10 @@ class Attachment:
         # Rank 0 alone writes the ring and reads the page; of its opened tap only the ring is kept.
         first = EngineTap.open(settings.runtime_dir, info, settings.max_age_s) if place.rank == 0 else None
         ring = first.detach_ring() if first is not None else None
-        return RankedTap(settings.runtime_dir, info, ring, self._steering, settings.max_age_s)
+        tap = RankedTap(settings.runtime_dir, info, ring, self._steering, settings.max_age_s)
+        if first is not None:
+            tap.take_role(first)
+        return tap
 
     # -- several ranks -------------------------------------------------------------------------------------------------
 
@@ -350,11 +354,12 @@ class Attachment:
                 os.getpid(), self._engine, state, reason, dict(self._guard.failures), self._counters(), self.level
             )
             if report != self._reported:
-                self._settings.runtime_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
                 write_report(self._settings.runtime_dir, report)
                 self._reported = report
         except Exception as error:
-            log.warning("adaptive-spec: the report could not be written: %s", error)
+            if str(error) != self._report_error:
+                self._report_error = str(error)
+                log.warning("adaptive-spec: the report could not be written: %s", error)
             self._report_at_s = time.monotonic() + 60.0
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ from adaptive_spec.engines.releases import version_refusal
 from adaptive_spec.engines.sglang import contract
 from adaptive_spec.engines.static_contract import installed, unmet
 from adaptive_spec.errors import BadInput
+from adaptive_spec.runtime_folder import server_port_of
 from adaptive_spec.wire.engine_report import EngineReport, write_report
 
 if TYPE_CHECKING:
@@ -41,6 +43,7 @@ def register() -> None:
         return
     if settings.mode == "off":
         return
+    settings = settings.of_server(server_port_of(sys.argv[1:]))
     version = _sglang_version()
     reason = refusal(settings, version)
     if reason is not None:
@@ -73,17 +76,21 @@ def lacking(groups: Iterable[str]) -> str:
 def _install(settings: PluginSettings, engine: str) -> None:
     """Hook what makes the worker; the first call of it decides what else is hooked."""
     guard = Guard("SGLang")
+    folder_of = settings
     made: list[Attachment] = []
 
     def closed() -> None:
         """Closed before there is an attachment, which reports for itself."""
-        _report(settings, EngineReport(os.getpid(), engine, "detached", guard.closed or "", dict(guard.failures)))
+        _report(folder_of, EngineReport(os.getpid(), engine, "detached", guard.closed or "", dict(guard.failures)))
 
     guard.on_close = closed
 
     def worker(note: None, worker_class: Any, algorithm: Any, server_args: Any) -> None:
+        nonlocal folder_of
         if not made:
-            made.append(_attachment(settings, guard, engine, algorithm))
+            port = getattr(server_args, "port", None)
+            folder_of = settings.of_server(port) if isinstance(port, int) else settings
+            made.append(_attachment(folder_of, guard, engine, algorithm))
             attach(made[0], guard, engine, worker_class, algorithm, server_args)
 
     for need in contract.hooks_of(contract.OBSERVE):
@@ -149,7 +156,6 @@ def _sglang_version() -> str:
 
 def _report(settings: PluginSettings, report: EngineReport) -> None:
     try:
-        settings.runtime_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         write_report(settings.runtime_dir, report)
     except OSError as error:
         log.warning("adaptive-spec: the report could not be written: %s", error)

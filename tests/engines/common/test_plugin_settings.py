@@ -6,6 +6,7 @@ import pytest
 
 from adaptive_spec.engines.common.plugin_settings import PluginSettings, plugin_settings
 from adaptive_spec.errors import BadInput
+from adaptive_spec.runtime_folder import default_runtime_dir
 
 
 def test_inert_unless_asked() -> None:
@@ -37,7 +38,24 @@ def test_environment_and_configuration(tmp_path: Path) -> None:
     assert plugin_settings({"ADAPTIVE_SPEC_CONFIG": str(config)}).confidences == "off"
     environment = {"ADAPTIVE_SPEC_CONFIG": str(config), "ADAPTIVE_SPEC_CONFIDENCES": "on"}
     assert plugin_settings(environment).confidences == "on", "the environment takes precedence"
-    assert plugin_settings({"ADAPTIVE_SPEC_MODE": "active"}).runtime_dir == Path("/dev/shm/adaptive-spec")
+    assert plugin_settings({"ADAPTIVE_SPEC_MODE": "active"}).runtime_dir == default_runtime_dir()
+
+
+@pytest.mark.parametrize(
+    ("environment", "config", "folder"),
+    [
+        ({}, "controller: {}", default_runtime_dir(8000)),
+        ({"ADAPTIVE_SPEC_RUNTIME_DIR": "/dev/shm/there"}, "controller: {}", Path("/dev/shm/there")),
+        ({}, "runtime_dir: /dev/shm/here", Path("/dev/shm/here")),
+        ({}, "server_port: 9000", default_runtime_dir(9000)),
+    ],
+)
+def test_the_default_folder_is_of_the_servers_port(
+    tmp_path: Path, environment: dict[str, str], config: str, folder: Path
+) -> None:
+    (tmp_path / "c.yaml").write_text(config)
+    environment |= {"ADAPTIVE_SPEC_MODE": "active", "ADAPTIVE_SPEC_CONFIG": str(tmp_path / "c.yaml")}
+    assert plugin_settings(environment).of_server(8000).runtime_dir == folder
 
 
 @pytest.mark.parametrize(

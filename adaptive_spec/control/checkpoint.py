@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from adaptive_spec.control.modes import Request
 from adaptive_spec.domain.arrays import Arrays
 from adaptive_spec.domain.policy import Mode
 
@@ -20,7 +21,7 @@ STATE_VERSION = 1
 class ControllerState:
     """counters, policy: JSON forms of the counters and of the policy (`Controller.policy_summary`). swept: the sweep is over.
     configured_mode: mode of the settings. batches: tally of batch sizes [max_batch + 1]. observe_only: so is the engine.
-    latency, calibration: arrays of the models.
+    latency, calibration: arrays of the models. request: what was asked for. sweeping: a sweep runs or is due.
     """
 
     counters: Mapping[str, Any]
@@ -33,6 +34,8 @@ class ControllerState:
     observe_only: bool
     latency: Arrays
     calibration: Arrays
+    request: Request
+    sweeping: bool
 
     @property
     def table(self) -> NDArray[np.uint8]:
@@ -54,6 +57,7 @@ class ControllerState:
             "version": STATE_VERSION, "ledger": self.counters, "policy": self.policy, "swept": self.swept,
             "asked": self.configured_mode, "kv_per_request": self.kv_per_request, "batches": self.batches.tolist(),
             "sweep_steps": self.sweep_steps, "ignored": self.observe_only,
+            "request": self.request.state(), "sweeping": self.sweeping,
         }  # fmt: skip
         return {
             "head": np.frombuffer(json.dumps(head).encode(), dtype=np.uint8),
@@ -75,10 +79,22 @@ class ControllerState:
                 head["ledger"], head["policy"], bool(head["swept"]), str(head["asked"]), float(head["kv_per_request"]),
                 np.array(head["batches"], dtype=np.float64), int(head["sweep_steps"]),
                 bool(head.get("ignored", False)),  # absent from checkpoints of older versions
-                latency, calibration,
+                latency, calibration, *_request(head),
             )  # fmt: skip
             if state.table.ndim != 2 or not state.mode or state.policy_version < 0:
                 raise ValueError("checkpoint is damaged: policy: the table must have 2 dimensions and the version be at least 0")
         except (KeyError, TypeError) as error:
             raise ValueError(f"checkpoint is damaged: {error}") from error
         return state
+
+
+def _request(head: Mapping[str, Any]) -> tuple[Request, bool]:
+    """(request, whether a sweep runs or is due). Older versions wrote the mode alone: fallback hides what was asked for."""
+    if "request" in head:
+        return Request.of(head["request"]), bool(head["sweeping"])
+    mode, asked = Mode(head["policy"]["mode"]), "shadow" if head["asked"] == "shadow" else "active"
+    if mode in (Mode.ACTIVE, Mode.SHADOW):
+        asked = mode.value
+    pinned_k = int(np.max(head["policy"]["table"])) if mode is Mode.PINNED else None
+    request = Request("shadow" if asked == "shadow" else "active", pinned_k, mode is Mode.PAUSED)
+    return request, mode is Mode.SWEEP or (mode is Mode.FALLBACK and not head["swept"])

@@ -9,7 +9,8 @@ count.
 
 Modes. SWEEP: rounds of trials until the staircase is known. ACTIVE: the table acts. SHADOW: decides and reports, but
 its policies do not act. PAUSED: keeps the last table and continues learning. PINNED: one K for all. FALLBACK: a call failed; no
-policy acts until a refit succeeds. An engine that runs no policy is observe-only: ACTIVE is then shown as
+policy acts until a refit succeeds. The mode follows from what was asked for and from the health (`modes.py`); a policy is
+published whenever it changes. An engine that runs no policy is observe-only: ACTIVE is then shown as
 SHADOW, and policies are still published. Time is an argument everywhere; nothing here does I/O.
 """
 
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 from numpy.typing import NDArray
@@ -27,19 +29,23 @@ from adaptive_spec.control.counters import Counters, Histogram
 from adaptive_spec.control.decision import Decision, Proposal
 from adaptive_spec.control.engine_response import OBSERVE_ONLY, EngineResponse, PendingTrials
 from adaptive_spec.control.k_switches import switch_reason
+from adaptive_spec.control.modes import Health, Request, effective_mode
 from adaptive_spec.control.probing import ProbeBudget, probe_plans
 from adaptive_spec.control.publication import Publisher
 from adaptive_spec.control.snapshot import Snapshot, build_snapshot
 from adaptive_spec.control.sweep import Sweep
-from adaptive_spec.domain.commands import CONTROL_COMMANDS
 from adaptive_spec.domain.engine_info import EngineInfo
 from adaptive_spec.domain.policy import Mode, Policy, Trial
 from adaptive_spec.domain.step_record import StepFlag, StepRecord
 from adaptive_spec.models.goodput import Forecast
 from adaptive_spec.models.model_set import Findings, ModelSet, Stopwatch
 
-TRIAL_WAIT_S, SWEEP_TRIAL_WAIT_S = 5.0, 30.0
-"""Trials of a probe, and of a round of the sweep, time out after so long."""
+FAILED_RECORDS = 8
+"""Records in a row that fail to be learnt before no policy acts: one or two bad ones say nothing about the models."""
+FAILED_REFITS = 10
+"""Refits or publications in a row that fail before the models are forgotten and a sweep begins."""
+RECOVERY_REFITS = 10.0
+"""Refit intervals until the first refit after a failure."""
 DRIFT_GRANT_STEPS = 10
 """Steps' worth of probing allowed at once after a drift."""
 FORECAST_RATIO_STEPS = 64
@@ -52,29 +58,69 @@ class Controller:
         self.settings, self.info = settings, info
         self.models = ModelSet(settings, info)
         self.counters = Counters(info.max_k)
-        self.mode = Mode.SWEEP if settings.mode == "active" else Mode.SHADOW
+        self.request = Request(settings.mode)
         self.reason = "cold start"
+        self._untrained = self.models.acceptance.survival
         self._decision = Decision(settings.policy, info)
         self._publisher = Publisher(info, settings.policy.min_gain)
         self._budget = ProbeBudget(settings.policy.probe_budget)
         self._sweep = Sweep(settings.sweep, info, settings.latency.jump_threshold)
         self._sweep_started_s: float | None = None
         self._swept = False
+        self._sweeping = self.request.plain_active
+        self._sweep_due = False
+        """A sweep was broken off by a command, or the models were forgotten: it begins when nothing else is asked for."""
+        self._failed = False
+        self._failed_records = self._failed_refits = self._failed_publications = 0
+        self.models_forgotten = 0
+        """How often `FAILED_REFITS` was reached."""
+        self._round: tuple[Trial, ...] = ()
+        """The sweep's latest round of trials."""
         self._trials = PendingTrials()
         self._engine_response = EngineResponse()
         self._last_record: StepRecord | None = None
         self._next_refit_s = 0.0
-        self._mode_before_failure = self.mode
+
+    # -- modes ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def health(self) -> Health:
+        return Health.FAILED if self._failed else Health.SWEEPING if self._sweeping else Health.OK
+
+    @property
+    def mode(self) -> Mode:
+        """What follows from `request` and `health`."""
+        return effective_mode(self.request, self.health)
+
+    @property
+    def _acting(self) -> bool:
+        mode = self.mode
+        return mode is Mode.SWEEP or (mode is not Mode.FALLBACK and self.request.acts)
+
+    def _note_mode(self, before: Mode, reason: str, now_s: float) -> None:
+        """Record the reason, and an event when the mode is not `before` any more."""
+        mode = self.mode
+        if mode is not before:
+            self.counters.event(now_s, "mode", f"{before} → {mode}: {reason}")
+            self._decision.stop_watching()
+        if mode is Mode.SWEEP:
+            self._engine_response = EngineResponse()  # trials show again whether the engine runs policies
+        self.reason = reason
 
     # -- learning ------------------------------------------------------------------------------------------------------
 
     def observe(self, record: StepRecord, now_s: float) -> Policy | None:
-        """Learn one step. now_s: seconds on any steadily rising clock. Returns a policy when the engine must get one at once."""
+        """Learn one step. now_s: seconds on any steadily rising clock. Returns a policy when the engine must get one at once.
+
+        Raises what a model raises; the record is then neither counted nor learnt again, see `record_failed`.
+        """
+        findings = self.models.observe(record)
+        self._failed_records = 0
         self._budget.earn(record.step_s)
         self.counters.count(record)
         self.counters.count_switch(switch_reason(self._last_record, record, self.info))
         self._last_record = record
-        self._take_findings(self.models.observe(record), now_s)
+        self._take_findings(findings, now_s)
         self.counters.compare(record, self.models.compare(record))
         if self.mode is not Mode.SWEEP:
             lost_s = self.models.trial_loss_s(record)
@@ -106,22 +152,61 @@ class Controller:
         return self.refit(now_s) if self.refit_due(now_s) else None
 
     def refit(self, now_s: float, stopwatch: Stopwatch = nullcontext) -> Policy | None:
-        """Fit all models to what was learnt and decide again. stopwatch: see `ModelSet.fit`."""
-        self._next_refit_s = now_s + self.settings.refit_interval_s
-        self._take_findings(self.models.fit(stopwatch), now_s)
-        if self.mode is Mode.FALLBACK:
-            self._set_mode(self._mode_before_failure, "models fitted again", now_s)
-        if self.mode in (Mode.SWEEP, Mode.PAUSED, Mode.PINNED):
-            return None
-        return self._decide(now_s)
+        """Fit all models to what was learnt and decide again. stopwatch: see `ModelSet.fit`.
 
-    def _decide(self, now_s: float, first: bool = False) -> Policy | None:
-        """Propose a table, adopt it, and publish when the engine would choose differently or something must be probed."""
+        Raises what a model raises. After `FAILED_REFITS` in a row the models are forgotten.
+        """
+        self._next_refit_s = now_s + self.settings.refit_interval_s
+        try:
+            self._take_findings(self.models.fit(stopwatch), now_s)
+            policy = self._after_fit(now_s)
+        except Exception:
+            self._failed_refits += 1
+            if self._failed_refits >= FAILED_REFITS:
+                self._forget_models(now_s)
+            raise
+        self._failed_refits = 0
+        return policy
+
+    def _after_fit(self, now_s: float) -> Policy | None:
+        if self._failed and self._failed_records < FAILED_RECORDS:
+            before, self._failed = self.mode, False
+            self._note_mode(before, "models fitted again", now_s)
+        if self.mode is Mode.SWEEP:
+            if self._published:
+                return None
+            return self._publish(now_s, self._round) if self._round else self._next_sweep_round(now_s)
+        if self.mode is Mode.ACTIVE or self.mode is Mode.SHADOW:
+            return self._decide(now_s) or self._publish_if_due(now_s)
+        return self._publish_if_due(now_s)
+
+    def _forget_models(self, now_s: float) -> None:
+        """Begin with new models: what the present ones hold cannot be fitted or published."""
+        before = self.mode
+        self.models = ModelSet(self.settings, self.info)
+        self._failed_refits = self._failed_publications = 0
+        self._swept, self._round = False, ()
+        self.models_forgotten += 1
+        self._sweep = Sweep(self.settings.sweep, self.info, self.settings.latency.jump_threshold)
+        self._sweep_started_s = None
+        self._trials.begin(())
+        self._sweeping = self.request.plain_active
+        self._sweep_due = not self._sweeping
+        self.counters.event(now_s, "mode", f"{FAILED_REFITS} refits failed in a row: the models are forgotten")
+        self._note_mode(before, self.reason, now_s)
+
+    def _decide(self, now_s: float, first: str = "") -> Policy | None:
+        """Propose a table, adopt it, and publish when the engine would choose differently or something must be probed.
+
+        first: reason of a swap to the best K everywhere, whatever ran before; "": only where it gains enough.
+        """
         forecast, traffic = self.models.forecast, self.models.traffic
         if forecast is None:
             return None
-        proposal = self._decision.propose(forecast, traffic, now_s, first)
-        if proposal.swap is None and self._trials.running(now_s):
+        proposal = self._decision.propose(forecast, traffic, now_s, bool(first))
+        if first and proposal.swap is not None:
+            proposal = replace(proposal, swap=first)
+        if proposal.swap is None and self._trials.left > 0:
             return None  # let the probe finish
         ratio, version = self.counters.forecast_ratio(FORECAST_RATIO_STEPS), self._publisher.version + 1
         text = self._decision.adopt(proposal, traffic, version, ratio, now_s)
@@ -159,42 +244,65 @@ class Controller:
         return self._publish(now_s)
 
     def _publish(self, now_s: float, trials: tuple[Trial, ...] = ()) -> Policy:
-        wait_s = SWEEP_TRIAL_WAIT_S if self.mode is Mode.SWEEP else TRIAL_WAIT_S
-        self._trials.begin(trials, now_s + wait_s)
-        survival = self.models.acceptance.survival
-        return self._publisher.publish(self.mode, self._decision.table, self.models.forecast, survival, trials, now_s)
+        self._trials.begin(trials)
+        # In fallback the forecast may be what is wrong.
+        forecast = None if self._failed else self.models.forecast
+        survival = self.models.acceptance.survival if forecast is not None else self._untrained
+        return self._publisher.publish(self.mode, self._acting, self._decision.table, forecast, survival, trials, now_s)
+
+    @property
+    def _published(self) -> bool:
+        """Whether the latest policy is of the present mode and table."""
+        last = self._publisher.latest
+        return (
+            last is not None
+            and (last.mode, last.acting) == (self.mode, self._acting)
+            and self._publisher.has_table(self._decision.table)
+        )
+
+    def _publish_if_due(self, now_s: float) -> Policy | None:
+        return None if self._published else self._publish(now_s)
 
     # -- the sweep and its trials --------------------------------------------------------------------------------------
 
     def _follow_trials(self, record: StepRecord, now_s: float) -> Policy | None:
         begin = self._trials.left == 0 and self._sweep_started_s is None
+        ended = self._trials.ended(record, self._publisher.version)
         if self.mode is not Mode.SWEEP:
-            self._trials.ended(record, self._publisher.version, now_s)
             return None
-        return self._next_sweep_round(now_s) if begin or self._trials.ended(record, self._publisher.version, now_s) else None
+        if self._trials.overdue:
+            return self._publish(now_s, self._trials.trials)  # the publication was lost: again
+        return self._next_sweep_round(now_s) if begin or ended else None
 
     def _begin_sweep(self, reason: str, now_s: float) -> Policy | None:
         self._sweep = Sweep(self.settings.sweep, self.info, self.settings.latency.jump_threshold)
         self._sweep_started_s = None
-        self._set_mode(Mode.SWEEP, reason, now_s)
+        before, self._sweeping, self._sweep_due = self.mode, True, False
+        self._round = ()
+        self._trials.begin(())
+        self._note_mode(before, reason, now_s)
         return self._next_sweep_round(now_s)
 
     def _next_sweep_round(self, now_s: float) -> Policy | None:
         batch_size = self.models.traffic.batch_size
+        if self._failed:
+            return None  # after the next good refit
         if batch_size == 0 and not self.info.holds_batch:
             return None  # token counts depend on the batch: wait for the first step
         if self._sweep_started_s is None:
             self._sweep_started_s = now_s
         trials = self._sweep.next_round(self.models.measured_counts(), batch_size)
+        self._round = trials
         if trials:
             self._take_findings(self.models.learn_acceptance(), now_s)
             self.models.acceptance.refit()
             return self._publish(now_s, trials)
         self.counters.sweep_s += now_s - self._sweep_started_s
-        self._swept = True
-        self._set_mode(Mode.ACTIVE, "sweep done", now_s)
+        before, self._swept, self._sweeping = self.mode, True, False
+        self._note_mode(before, "sweep done", now_s)
         self._take_findings(self.models.fit(), now_s)
-        return self._decide(now_s, first=True) or self._publish(now_s)
+        decided = self._decide(now_s, first="sweep") if self.mode in (Mode.ACTIVE, Mode.SHADOW) else None
+        return decided or self._publish(now_s)
 
     # -- what the engine does with policies ----------------------------------------------------------------------------
 
@@ -205,54 +313,86 @@ class Controller:
 
     def _follow_engine_response(self, record: StepRecord, now_s: float) -> Policy | None:
         offered = self.latest_policy is not None and self.latest_policy.acting
-        if not self._engine_response.changed(record, offered, now_s) or self.mode not in (Mode.SWEEP, Mode.ACTIVE):
+        before = self.mode
+        if not self._engine_response.changed(record, offered, now_s) or before not in (Mode.SWEEP, Mode.ACTIVE):
             return None
         if self._engine_response.observe_only:
-            self._set_mode(Mode.SHADOW, OBSERVE_ONLY, now_s)
-            self.mode = Mode.ACTIVE  # policies are still published, in case the engine begins to run them
+            # Policies are still published, in case the engine begins to run them. Shown is SHADOW.
+            self._sweeping = False
+            self.counters.event(now_s, "mode", f"{before} → {Mode.SHADOW}: {OBSERVE_ONLY}")
+            self._decision.stop_watching()
+            self.reason = OBSERVE_ONLY
             self._next_refit_s = now_s
             return self._publish(now_s)
-        self.mode, reason = Mode.SHADOW, "the engine runs the policies made for it"  # shadow is what was shown
-        if not self._swept:
-            return self._begin_sweep(reason, now_s)
-        self._set_mode(Mode.ACTIVE, reason, now_s)
-        return None
+        reason = "the engine runs the policies made for it"
+        if self._swept or not self.request.plain_active:
+            self.counters.event(now_s, "mode", f"{Mode.SHADOW} → {self.mode}: {reason}")
+            self.reason = reason
+            return None
+        self.counters.event(now_s, "mode", f"{Mode.SHADOW} → {Mode.SWEEP}: {reason}")
+        self._sweeping = True
+        return self._begin_sweep(reason, now_s)
 
     # -- commands ------------------------------------------------------------------------------------------------------
 
     def command(self, name: str, now_s: float, k: int | None = None) -> Policy | None:
         """Carry out an operator's command. Raises ValueError when it is unknown or its K is not one of the candidates."""
-        if name == "pin":
-            if k is None or k not in self.info.candidates:
-                raise ValueError(f"pin: K {k} is not one of {list(self.info.candidates)}")
-            self._decision.pin(k)
-            self.counters.swaps["pin"] += 1
-            self._set_mode(Mode.PINNED, f"pinned at K = {k}", now_s)
-            return self._publish(now_s)
-        if name == "pause":
-            self._set_mode(Mode.PAUSED, "paused by command", now_s)
-            return self._publish(now_s)
+        if name == "pin" and (k is None or k not in self.info.candidates):
+            raise ValueError(f"pin: K {k} is not one of {list(self.info.candidates)}")
         if name == "refit":
             return self.refit(now_s)
         if name == "resweep":
+            if self.request.steering == "shadow":
+                self.request = replace(self.request, steering=self.settings.mode)
             return self._begin_sweep("sweep asked for", now_s)
-        modes = {"resume": self.settings.mode, "unpin": self.settings.mode, "active": "active", "shadow": "shadow"}
-        if name not in modes:
-            raise ValueError(f"command {name!r} is not one of {', '.join(CONTROL_COMMANDS)}")
-        if modes[name] == "active" and not self._swept and self.models.forecast is None:
-            self._set_mode(Mode.SWEEP, "cold start", now_s)
-            return self._next_sweep_round(now_s)
-        self._set_mode(Mode(modes[name]), f"{name} by command", now_s)
-        self._take_findings(self.models.fit(), now_s)
-        return self._decide(now_s, first=True) or self._publish(now_s)
+        return self._ask(self.request.after(name, k, self.settings.mode), f"{name} by command", now_s)
 
-    def fail(self, reason: str, now_s: float) -> Policy:
-        """A call of the controller failed: no policy acts until a refit succeeds."""
-        if self.mode is not Mode.FALLBACK:
-            self._mode_before_failure = self.mode
-        self._set_mode(Mode.FALLBACK, reason, now_s)
-        self._next_refit_s = now_s + 10.0 * self.settings.refit_interval_s
+    def _ask(self, request: Request, reason: str, now_s: float) -> Policy | None:
+        """Take a new request: the mode, the table and what is published follow."""
+        before, was = self.mode, self.request
+        self.request = request
+        if self._sweeping and (self._swept or not request.plain_active):
+            self._sweeping, self._sweep_due = False, not self._swept
+        if request.plain_active and (self._sweep_due or (not self._swept and self.models.forecast is None)):
+            return None if self._sweeping else self._begin_sweep("cold start", now_s)
+        if request.pinned_k is not None:
+            reason = f"pinned at K = {request.pinned_k}" if not request.paused else reason
+            if self._decision.pin(request.pinned_k):
+                self.counters.count_swap("pin", now_s, reason)
+        self._note_mode(before, reason, now_s)
+        if self.mode in (Mode.ACTIVE, Mode.SHADOW) and (request != was or before is not self.mode):
+            self._take_findings(self.models.fit(), now_s)
+            return self._decide(now_s, first="command") or self._publish(now_s)
+        return self._publish_if_due(now_s)
+
+    def fail(self, reason: str, now_s: float) -> Policy | None:
+        """A call of the controller failed: no policy acts until a refit succeeds. Returns None when that is so already."""
+        if self._failed:
+            return self._publish_if_due(now_s)
+        before, self._failed = self.mode, True
+        self._note_mode(before, reason, now_s)
+        self._next_refit_s = now_s + RECOVERY_REFITS * self.settings.refit_interval_s
         return self._publish(now_s)
+
+    def record_failed(self, now_s: float) -> Policy | None:
+        """`observe` raised: the record is counted as dropped. After `FAILED_RECORDS` in a row no policy acts."""
+        self._failed_records += 1
+        self.counters.dropped["failed"] += 1
+        if self._failed_records < FAILED_RECORDS:
+            return None
+        return self.fail(f"{FAILED_RECORDS} records in a row could not be learnt", now_s)
+
+    def publication_failed(self, now_s: float) -> Policy | None:
+        """The latest policy could not be published: no policy acts until one can."""
+        self._failed_publications += 1
+        if self._failed_publications >= FAILED_REFITS:
+            self._forget_models(now_s)
+        return self.fail("the policy could not be published", now_s)
+
+    def published(self) -> None:
+        """A policy of a good refit was published."""
+        if not self._failed:
+            self._failed_publications = 0
 
     def note_dropped(self, reason: str, count: int) -> None:
         self.counters.dropped[reason] += count
@@ -263,14 +403,6 @@ class Controller:
     def resume_version(self, version: int) -> None:
         """Continue counting policies after `version`: versions never go back, whichever process published the last one."""
         self._publisher.resume(version)
-
-    def _set_mode(self, mode: Mode, reason: str, now_s: float) -> None:
-        if mode is not self.mode:
-            self.counters.event(now_s, "mode", f"{self.mode} → {mode}: {reason}")
-            self._decision.stop_watching()
-        if mode is Mode.SWEEP:
-            self._engine_response = EngineResponse()  # trials show again whether the engine runs policies
-        self.mode, self.reason = mode, reason
 
     # -- state ---------------------------------------------------------------------------------------------------------
 
@@ -286,9 +418,8 @@ class Controller:
         """Begin from a profile, without a sweep. Raises ValueError, and changes nothing, when it does not fit this engine."""
         ModelSet(self.settings, self.info).take(latency, calibration)
         self.models.take(latency, calibration)
-        self._swept = True
-        if self.mode is Mode.SWEEP:
-            self.mode, self.reason = Mode.ACTIVE, "already profiled"
+        self._swept, self._sweeping = True, False
+        self.reason = "already profiled"
 
     def policy_summary(self) -> dict[str, Any]:
         """JSON form of the policy: for readers, and the table to restart with."""
@@ -304,6 +435,7 @@ class Controller:
         return ControllerState(
             self.counters.state(), self.policy_summary(), self._swept, self.settings.mode, models.kv_per_request, models.batches,
             self._sweep.steps, self._engine_response.observe_only, models.latency_state(), models.calibration_state(),
+            self.request, self._sweeping or self._sweep_due,
         ).arrays()  # fmt: skip
 
     def restore(self, arrays: Mapping[str, NDArray[Any]]) -> None:
@@ -317,12 +449,16 @@ class Controller:
             or state.batches.shape != self.models.batches.shape
         ):
             raise ValueError("checkpoint is of another engine: the K table does not fit")
-        if state.swept or state.mode is not Mode.SWEEP:
+        if state.swept or not state.sweeping:
             self.restore_profile(state.latency, state.calibration)
-            # A mode that was changed in the configuration since wins over the mode of the old process.
-            self.mode = Mode(self.settings.mode) if state.configured_mode != self.settings.mode else state.mode
-            self.reason = "continued from the checkpoint"
+        # A mode that was changed in the configuration since wins over what the old process was asked for.
+        self.request = state.request if state.configured_mode == self.settings.mode else Request(self.settings.mode)
+        self._sweeping = state.sweeping and self.request.plain_active
+        self._sweep_due = state.sweeping and not self._sweeping
+        self.reason = "cold start" if self._sweeping else "continued from the checkpoint"
         self._decision.table = self._decision.runnable(table)
+        if self.request.pinned_k is not None:
+            self._decision.pin(self.request.pinned_k)
         self.models.batches, self.models.kv_per_request = state.batches, state.kv_per_request
         self._swept, self._sweep.steps = state.swept, state.sweep_steps
         self._engine_response = EngineResponse(state.observe_only)

@@ -90,7 +90,7 @@ class Decision:
             return ""
         self._swap_time_s = now_s
         self._watch = None
-        if proposal.swap != "sweep":
+        if proposal.swap not in ("sweep", "command"):
             self._watch = SwapWatch(proposal.previous, self.table, self._settings.rollback_loss, forecast_ratio, version)
         b, c = self.entry(traffic)
         old, new = int(proposal.previous[b, c]), int(self.table[b, c])
@@ -130,9 +130,10 @@ class Decision:
     def stop_watching(self) -> None:
         self._watch = None
 
-    def pin(self, k: int) -> None:
-        """One K for every batch size, or what runs in its place where it is not allowed."""
-        self.table = self.runnable(np.full_like(self.table, k))
+    def pin(self, k: int) -> bool:
+        """One K for every batch size, or what runs in its place where it is not allowed. Returns whether the table changed."""
+        before, self.table = self.table, self.runnable(np.full_like(self.table, k))
+        return not np.array_equal(before, self.table)
 
     def runnable(self, table: Table) -> Table:
         """The table with every K that is not allowed at its batch size replaced, see `runnable_table`."""

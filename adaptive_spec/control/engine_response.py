@@ -11,33 +11,45 @@ OBSERVE_ONLY = "the engine is observe-only: its steps run none of the policies m
 OBSERVE_ONLY_STEPS, OBSERVE_ONLY_S = 128, 5.0
 """Steps in a row without a policy, and the seconds they must last, after which an engine counts as observe-only: twice the steps
 it may run before it looks for a new page. The seconds exclude a backlog of old records, which is read in much less time."""
+ADOPTION_STEPS = 1200
+"""Steps in a row without a published policy after which it counts as lost: a full ring of older records (1024), twice the steps
+until the engine looks for a new page (64), and some for ranks to agree."""
 
 
 class PendingTrials:
-    """The trials of the latest policy, until they were run or have timed out. left: trial steps that remain."""
+    """The trials of the latest policy, until they were run or skipped. Deadlines are decode steps: an idle server loses nothing.
+
+    left: trial steps that remain. overdue: the engine has run `ADOPTION_STEPS` in a row without the policy: it was lost.
+    """
 
     def __init__(self) -> None:
+        self.trials: tuple[Trial, ...] = ()
         self.left = 0
-        self._until_s = 0.0
+        self.overdue = False
         self._ordinary_steps = 0
+        self._other_steps = 0
 
-    def begin(self, trials: Sequence[Trial], until_s: float) -> None:
-        """A policy with these trials is published. until_s: when they time out."""
-        self.left, self._until_s, self._ordinary_steps = sum(trial.steps for trial in trials), until_s, 0
+    def begin(self, trials: Sequence[Trial]) -> None:
+        """A policy with these trials is published."""
+        self.trials, self.left = tuple(trials), sum(trial.steps for trial in trials)
+        self.overdue, self._ordinary_steps, self._other_steps = False, 0, 0
 
-    def running(self, now_s: float) -> bool:
-        return self.left > 0 and now_s < self._until_s
-
-    def ended(self, record: StepRecord, version: int, now_s: float) -> bool:
-        """Take one step; return whether with it the trials of policy `version` ended."""
-        if self.left == 0 or record.policy_version != version:
+    def ended(self, record: StepRecord, version: int) -> bool:
+        """Take one step; return whether with it the trials of policy `version` ended. Trials that are overdue have ended."""
+        if self.left == 0:
             return False
+        if record.policy_version != version:
+            self._other_steps += 1
+            if self._other_steps >= ADOPTION_STEPS:
+                self.left, self.overdue = 0, True
+            return self.overdue
+        self._other_steps = 0
         # A trial step that the engine could not run exactly also counts.
         trial = bool(record.flags & (StepFlag.TRIAL | StepFlag.LIMITED))
         self.left -= trial
         self._ordinary_steps = 0 if trial else self._ordinary_steps + 1
         # The planner skips a trial whose batch size does not come: the round then ends without it.
-        if self._ordinary_steps > TRIAL_PATIENCE_STEPS + 8 or now_s > self._until_s:
+        if self._ordinary_steps > TRIAL_PATIENCE_STEPS + 8:
             self.left = 0
         return self.left <= 0
 

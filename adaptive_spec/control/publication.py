@@ -10,8 +10,6 @@ from adaptive_spec.domain.policy import STEP_CHOICE_GAIN, Granularity, Mode, Pol
 from adaptive_spec.domain.survival import SurvivalMap
 from adaptive_spec.models.goodput import Forecast
 
-NOT_ACTING = (Mode.SHADOW, Mode.FALLBACK)
-"""Modes in which the policy does not act: the engine's fallback decides K."""
 MIN_COST_CHANGE, MIN_CALIBRATION_CHANGE = 0.005, 0.01
 """Relative change of a verify time, and change of a survival, below which the per-step search would choose the same."""
 MIN_SWITCH_CHANGE = 0.2
@@ -28,12 +26,16 @@ class Publisher:
         self._min_gain = max(min_gain, STEP_CHOICE_GAIN)
         self.latest: Policy | None = None
         self.version = 0
-        self.time_s = 0.0
+        self.time_s: float | None = None
 
     def publish(
-        self, mode: Mode, table: Table, forecast: Forecast | None, untrained: SurvivalMap, trials: tuple[Trial, ...], now_s: float
-    ) -> Policy:
-        """Make the next policy. untrained: calibration to use before the first forecast."""
+        self, mode: Mode, acting: bool, table: Table, forecast: Forecast | None, untrained: SurvivalMap,
+        trials: tuple[Trial, ...], now_s: float,
+    ) -> Policy:  # fmt: skip
+        """Make the next policy.
+
+        acting: False: the engine's fallback decides K. untrained: calibration to use before the first forecast.
+        """
         info = self._info
         if forecast is not None:
             fixed_s, verify_s, survival = forecast.fixed_s, forecast.verify_s, forecast.survival
@@ -47,11 +49,15 @@ class Publisher:
         self.version += 1
         self.time_s = now_s
         self.latest = Policy(
-            self.version, mode, mode not in NOT_ACTING, info.granularity, info.max_k, table_for(table, len(edges) + 1), edges,
+            self.version, mode, acting, info.granularity, info.max_k, table_for(table, len(edges) + 1), edges,
             fixed_s.astype(np.float32), verify_s.astype(np.float32), slope, survival, verify_all, trials,
             self._allowed_from, self._min_gain, forecast.switch_s if forecast is not None else 0.0,
         )  # fmt: skip
         return self.latest
+
+    def has_table(self, table: Table) -> bool:
+        """Whether the latest policy has this table, in any number of contexts."""
+        return self.latest is not None and np.array_equal(self.latest.k_table, table_for(table, self.latest.k_table.shape[1]))
 
     def outdated(self, mode: Mode, table: Table, forecast: Forecast) -> bool:
         """Whether the engine would choose differently by a policy of this table and forecast than by the latest."""

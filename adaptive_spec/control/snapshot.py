@@ -27,7 +27,8 @@ class Snapshot:
     engine: str
     launch_k: int
     policy_version: int
-    policy_time_s: float
+    policy_time_s: float | None
+    """When the latest policy was made, None before this process made one."""
     k_by_batch_size: Mapping[int, int]
     segments: tuple[Segment, ...]
     boundaries: tuple[Boundary, ...]

@@ -197,7 +197,7 @@ def _about_calibration(family: _Families, s: Snapshot) -> Iterable[Metric]:
 
 def _about_policy(family: _Families, s: Snapshot) -> Iterable[Metric]:
     yield family.gauge("policy_version", "Version of the newest policy.", _one(s.policy_version))
-    age = max(time.monotonic() - s.policy_time_s, 0.0) if s.policy_version else None
+    age = None if s.policy_time_s is None else max(time.monotonic() - s.policy_time_s, 0.0)
     yield family.gauge("policy_age_seconds", "Seconds since the newest policy was published.", _one(age))
     by_batch = [((str(b),), float(k)) for b, k in s.k_by_batch_size.items()]
     yield family.gauge("policy_draft_tokens", "K of the policy by batch size.", by_batch, ("batch_size",))

@@ -17,6 +17,7 @@ from adaptive_spec.control.controller import Controller
 from adaptive_spec.control.snapshot import Snapshot
 from adaptive_spec.domain.engine_info import EngineInfo
 from adaptive_spec.domain.policy import Mode, Policy
+from adaptive_spec.domain.step_record import StepRecord
 from adaptive_spec.engine_side.tap import PAGE_NAME, RING_NAME
 from adaptive_spec.errors import BadInput
 from adaptive_spec.runtime_folder import role_is_held
@@ -108,9 +109,7 @@ class Session:
         now_s = time.monotonic()
         controller = self.controller
         for record in records:
-            policy = self._guarded("observe", controller.observe, record, now_s)
-            if policy is not None:
-                self._publish(policy)
+            self._publish(self._learn(record, now_s))
         if records:
             self._record_s = now_s
         for reason in DROPS:
@@ -206,6 +205,13 @@ class Session:
         yield
         self.controller.note_refit(model, time.perf_counter() - started_s)
 
+    def _learn(self, record: StepRecord, now_s: float) -> Policy | None:
+        try:
+            return self.controller.observe(record, now_s)
+        except Exception:
+            self._count_failure("observe")
+            return self.controller.record_failed(now_s)
+
     def _guarded(
         self, call: str, function: Callable[Arguments, Policy | None], *args: Arguments.args, **kwargs: Arguments.kwargs
     ) -> Policy | None:
@@ -221,9 +227,11 @@ class Session:
             return
         try:
             self.page.publish(policy)
-        except ValueError:
+            self.controller.published()
+        except Exception:
             self._count_failure("publish")
             self.controller.resume_version(self.page.last_version)
+            self._fall_back_on_page(self.controller.publication_failed(time.monotonic()))
 
     def _fall_back(self, call: str) -> None:
         """Publish policies that do not act until a refit succeeds."""
@@ -231,9 +239,22 @@ class Session:
             self._publish(self.controller.fail(f"{call} failed inside the sidecar", time.monotonic()))
         except Exception:
             self._count_failure("fail")
-            last = self.page.policy
-            if last is not None and last.acting:
-                self._publish(replace(last, version=last.version + 1, mode=Mode.FALLBACK, acting=False, trials=()))
+            self._fall_back_on_page(None)
+
+    def _fall_back_on_page(self, policy: Policy | None) -> None:
+        """Publish `policy`, which does not act; where that fails too, the page's own policy, no longer acting."""
+        last = self.page.policy
+        choices = [] if policy is None else [policy]
+        if last is not None and last.acting:
+            choices.append(replace(last, version=self.page.last_version + 1, mode=Mode.FALLBACK, acting=False, trials=()))
+        for choice in choices:
+            try:
+                self.page.publish(choice)
+            except Exception:
+                self._count_failure("publish")
+            else:
+                break
+        self.controller.resume_version(self.page.last_version)
 
     def _count_failure(self, call: str) -> None:
         self.failures[call] += 1

@@ -4,7 +4,13 @@ import dataclasses
 
 import pytest
 
-from adaptive_spec.control.engine_response import OBSERVE_ONLY_S, OBSERVE_ONLY_STEPS, EngineResponse, PendingTrials
+from adaptive_spec.control.engine_response import (
+    ADOPTION_STEPS,
+    OBSERVE_ONLY_S,
+    OBSERVE_ONLY_STEPS,
+    EngineResponse,
+    PendingTrials,
+)
 from adaptive_spec.domain.policy import TRIAL_PATIENCE_STEPS, Granularity, Trial
 from adaptive_spec.domain.step_record import StepFlag, StepRecord
 from tests.support.simulated_server import SimulatedServer, engine_info, staircase
@@ -68,20 +74,30 @@ def test_without_a_policy_to_run_nothing_is_told(flags: int, offered: bool) -> N
 
 def test_trials_end_when_they_were_run() -> None:
     trials = PendingTrials()
-    trials.begin((Trial(0, 1, 0, 2), Trial(0, 3, 0, 1)), 100.0)
+    trials.begin((Trial(0, 1, 0, 2), Trial(0, 3, 0, 1)))
     run = step(5, StepFlag.TRIAL)
     assert trials.left == 3
-    assert trials.running(99.0)
-    assert not trials.running(100.0)
-    assert [trials.ended(r, 5, 1.0) for r in (run, step(4, StepFlag.TRIAL), run, step(5), run, run)] == [
+    assert [trials.ended(r, 5) for r in (run, step(4, StepFlag.TRIAL), run, step(5), run, run)] == [
         False, False, False, False, True, False,
     ]  # fmt: skip
 
 
-def test_trials_end_when_the_planner_skips_them_or_it_is_too_late() -> None:
+def test_trials_end_when_the_planner_skips_them() -> None:
     trials = PendingTrials()
-    trials.begin((Trial(9, 1, 0, 2),), 100.0)
-    ends = [trials.ended(step(5), 5, 1.0) for _ in range(TRIAL_PATIENCE_STEPS + 9)]
+    trials.begin((Trial(9, 1, 0, 2),))
+    ends = [trials.ended(step(5), 5) for _ in range(TRIAL_PATIENCE_STEPS + 9)]
     assert [i for i, end in enumerate(ends) if end] == [TRIAL_PATIENCE_STEPS + 8]
-    trials.begin((Trial(9, 1, 0, 2),), 100.0)
-    assert trials.ended(step(5), 5, 100.1)
+
+
+def test_trials_of_a_policy_that_no_step_carries_are_overdue() -> None:
+    trials = PendingTrials()
+    trials.begin((Trial(0, 1, 0, 2),))
+    assert not any(trials.ended(step(4), 5) for _ in range(ADOPTION_STEPS - 1))
+    assert trials.ended(step(4), 5)
+    assert trials.overdue
+    trials.begin(trials.trials)
+    assert (trials.left, trials.overdue) == (2, False)
+    for _ in range(ADOPTION_STEPS - 1):
+        trials.ended(step(4), 5)
+    trials.ended(step(5), 5)
+    assert not trials.ended(step(4), 5), "counted from the beginning: the policy was run"

@@ -11,7 +11,9 @@ import pytest
 from prometheus_client import generate_latest
 
 from adaptive_spec.config.settings import SidecarSettings
+from adaptive_spec.control.controller import FAILED_RECORDS
 from adaptive_spec.domain.policy import Mode
+from adaptive_spec.domain.step_record import StepRecord
 from adaptive_spec.engine_side.tap import PAGE_NAME, RING_NAME
 from adaptive_spec.errors import BadInput
 from adaptive_spec.sidecar.metrics import metrics_registry
@@ -205,20 +207,71 @@ def test_a_controller_error_puts_the_engine_on_its_launch_k(
     with monkeypatch.context() as patch:
         patch.setattr(session.controller, call, _broken)
         patch.setattr(session.controller, "refit_due", lambda now_s: call == "refit")  # whatever the time
-        for _ in range(3):
+        failures = FAILED_RECORDS if call == "observe" else 3
+        for _ in range(failures):
             if call == "observe":
                 engine.step()
             session.run_once()
-        assert session.failures[call] == 3
+        assert session.failures[call] == failures
         assert [r.getMessage().split(" ")[0] for r in caplog.records if r.levelname == "ERROR"] == [call], "once per kind"
         assert not _acting(settings)
         assert engine.step() == engine.info.launch_k
         view = session.view(None)
         assert view.snapshot is not None
         assert view.snapshot.mode is Mode.FALLBACK
-        assert view.failures == {call: 3}
+        assert view.failures == {call: failures}
+    if call == "observe":
+        engine.step()
+        session.run_once()
     session.controller.refit(time.monotonic() + 100.0)  # without the error the next refit returns to the mode before
     assert session.controller.mode is Mode.ACTIVE
+    session.close()
+
+
+def test_bad_records_cost_nothing_but_themselves(
+    settings: SidecarSettings, engine: NumbersEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = _swept(_open(settings), engine)
+    observe, before = session.controller.models.observe, session.controller.counters.observations
+    bad = []
+
+    def sometimes(record: StepRecord) -> Any:
+        if record.step % 20 == 0:
+            bad.append(record.step)
+            raise ZeroDivisionError("a poisonous record")
+        return observe(record)
+
+    monkeypatch.setattr(session.controller.models, "observe", sometimes)
+    for _ in range(300):
+        engine.step()
+        session.run_once()
+        assert _acting(settings)
+    view = session.view(None)
+    assert view.snapshot is not None
+    assert view.snapshot.mode is Mode.ACTIVE
+    assert len(bad) >= 14
+    assert view.failures == {"observe": len(bad)}
+    assert view.snapshot.dropped["failed"] == len(bad)
+    assert view.snapshot.observations == before + 300 - len(bad)
+    session.close()
+
+
+def test_a_policy_that_cannot_be_published_falls_back_and_comes_back(
+    settings: SidecarSettings, engine: NumbersEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = _swept(_open(settings), engine)
+    with monkeypatch.context() as patch:
+        # An engine cannot execute it: a NaN in the forecast.
+        forecast = session.controller.models.forecast
+        assert forecast is not None
+        patch.setattr(session.controller.models, "forecast", replace(forecast, verify_s=forecast.verify_s * float("nan")))
+        session._publish(session.controller._publish(time.monotonic()))
+        assert session.failures["publish"] >= 1
+        assert not _acting(settings)
+        assert session.controller.mode == "fallback"
+    session._publish(session.controller.refit(time.monotonic() + 100.0))
+    assert session.controller.mode == "active"
+    assert _acting(settings)
     session.close()
 
 

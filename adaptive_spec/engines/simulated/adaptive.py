@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -105,18 +106,19 @@ class Adaptive:
         self._now_s = now_s = record.time_ns * 1e-9
         if not self._ragged:
             self.history.observe(record.request_ids.tolist(), record.accept_len, record.k)
-        self._publish(self._guarded(lambda: self.controller.observe(record, now_s)))
+        self._publish(self._guarded(lambda: self.controller.observe(record, now_s), self.controller.record_failed))
         if self.controller.refit_due(now_s):
-            self._publish(self._guarded(lambda: self.controller.refit(now_s)))
+            fail = partial(self.controller.fail, "a refit failed")
+            self._publish(self._guarded(lambda: self.controller.refit(now_s), fail))
 
-    def _guarded(self, call: Callable[[], Policy | None]) -> Policy | None:
+    def _guarded(self, call: Callable[[], Policy | None], failed: Callable[[float], Policy | None]) -> Policy | None:
         """Handle exceptions of the controller as the sidecar's session does."""
         try:
             return call()
         except Exception:
             self.failures += 1
         with contextlib.suppress(Exception):
-            return self.controller.fail("a call failed", self._now_s)
+            return failed(self._now_s)
         return None
 
     def _publish(self, policy: Policy | None) -> None:

@@ -140,34 +140,51 @@ def sweep(
 
 
 @cli.command()
-@click.argument("command", type=click.Choice(("status", *CONTROL_COMMANDS)))
-@click.argument("k", type=click.IntRange(0, 32), required=False)
+@click.argument("command", type=click.Choice(("status", "explain", *CONTROL_COMMANDS)))
+@click.argument("number", type=int, required=False, metavar="[K | BATCH]")
 @_url
 @_runtime_dir
 @_token_file
-@click.option("--json", "as_json", is_flag=True, help="With status: print /status.json.")
-def ctl(command: str, k: int | None, url: str | None, runtime_dir: Path | None, token_file: Path | None, as_json: bool) -> None:
-    """Show or change what a running sidecar does. `pin K` uses one K at all batch sizes until `unpin`."""
-    if (command == "pin") != (k is not None):
+@click.option("--json", "as_json", is_flag=True, help="With status and explain: print the answer as JSON.")
+def ctl(
+    command: str, number: int | None, url: str | None, runtime_dir: Path | None, token_file: Path | None, as_json: bool
+) -> None:
+    """Show or change what a running sidecar does. `pin K` uses one K at all batch sizes until `unpin`. `explain [BATCH]` shows
+    why a batch size (default: that of the latest step) has its K.
+    """
+    from adaptive_spec.wire.slot import MAX_BATCH_LIMIT, MAX_K_LIMIT
+
+    if command == "pin" and (number is None or not 0 <= number <= MAX_K_LIMIT):
         raise BadInput(
-            "K: required for pin: a whole number in 0..32" if k is None else f"K: only allowed for pin, got {k} with {command}"
+            f"K: required for pin: must be a whole number in 0..{MAX_K_LIMIT}, got {'none' if number is None else number}"
         )
+    if command == "explain" and number is not None and not 1 <= number <= MAX_BATCH_LIMIT:
+        raise BadInput(f"BATCH: must be a whole number in 1..{MAX_BATCH_LIMIT}, got {number}")
+    if command not in ("pin", "explain") and number is not None:
+        raise BadInput(f"K: only allowed for pin, got {number} with {command}")
     from adaptive_spec.cli.runtime_dirs import chosen_runtime_dir
     from adaptive_spec.client.sidecar import ControlClient
 
     client = ControlClient.find(chosen_runtime_dir(runtime_dir, url), url, token_file)
-    if command != "status":
-        click.echo(f"{command}: done, mode {client.send(command, k)['mode']}")
+    if command not in ("status", "explain"):
+        click.echo(f"{command}: done, mode {client.send(command, number)['mode']}")
         return
-    document = client.status()
+    document = client.status() if command == "status" else client.explain(number)
     if as_json:
         click.echo(json.dumps(document, indent=1))
         return
     from rich.console import Console
 
-    from adaptive_spec.cli.tables import status_table
+    from adaptive_spec.cli.tables import explain_tables, status_table
 
-    Console().print(status_table(document))
+    console = Console()
+    if command == "status":
+        console.print(status_table(document))
+        return
+    if not console.is_terminal:  # a file or a pipe has no width: no column is cut
+        console.width = 200
+    for part in explain_tables(document):
+        console.print(part)
 
 
 @cli.command()

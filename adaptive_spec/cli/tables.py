@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -70,6 +71,47 @@ def status_table(document: dict[str, Any]) -> Table:
     for name, value in rows.items():
         table.add_row(name, Text(value))
     return table
+
+
+def explain_tables(document: dict[str, Any]) -> Iterator[RenderableType]:
+    """Yield why a batch size has its K: a line, and a row for every K that the engine runs there."""
+    k, before = document["k"], document["k_before"]
+    change = f"K {k}" if k == before else f"K {before} -> {k}"
+    switch = "not measured yet" if document["k_switch_ms"] is None else f"{document['k_switch_ms']:.3g} ms"
+    yield Text(
+        f"batch size {document['batch_size']}: {change}, decided {document['decided_age_s']:.1f} s ago for "
+        f"{document['kv_tokens_per_request']:,.0f} KV tokens per request; a change of K costs {switch}"
+    )
+    if document["note"]:
+        yield Text(document["note"], style="yellow")
+    stages = list(dict.fromkeys(name for plan in document["plans"] for name in plan["stage_ms"]))
+    table = Table(box=None, pad_edge=False)
+    for heading in (
+        "K",
+        "tokens",
+        *(f"{name} ms" for name in stages),
+        "step ms",
+        "tokens/s",
+        "± 1 s.e.",
+        "K changes",
+        "gain",
+        "hurdle",
+    ):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("decided by")
+    for plan in document["plans"]:
+        gain = "" if plan["gain"] is None else f"{plan['gain']:+.1%}"
+        table.add_row(
+            str(plan["k"]), f"{plan['expected_tokens']:.2f}", *(f"{plan['stage_ms'][name]:.3f}" for name in stages),
+            f"{plan['step_ms']:.3f}", f"{plan['goodput_tokens_per_s']:,.1f}", f"{plan['goodput_error_tokens_per_s']:,.1f}",
+            f"{-plan['k_switches_tokens_per_s']:,.1f}", gain, f"{plan['hurdle']:.1%}", plan["verdict"],
+            style="bold green" if plan["k"] == k else None,
+        )  # fmt: skip
+    yield table
+    yield Text(
+        "All figures are forecasts of the models at that decision. gain: over the K before, after the cost of changes of K.",
+        style="dim",
+    )
 
 
 def number(value: float | None, form: str) -> str:

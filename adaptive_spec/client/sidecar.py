@@ -56,6 +56,10 @@ class ControlClient:
         """Return /status.json. Raises BadInput when the sidecar cannot be reached."""
         return self._ask("/status.json", None)
 
+    def explain(self, batch_size: int | None) -> dict[str, Any]:
+        """Return /explain.json of a batch size (None: that of the latest step). Raises BadInput with the sidecar's message."""
+        return self._ask("/explain.json" if batch_size is None else f"/explain.json?batch={batch_size}", None)
+
     def send(self, command: str, k: int | None = None) -> dict[str, Any]:
         """Send a command and return the answer. Raises BadInput with the sidecar's message when it refuses."""
         return self._ask("/control", {"command": command} if k is None else {"command": command, "k": k})

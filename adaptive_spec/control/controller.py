@@ -481,4 +481,5 @@ class Controller:
         return build_snapshot(
             now_s, mode, reason, self.observe_only, self.k_by_batch_size(),
             info=self.info, models=self.models, counters=self.counters, publisher=self._publisher, sweep=self._sweep,
+            considered=self._decision.considered, last_k=self._last_record.k if self._last_record else None,
         )  # fmt: skip

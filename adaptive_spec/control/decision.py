@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adaptive_spec.config.settings import PolicySettings
-from adaptive_spec.control.guard_rails import SwapWatch, Table, better_table, table_for, within_rails
+from adaptive_spec.control.explanation import Considered
+from adaptive_spec.control.guard_rails import SwapWatch, Table, better_table, hurdles, table_for, within_rails
 from adaptive_spec.control.switching import charge_switches
 from adaptive_spec.domain.allowed import runnable_table
 from adaptive_spec.domain.arrays import Floats
@@ -56,6 +57,8 @@ class Decision:
         self._watch: SwapWatch | None = None
         self._banned: NDArray[np.bool_] | None = None
         self._banned_until_s = 0.0
+        self.considered: Considered | None = None
+        """What the last proposal was made of, None before the first."""
 
     def propose(self, forecast: Forecast, traffic: Traffic, now_s: float, first: bool) -> Proposal:
         """Best table by the forecast. first: take the best K everywhere, whatever ran before."""
@@ -63,12 +66,11 @@ class Decision:
         goodput = within_rails(forecast, rails.k_min, rails.k_max)
         worth = charge_switches(goodput, forecast.tokens_per_request, traffic.batches, traffic.crossings, forecast.switch_s)
         current = table_for(self.table, goodput.shape[1])
-        if first:
-            wanted = worth.argmax(axis=-1).astype(np.uint8)
-        else:
-            banned = self._bans(goodput.shape, now_s)
-            wanted = better_table(worth, forecast.uncertainty, current, rails.min_gain, banned)
+        banned = None if first else self._bans(goodput.shape, now_s)
+        hurdle = np.zeros_like(worth) if first else hurdles(forecast.uncertainty, current, rails.min_gain)
+        wanted = worth.argmax(axis=-1).astype(np.uint8) if first else better_table(worth, hurdle, current, banned)
         wanted = self.runnable(wanted)
+        self.considered = Considered(now_s, rails, forecast, goodput, worth, hurdle, banned, current, wanted)
         used = traffic.batches > USED_SHARE * max(traffic.batches.sum(), 1e-9)
         if not (wanted != current)[used, min(traffic.context, wanted.shape[1] - 1)].any():
             return Proposal(wanted, current, goodput, None)

@@ -26,21 +26,31 @@ def within_rails(forecast: Forecast, k_min: int, k_max: int) -> Floats:
     return np.where(inside[:, None, :], goodput, 0.0)
 
 
-def better_table(
-    goodput: Floats, uncertainty: Floats, current: Table, min_gain: float, banned: NDArray[np.bool_] | None = None
-) -> Table:
-    """Move an entry of the K table where another K gains at least `min_gain` beyond its own uncertainty.
+def hurdles(uncertainty: Floats, current: Table, min_gain: float) -> Floats:
+    """Relative gain in goodput over the present K that each K must exceed, [batches, contexts, K + 1].
 
-    goodput, uncertainty: [batches, contexts, K + 1]. banned: bool [batches, contexts, K + 1], never moved to.
+    min_gain and half a standard error of the comparison: with a full one, a K that was not measured would never be tried.
     """
-    score = goodput if banned is None else np.where(banned, 0.0, goodput)
-    best = score.argmax(axis=-1)
-    b, c = np.indices(best.shape)
+    b, c = np.indices(current.shape)
+    return np.asarray(min_gain + 0.5 * np.hypot(uncertainty, uncertainty[b, c, current][..., None]))
+
+
+def better_table(goodput: Floats, hurdle: Floats, current: Table, banned: NDArray[np.bool_] | None = None) -> Table:
+    """Move an entry of the K table to the K that exceeds its own hurdle by most; keep it where none does.
+
+    A K with a large hurdle does not hide a surer one: each is compared with its own. goodput, hurdle: [batches, contexts, K + 1].
+    banned: bool of the same shape, never moved to.
+    """
+    b, c = np.indices(current.shape)
     now = goodput[b, c, current]
-    # Half a standard error of the comparison: with a full one, a K that was not measured would never be tried.
-    margin = 0.5 * np.hypot(uncertainty[b, c, best], uncertainty[b, c, current])
-    worth = score[b, c, best] > now * (1.0 + min_gain + margin)
-    return np.where(worth | (now <= 0.0), best, current).astype(np.uint8)
+    wanted = now[..., None] * (1.0 + hurdle)
+    wanted[b, c, current] = now
+    score = goodput if banned is None else np.where(banned, 0.0, goodput)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        excess = np.where(score > 0.0, score / wanted, 0.0)
+    excess[b, c, current] = 1.0
+    # Where the present K cannot run or was never served, the best one is taken.
+    return np.where(now > 0.0, excess.argmax(axis=-1), score.argmax(axis=-1)).astype(np.uint8)
 
 
 def table_for(current: Table, contexts: int) -> Table:

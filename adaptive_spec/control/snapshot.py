@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from adaptive_spec.control.counters import Counters, Event, HistogramData
+from adaptive_spec.control.explanation import Considered
 from adaptive_spec.control.publication import Publisher
 from adaptive_spec.control.sweep import Sweep
 from adaptive_spec.domain.engine_info import EngineInfo
@@ -74,11 +75,18 @@ class Snapshot:
     """Seconds that a change of K costs, None while too few were measured."""
     observe_only: bool = False
     """The mode is shadow, though another was asked for, because the engine runs none of the policies made for it."""
+    last_k: int | None = None
+    """K that the latest decode step ran, whoever chose it; None before the first."""
+    context: int = 0
+    """Context bucket of the latest decode step."""
+    considered: Considered | None = None
+    """What the last decision was made of, None before the first."""
 
 
 def build_snapshot(
     now_s: float, mode: Mode, reason: str, observe_only: bool, k_by_batch_size: Mapping[int, int], *,
-    info: EngineInfo, models: ModelSet, counters: Counters, publisher: Publisher, sweep: Sweep,
+    info: EngineInfo, models: ModelSet, counters: Counters, publisher: Publisher, sweep: Sweep, considered: Considered | None,
+    last_k: int | None,
 ) -> Snapshot:  # fmt: skip
     """The snapshot of a controller made of these parts. mode, reason: as shown (shadow when `observe_only`)."""
     fit, quality = models.staircase, models.acceptance.reliability
@@ -105,4 +113,5 @@ def build_snapshot(
         probe_share=counters.probe_lost_s / counters.decode_s if counters.decode_s > 0.0 else 0.0,
         events=tuple(counters.events), batch_size=models.batch_size,
         k_switches=dict(counters.k_switches), limited_steps=counters.limited_steps, switch_s=models.switch_cost.measured_s,
+        context=models.context, considered=considered, last_k=last_k,
     )  # fmt: skip

@@ -11,7 +11,7 @@ probes and refuses swaps.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,7 +43,9 @@ class Forecast:
     tokens_per_request: [max_batch + 1, contexts, max_k + 1], expected output of a step per request. fixed_s:
     [max_k + 1, max_batch + 1]. verify_s, verify_error_s: by num_tokens. context_edges: [contexts - 1]. expected_tokens:
     request granularity only, by batch size: tokens out by verified draft tokens 0..b max_k, the best slots first. switch_s:
-    seconds that a change of K costs, 0 while unknown. Goodput of a K that is not allowed at a batch size is 0.
+    seconds that a change of K costs, 0 while unknown. Goodput of a K that is not allowed at a batch size is 0. stage_s: the parts
+    of fixed_s by stage. verify_tokens: [max_batch + 1, max_k + 1], tokens to look up in verify_s for a plan (the padding is done;
+    at request granularity the median of what would be verified). kv_per_request: KV tokens of a request in each context bucket.
     """
 
     goodput: Floats
@@ -56,7 +58,10 @@ class Forecast:
     context_edges: NDArray[np.float32]
     survival: SurvivalMap
     expected_tokens: Mapping[int, Floats]
-    switch_s: float = 0.0
+    switch_s: float
+    stage_s: Mapping[str, Floats]
+    verify_tokens: NDArray[np.int64]
+    kv_per_request: tuple[float, ...]
 
     def context_of(self, batch_size: int, kv_tokens: int) -> int:
         return int(np.searchsorted(self.context_edges, kv_tokens / max(batch_size, 1), side="right"))
@@ -70,7 +75,7 @@ class ForecastInputs:
     """The models and the traffic a forecast is made of."""
 
     verify: LatencyModel
-    stages: Sequence[PlanCostModel]
+    stages: Mapping[str, PlanCostModel]
     acceptance: AcceptanceModel
     padding: Padding
     granularity: Granularity
@@ -98,8 +103,10 @@ def forecast(models: ForecastInputs, seed: int) -> Forecast | None:
     verify_s, verify_error_s = (by_padded[pad], error_by_padded[pad]) if request else (by_padded, error_by_padded)
     fixed_s = np.zeros((max_k + 1, max_batch + 1))
     fixed_error = np.zeros_like(fixed_s)
-    for stage in models.stages:
+    stage_s: dict[str, Floats] = {}
+    for name, stage in models.stages.items():
         seconds, relative_error = stage.predict(max_k, max_batch)
+        stage_s[name] = seconds
         fixed_s += seconds
         fixed_error += (seconds * relative_error) ** 2
     slope = fit.context_s_per_token
@@ -111,12 +118,13 @@ def forecast(models: ForecastInputs, seed: int) -> Forecast | None:
         centres[int(np.searchsorted(edges, models.kv_per_request, side="right"))] = models.kv_per_request
     shape = (max_batch + 1, len(centres), max_k + 1)
     goodput, uncertainty, tokens = np.zeros(shape), np.ones(shape), np.ones(shape)
+    verify_tokens = np.zeros((max_batch + 1, max_k + 1), dtype=np.int64)
     expected_tokens: dict[int, Floats] = {}
     for c, centre in enumerate(centres):
         context_s = slope * centre * np.arange(max_batch + 1.0)
         costs, outputs = (
             (fixed_s, fixed_error, verify_s, verify_error_s, context_s, pad),
-            (goodput[:, c], uncertainty[:, c], tokens[:, c]),
+            (goodput[:, c], uncertainty[:, c], tokens[:, c], verify_tokens),
         )
         if request:
             expected_tokens = _per_request(models, seed, costs, outputs)
@@ -125,17 +133,17 @@ def forecast(models: ForecastInputs, seed: int) -> Forecast | None:
     goodput *= models.allowed[:, None, :]
     return Forecast(
         goodput, uncertainty, tokens, fixed_s, verify_s, verify_error_s, slope, edges, models.acceptance.survival,
-        expected_tokens, models.switch_s,
+        expected_tokens, models.switch_s, stage_s, verify_tokens, tuple(centres),
     )  # fmt: skip
 
 
 Costs = tuple[Floats, Floats, Floats, Floats, Floats, NDArray[np.int64]]
-Outputs = tuple[Floats, Floats, Floats]
+Outputs = tuple[Floats, Floats, Floats, NDArray[np.int64]]
 
 
 def _per_batch(models: ForecastInputs, costs: Costs, outputs: Outputs) -> None:
     fixed_s, fixed_error, verify_s, verify_error_s, context_s, pad = costs
-    goodput, uncertainty, tokens = outputs
+    goodput, uncertainty, tokens, verify_tokens = outputs
     survival, survival_error = _survival(models.acceptance)
     expected = np.concatenate(([1.0], 1.0 + np.cumsum(survival)))
     expected_error = np.concatenate(([0.0], np.cumsum(survival_error))) / expected
@@ -143,6 +151,7 @@ def _per_batch(models: ForecastInputs, costs: Costs, outputs: Outputs) -> None:
     k = np.arange(len(expected))
     at = pad[1:, None] * (k + 1)
     seconds = fixed_s.T[1:] + verify_s[at] + context_s[1:, None]
+    verify_tokens[1:] = at
     tokens[1:] = expected
     goodput[1:] = b[:, None] * expected / seconds
     cost_error = np.sqrt(fixed_error.T[1:] + verify_error_s[at] ** 2) / seconds
@@ -162,7 +171,7 @@ def _survival(acceptance: AcceptanceModel) -> tuple[Floats, Floats]:
 
 def _per_request(models: ForecastInputs, seed: int, costs: Costs, outputs: Outputs) -> dict[int, Floats]:
     fixed_s, fixed_error, verify_s, verify_error_s, context_s, _ = costs
-    goodput, uncertainty, tokens = outputs
+    goodput, uncertainty, tokens, verify_tokens = outputs
     rows = models.acceptance.recent_survival()
     survival, survival_error = _survival(models.acceptance)
     max_k = len(fixed_s) - 1
@@ -193,6 +202,7 @@ def _per_request(models: ForecastInputs, seed: int, costs: Costs, outputs: Outpu
             goodput[b, k] = value[chosen].sum() / groups
             tokens[b, k] = expected[chosen].sum() / (groups * b)
             middle = int(np.sort(best)[groups // 2])
+            verify_tokens[b, k] = b + middle
             cost_error = math.hypot(math.sqrt(fixed_error[k, b]), verify_error_s[b + middle]) / seconds[middle]
             uncertainty[b, k] = math.hypot(cost_error, float(survival_error[:k].sum()) / float(tokens[b, k]))
     fill = np.array(grid)[np.maximum(np.searchsorted(grid, np.arange(models.max_batch + 1), side="right") - 1, 0)]

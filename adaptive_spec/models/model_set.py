@@ -181,7 +181,7 @@ class ModelSet:
         info = self.info
         return ForecastInputs(
             verify=self.verify,
-            stages=tuple(self.stages.values()),
+            stages=self.stages,
             acceptance=self.acceptance,
             padding=self.padding,
             granularity=info.granularity,

@@ -2,7 +2,7 @@
 
     GET  /             the status page              GET  /status.json  `status_document`
     GET  /metrics      Prometheus or OpenMetrics    GET  /healthz      200 while the sidecar's loop runs, else 503
-    GET  /history.json `history_document`
+    GET  /history.json `history_document`           GET  /explain.json[?batch=N]  `explain_document`
     POST /control      {"command": NAME, "k": N}    with the header `Authorization: Bearer TOKEN`
 
 Its threads never call the controller. They read the current view; commands go through a queue to the thread of the loop.
@@ -28,7 +28,7 @@ from waitress.server import create_server
 from adaptive_spec.domain.commands import CONTROL_COMMANDS
 from adaptive_spec.sidecar.listening import listening_socket
 from adaptive_spec.sidecar.metrics import metrics_registry
-from adaptive_spec.sidecar.status_document import history_document, status_document
+from adaptive_spec.sidecar.status_document import explain_document, history_document, status_document
 from adaptive_spec.sidecar.view import CurrentView
 
 ALIVE_S = 5.0
@@ -78,6 +78,7 @@ class WebServer:
         app.route("/metrics", "GET", self._metrics)
         app.route("/status.json", "GET", self._status)
         app.route("/history.json", "GET", self._history)
+        app.route("/explain.json", "GET", self._explain)
         app.route("/healthz", "GET", self._healthz)
         app.route("/control", "POST", self._control)
         app.route("/", "GET", lambda: _page(""))
@@ -115,6 +116,14 @@ class WebServer:
     def _history(self) -> str:
         return _json(history_document(self._current_view.view, time.monotonic()))
 
+    def _explain(self) -> str:
+        asked = bottle.request.query.get("batch")
+        try:
+            batch_size = None if asked is None else whole_number(asked)
+            return _json(explain_document(self._current_view.view, batch_size, time.monotonic()))
+        except ValueError as error:
+            return _refuse(404, str(error))
+
     def _healthz(self) -> str:
         age_s = time.monotonic() - self._current_view.heartbeat_s
         if age_s > ALIVE_S:
@@ -148,6 +157,13 @@ class WebServer:
 
     def _status_document(self) -> dict[str, Any]:
         return status_document(self._current_view.view, self._current_view.heartbeat_s, time.monotonic())
+
+
+def whole_number(text: str) -> int:
+    """Parse the `batch` of a request. Raises ValueError with one line."""
+    if not (text.isascii() and text.isdigit() and len(text) <= 9):
+        raise ValueError(f"batch: must be a whole number >= 1, got {text[:40]!r}")
+    return int(text)
 
 
 def _page(name: str) -> bytes | str:

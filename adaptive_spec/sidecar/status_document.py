@@ -1,4 +1,4 @@
-"""The contents of /status.json and /history.json."""
+"""The contents of /status.json, /explain.json and /history.json."""
 
 from __future__ import annotations
 
@@ -53,6 +53,7 @@ def status_document(view: View, heartbeat_s: float, now_s: float) -> dict[str, A
         "policy_age_s": None if s.policy_time_s is None else round(now_s - s.policy_time_s, 3),
         "k_by_batch_size": {str(b): k for b, k in s.k_by_batch_size.items()},
         "batch_size": s.batch_size or None,
+        "last_k": s.last_k,
         "boundaries": [b.tokens for b in s.boundaries],
         "jump_ratios": [b.jump_ratio for b in s.boundaries],
         "segments": [
@@ -88,6 +89,41 @@ def status_document(view: View, heartbeat_s: float, now_s: float) -> dict[str, A
         "events": [{"time_s": e.time_s, "age_s": round(now_s - e.time_s, 1), "kind": e.kind, "text": e.text} for e in s.events],
     }  # fmt: skip
     return document
+
+
+def explain_document(view: View, batch_size: int | None, now_s: float) -> dict[str, Any]:
+    """Return the contents of /explain.json: why a batch size (None: that of the latest step) has its K.
+
+    Raises ValueError, with one line that says why, for a batch size the engine does not have and before the first decision.
+    """
+    s = view.snapshot
+    if s is None or s.considered is None:
+        why = "no engine is attached" if s is None else f"mode {s.mode.value}: {s.reason}"
+        raise ValueError(f"nothing was decided yet ({why})")
+    batch_size = max(s.batch_size, 1) if batch_size is None else batch_size
+    if not 1 <= batch_size <= s.considered.max_batch:
+        raise ValueError(f"batch: must be in 1..{s.considered.max_batch}, got {batch_size}")
+    e = s.considered.explain(batch_size, s.context)
+    in_force = s.k_by_batch_size.get(batch_size)
+    note = ""
+    if s.mode is not Mode.ACTIVE:
+        note = f"mode {s.mode.value} ({s.reason}): the last decision does not set K"
+    elif in_force not in (None, e.wanted):
+        note = f"K {in_force} is in force until min_dwell_s after the last swap"
+    return {
+        "batch_size": e.batch_size, "mode": s.mode.value, "k": e.wanted, "k_before": e.before, "k_in_force": in_force, "note": note,
+        "launch_k": s.launch_k, "decided_age_s": round(now_s - e.time_s, 1), "kv_tokens_per_request": e.kv_per_request,
+        "k_switch_ms": 1e3 * e.switch_s if e.switch_s else None,
+        "plans": [
+            {
+                "k": p.k, "expected_tokens": p.tokens, "stage_ms": {name: 1e3 * seconds for name, seconds in p.stage_s.items()},
+                "step_ms": 1e3 * p.step_s, "goodput_tokens_per_s": p.goodput,
+                "goodput_error_tokens_per_s": p.goodput * p.goodput_error, "k_switches_tokens_per_s": p.switches_tokens_per_s,
+                "gain": p.gain, "hurdle": p.hurdle, "verdict": p.verdict,
+            }
+            for p in e.plans
+        ],
+    }  # fmt: skip
 
 
 def history_document(view: View, now_s: float) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from adaptive_spec.control.guard_rails import SwapWatch, better_table, table_for, within_rails
+from adaptive_spec.control.guard_rails import SwapWatch, better_table, hurdles, table_for, within_rails
 
 
 def table(k: int) -> np.ndarray:
@@ -17,27 +17,41 @@ def goodput(*values: float) -> np.ndarray:
     return np.tile(np.array(values), (3, 1, 1))
 
 
+def better(values: np.ndarray, errors: np.ndarray, banned: np.ndarray | None = None) -> np.ndarray:
+    return better_table(values, hurdles(errors, table(0), 0.01), table(0), banned)
+
+
 def test_a_better_plan_is_taken_even_across_a_valley() -> None:
-    wanted = better_table(goodput(100, 80, 70, 130), np.zeros((3, 1, 4)), table(0), 0.01)
-    assert (wanted == 3).all()
+    assert (better(goodput(100, 80, 70, 130), np.zeros((3, 1, 4))) == 3).all()
 
 
 def test_a_gain_below_the_minimum_is_not_worth_a_swap() -> None:
-    assert (better_table(goodput(100, 100.9), np.zeros((3, 1, 2)), table(0), 0.01) == 0).all()
-    assert (better_table(goodput(100, 101.1), np.zeros((3, 1, 2)), table(0), 0.01) == 1).all()
+    assert (better(goodput(100, 100.9), np.zeros((3, 1, 2))) == 0).all()
+    assert (better(goodput(100, 101.1), np.zeros((3, 1, 2))) == 1).all()
 
 
 def test_an_unmeasured_plan_needs_a_larger_gain() -> None:
     unsure = np.zeros((3, 1, 2))
     unsure[..., 1] = 0.3
-    assert (better_table(goodput(100, 110), unsure, table(0), 0.01) == 0).all()
-    assert (better_table(goodput(100, 120), unsure, table(0), 0.01) == 1).all()
+    assert (better(goodput(100, 110), unsure) == 0).all()
+    assert (better(goodput(100, 120), unsure) == 1).all()
+
+
+def test_an_unsure_plan_does_not_hide_a_sure_one() -> None:
+    unsure = np.zeros((3, 1, 3))
+    unsure[..., 2] = 0.5  # needs 26 %
+    assert (better(goodput(100, 110, 112), unsure) == 1).all()
+    assert (better(goodput(100, 110, 140), unsure) == 2).all()
+
+
+def test_a_present_plan_that_cannot_run_is_left_for_the_best() -> None:
+    assert (better(goodput(0, 90, 100), np.ones((3, 1, 3))) == 2).all()
 
 
 def test_a_banned_plan_is_not_moved_to() -> None:
     banned = np.zeros((3, 1, 2), dtype=bool)
     banned[..., 1] = True
-    assert (better_table(goodput(100, 200), np.zeros((3, 1, 2)), table(0), 0.01, banned) == 0).all()
+    assert (better(goodput(100, 200), np.zeros((3, 1, 2)), banned) == 0).all()
 
 
 @pytest.mark.parametrize(("measured", "ratio", "fails"), [(70, 1.0, True), (99, 1.0, False), (70, 0.7, False)])

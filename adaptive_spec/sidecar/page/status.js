@@ -38,15 +38,51 @@ function showK(status) {
   const table = status.k_by_batch_size;
   const batch = status.batch_size;
   const engine = status.engine;
-  const launch = engine && ["shadow", "fallback"].includes(status.mode);
-  const k = launch ? engine.launch_k : table[batch];
+  const own = engine && ["shadow", "fallback"].includes(status.mode);  // K comes from the server's own policy or its launch K
+  const k = own ? status.last_k : table[batch];
   put("k-now", k == null ? "–" : `K ${k}`);
-  put("k-now-words", launch ? `launch K; the policy would use ${table[batch] ?? "–"}` : batch ? `at batch size ${batch}` : "current K");
+  put("k-now-words", own ? `the server's own; the policy would use ${table[batch] ?? "–"}` : batch ? `at batch size ${batch}` : "current K");
   byId("k").replaceChildren(...ranges(table).map(({ from, to, k: value }) => {
-    const cell = element("div", "", { "data-from": from, "data-to": to, "data-k": value });
-    if (batch >= from && batch <= to) cell.className = "now";
+    const inside = batch >= from && batch <= to;
+    const cell = element("button", "", { type: "button", "data-from": from, "data-to": to, "data-k": value, title: "Why this K?" });
+    if (inside) cell.className = "now";
+    cell.addEventListener("click", () => explain(inside ? batch : from));
     cell.append(element("b", value), element("span", from === to ? `batch ${from}` : `batch ${from}–${to}`));
     return cell;
+  }));
+}
+
+// The explained batch size follows the page's refresh until the section is closed.
+let explained = null;
+const PLAN_COLUMNS = [
+  ["K", (p) => p.k], ["tokens", (p) => number(p.expected_tokens, 2)], ["step ms", (p) => number(p.step_ms, 2)],
+  ["of it", (p) => Object.entries(p.stage_ms).map(([name, ms]) => `${name} ${number(ms, 2)}`).join(", ")],
+  ["tokens/s", (p) => `${number(p.goodput_tokens_per_s)} ± ${number(p.goodput_error_tokens_per_s)}`],
+  ["K changes", (p) => number(-p.k_switches_tokens_per_s, 1)], ["gain", (p) => signed(p.gain)],
+  ["hurdle", (p) => number(100 * p.hurdle, 1, " %")], ["decided by", (p) => p.verdict],
+];
+
+async function explain(batch) {
+  explained = batch;
+  await showExplained();
+  byId("explain").scrollIntoView({ block: "nearest" });
+}
+
+async function showExplained() {
+  byId("explain").hidden = explained == null;
+  if (explained == null) return;
+  const answer = await ask(`explain.json?batch=${explained}`);
+  put("explain-title", `Why this K at batch size ${explained}?`);
+  if (answer.error) { put("explain-note", answer.error); byId("explain-plans").replaceChildren(); return; }
+  const cost = answer.k_switch_ms == null ? "not measured yet" : number(answer.k_switch_ms, 2, " ms");
+  put("explain-note", `${answer.note ? `${answer.note}. ` : ""}Decided ${ago(answer.decided_age_s)} for ${number(answer.kv_tokens_per_request)} KV tokens `
+    + `per request; K was ${answer.k_before}. A change of K costs ${cost}. All figures are forecasts; ± is one standard error.`);
+  const head = element("tr", "");
+  head.append(...PLAN_COLUMNS.map(([title]) => element("th", title, { scope: "col" })));
+  byId("explain-plans").replaceChildren(head, ...answer.plans.map((plan) => {
+    const row = element("tr", "", plan.k === answer.k ? { class: "now" } : {});
+    row.append(...PLAN_COLUMNS.map(([, text]) => element("td", text(plan))));
+    return row;
   }));
 }
 
@@ -105,6 +141,7 @@ async function look() {
   try {
     const status = await ask("status.json");
     show(status);
+    await showExplained();
     if (looks++ % 2 === 0) showGoodput(await ask("history.json"), status.events || []);
     document.body.classList.remove("stale");
   } catch (error) {
@@ -157,6 +194,7 @@ async function send(command, k) {
   await look();
 }
 
+byId("explain-close").addEventListener("click", () => { explained = null; byId("explain").hidden = true; });
 byId("token").value = sessionStorage.getItem(TOKEN_KEY) || "";
 byId("control").addEventListener("submit", (event) => event.preventDefault());
 for (const button of byId("control").querySelectorAll("button")) {

@@ -50,7 +50,7 @@ def better_table(goodput: Floats, hurdle: Floats, current: Table, banned: NDArra
         excess = np.where(score > 0.0, score / wanted, 0.0)
     excess[b, c, current] = 1.0
     # Where the present K cannot run or was never served, the best one is taken.
-    return np.where(now > 0.0, excess.argmax(axis=-1), score.argmax(axis=-1)).astype(np.uint8)
+    return np.asarray(np.where(now > 0.0, excess.argmax(axis=-1), score.argmax(axis=-1)), dtype=np.uint8)
 
 
 def table_for(current: Table, contexts: int) -> Table:

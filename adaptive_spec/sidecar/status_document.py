@@ -111,8 +111,9 @@ def explain_document(view: View, batch_size: int | None, now_s: float) -> dict[s
     elif in_force not in (None, e.wanted):
         note = f"K {in_force} is in force until min_dwell_s after the last swap"
     return {
-        "batch_size": e.batch_size, "mode": s.mode.value, "k": e.wanted, "k_before": e.before, "k_in_force": in_force, "note": note,
-        "launch_k": s.launch_k, "decided_age_s": round(now_s - e.time_s, 1), "kv_tokens_per_request": e.kv_per_request,
+        "batch_size": e.batch_size, "mode": s.mode.value, "k": e.wanted, "k_before": e.before, "k_in_force": in_force,
+        "note": note, "launch_k": s.launch_k, "decided_age_s": round(now_s - e.time_s, 1),
+        "kv_tokens_per_request": e.kv_per_request,
         "k_switch_ms": 1e3 * e.switch_s if e.switch_s else None,
         "plans": [
             {

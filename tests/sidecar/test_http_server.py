@@ -15,11 +15,14 @@ from typing import Any
 import pytest
 
 from adaptive_spec.client.sidecar import ControlClient
+from adaptive_spec.domain.policy import Granularity, Mode
 from adaptive_spec.errors import BadInput
 from adaptive_spec.sidecar.http_server import Command, WebServer
 from adaptive_spec.sidecar.view import CurrentView, View
 from tests.sidecar.test_metrics import SNAPSHOT
 from tests.support.numbers_engine import engine_info
+from tests.support.simulated_server import SimulatedServer, staircase
+from tests.support.simulated_server import engine_info as simulated_info
 
 TOKEN = "secret"
 
@@ -216,3 +219,46 @@ def test_messages_of_the_client(server: WebServer) -> None:
         ControlClient("ftp://x")
     with pytest.raises(BadInput, match="no sidecar answers"):
         ControlClient("http://127.0.0.1:1").status()
+
+
+def test_explain_needs_a_decision_and_a_batch_size_of_the_engine(server: WebServer, current_view: CurrentView) -> None:
+    status, _, body = _get(server, "/explain.json")
+    assert (status, json.loads(body)["error"]) == (404, "nothing was decided yet (no engine is attached)")
+    simulated = decided()
+    snapshot = simulated.controller.snapshot(simulated.now_s)
+    current_view.view = View(time.monotonic(), snapshot, simulated.info, True)
+    for asked, error in {
+        "0": "batch: must be in 1..64, got 0", "65": "batch: must be in 1..64, got 65",
+        "-1": "batch: must be a whole number >= 1",
+        "x": "batch: must be a whole number >= 1", "": "batch: must be a whole number >= 1", "9" * 400: "batch: must be a whole",
+        "%C2%B2": "batch: must be a whole number >= 1",
+    }.items():  # fmt: skip
+        status, _, body = _get(server, f"/explain.json?batch={asked}")
+        assert status == 404
+        assert json.loads(body)["error"].startswith(error)
+    document = json.loads(_get(server, "/explain.json")[2])
+    assert document["batch_size"] == simulated.batch_size
+    assert document["k"] == snapshot.k_by_batch_size[simulated.batch_size]
+    assert document["note"] == ""
+    for plan in document["plans"]:
+        assert sum(plan["stage_ms"].values()) == pytest.approx(plan["step_ms"])
+    assert json.loads(_get(server, "/explain.json?batch=64")[2])["batch_size"] == 64
+
+
+def test_explain_says_when_the_decision_does_not_set_k(server: WebServer, current_view: CurrentView) -> None:
+    simulated = decided()
+    simulated.controller.command("pin", simulated.now_s, 1)
+    snapshot = simulated.controller.snapshot(simulated.now_s)
+    current_view.view = View(time.monotonic(), snapshot, simulated.info, True)
+    document = json.loads(_get(server, "/explain.json?batch=4")[2])
+    assert document["k_in_force"] == 1
+    assert document["note"] == "mode pinned (pinned at K = 1): the last decision does not set K"
+
+
+def decided() -> SimulatedServer:
+    """A simulated server whose controller has decided."""
+    simulated = SimulatedServer(simulated_info(Granularity.BATCH, holds_batch=True), staircase())
+    while simulated.controller.mode is not Mode.ACTIVE:
+        simulated.run(20)
+    simulated.run(20)
+    return simulated

@@ -92,7 +92,9 @@ def test_values_are_those_of_the_metrics(sidecar: SidecarProcess, engine: Runnin
         text = page.text
         modes = [mode for mode, on in _by_label(m, "mode").items() if on]
         assert [text("#mode")] == modes
-        cells = page.page.eval_on_selector_all("#k > div", "cells => cells.map(c => [c.dataset.from, c.dataset.to, c.dataset.k])")
+        cells = page.page.eval_on_selector_all(
+            "#k > button", "cells => cells.map(c => [c.dataset.from, c.dataset.to, c.dataset.k])"
+        )
         shown = {str(b): float(k) for first, last, k in cells for b in range(int(first), int(last) + 1)}
         assert shown == _by_label(m, "policy_draft_tokens")
         batch = m["batch_size_requests", ""]
@@ -239,3 +241,15 @@ def test_history_grows(sidecar: SidecarProcess) -> None:
     assert ages == sorted(ages, reverse=True)
     assert len({len(column) for name, column in history.items() if name != "interval_s"}) == 1
     assert history["batch_size"][-1] == 2
+
+
+def test_a_click_on_a_batch_size_shows_why_it_has_its_k(page: Watched, sidecar: SidecarProcess) -> None:
+    expect(page.page.locator("#explain")).to_be_hidden()
+    cell = page.page.locator("#k button.now")
+    cell.click()
+    expect(page.page.locator("#explain-title")).to_contain_text("Why this K at batch size")
+    document = json.loads(sidecar.get("/explain.json"))
+    expect(page.page.locator("#explain-plans tr.now td").first).to_have_text(str(document["k"]))
+    expect(page.page.locator("#explain-plans tr")).to_have_count(1 + len(document["plans"]))
+    page.page.locator("#explain-close").click()
+    expect(page.page.locator("#explain")).to_be_hidden()

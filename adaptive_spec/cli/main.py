@@ -188,6 +188,20 @@ def ctl(
 
 
 @cli.command()
+@_url
+@_runtime_dir
+def watch(url: str | None, runtime_dir: Path | None) -> None:
+    """Show a running sidecar live until Ctrl-C: mode, goodput, K by batch size, staircase, events. Lines where no terminal is."""
+    from rich.console import Console
+
+    from adaptive_spec.cli.runtime_dirs import chosen_runtime_dir
+    from adaptive_spec.cli.watch import watch as watch_sidecar
+    from adaptive_spec.client.sidecar import ControlClient
+
+    watch_sidecar(ControlClient.find(chosen_runtime_dir(runtime_dir, url), url, None), Console(highlight=False))
+
+
+@cli.command()
 @click.argument("profile", type=PATH)
 @click.option(
     "--states", type=click.IntRange(1, 33), default=4, show_default=True, help="Most K to capture; each takes GPU memory."

@@ -114,7 +114,7 @@ def _about_sidecar(family: _Families, view: View) -> Iterable[Metric]:
     )
     yield family.counter(
         "controller_failures",
-        "Controller calls that raised an exception; no policy then acts until a refit succeeds.",
+        "Controller calls that raised. A failed `observe` costs its record, others the policy until a refit succeeds.",
         _by_name(view.failures),
         ("call",),
     )
@@ -197,7 +197,7 @@ def _about_calibration(family: _Families, s: Snapshot) -> Iterable[Metric]:
 
 def _about_policy(family: _Families, s: Snapshot) -> Iterable[Metric]:
     yield family.gauge("policy_version", "Version of the newest policy.", _one(s.policy_version))
-    age = None if s.policy_time_s is None else max(time.monotonic() - s.policy_time_s, 0.0)
+    age = max(time.monotonic() - s.policy_time_s, 0.0) if s.policy_version and s.policy_time_s is not None else None
     yield family.gauge("policy_age_seconds", "Seconds since the newest policy was published.", _one(age))
     by_batch = [((str(b),), float(k)) for b, k in s.k_by_batch_size.items()]
     yield family.gauge("policy_draft_tokens", "K of the policy by batch size.", by_batch, ("batch_size",))
@@ -219,7 +219,10 @@ def _about_policy(family: _Families, s: Snapshot) -> Iterable[Metric]:
 def _about_learning(family: _Families, s: Snapshot) -> Iterable[Metric]:
     yield family.counter("observations", "Step records that the models learnt from.", _one(s.observations))
     yield family.counter(
-        "observations_dropped", "Step records that were lost, torn or invalid.", _by_name(s.dropped), ("reason",)
+        "observations_dropped",
+        "Step records that were lost, torn, invalid, or failed to be learnt.",
+        _by_name(s.dropped),
+        ("reason",),
     )
     yield family.histogram("refit_duration_seconds", "Duration of a refit, by model.", s.refit_histograms, "model")
     yield family.gauge("sweep_progress_ratio", "Progress of the cold-start sweep, 0..1; 1 = finished.", _one(s.sweep_progress))

@@ -50,7 +50,7 @@ def status_document(view: View, heartbeat_s: float, now_s: float) -> dict[str, A
         "mode": s.mode.value,
         "reason": f"{s.reason} ({why})" if why else s.reason,
         "policy_version": s.policy_version,
-        "policy_age_s": None if s.policy_time_s is None else round(now_s - s.policy_time_s, 3),
+        "policy_age_s": round(now_s - s.policy_time_s, 3) if s.policy_version and s.policy_time_s is not None else None,
         "k_by_batch_size": {str(b): k for b, k in s.k_by_batch_size.items()},
         "batch_size": s.batch_size or None,
         "last_k": s.last_k,

@@ -154,3 +154,9 @@ def test_promtool_finds_nothing(view: View) -> None:
     text = generate_latest(metrics_registry(current_view))
     result = subprocess.run(["promtool", "check", "metrics"], input=text, capture_output=True, check=False)
     assert (result.returncode, result.stdout, result.stderr) == (0, b"", b"")
+
+
+def test_a_version_without_a_time_has_no_age() -> None:
+    """After a restart, before the first publication of this process."""
+    families = _families(View(5.0, replace(SNAPSHOT, policy_time_s=None), engine_info(), True))
+    assert not families["adaptive_spec_policy_age_seconds"].samples

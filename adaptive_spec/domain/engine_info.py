@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -11,6 +13,19 @@ import numpy as np
 from adaptive_spec.domain.allowed import AllowedFrom, allowed_at, ranges
 from adaptive_spec.domain.arrays import Bools
 from adaptive_spec.domain.policy import Granularity
+
+LARGEST_K = 32
+LARGEST_BATCH = 4096
+LARGEST_TP = 4096
+LARGEST_PID = 2**31 - 1
+LONGEST_ENGINE = 32
+LONGEST_TEXT = 200
+"""Characters of a model's or a GPU's name, or of a value of the fingerprint."""
+LONGEST_KEY = 40
+MOST_FIELDS = 32
+LONGEST_FOLDER_PART = 80
+"""Characters of a name in a folder's name, which may have 255 bytes with all its parts."""
+DIGEST_DIGITS = 8
 
 
 @dataclass(frozen=True)
@@ -22,6 +37,8 @@ class EngineInfo:
     step. granularity: whether verify lengths may differ in a step. holds_batch: it can keep the batch at the size that a trial
     asks for. pid: process id. allowed_from: from this batch size on, these K: (batch size, K ascending), ascending batch sizes,
     the first entry at 1; () means every candidate at every batch size. The launch K is allowed at every batch size.
+    fingerprint: (name, value), ascending, of all else that decides step times and acceptance: configuration of target and draft,
+    quantisation, ..., see `fingerprint_of`. Models that were learnt with another fingerprint are not this engine's.
     """
 
     name: str
@@ -35,6 +52,13 @@ class EngineInfo:
     holds_batch: bool
     pid: int
     allowed_from: AllowedFrom = ()
+    fingerprint: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def digest(self) -> int:
+        """1..2^64-1, of all fields but pid: the same for the same engine after a restart."""
+        fields = {**asdict(self), "pid": 0}
+        return int.from_bytes(hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).digest()[:8], "little") or 1
 
     @property
     def max_k(self) -> int:
@@ -42,8 +66,50 @@ class EngineInfo:
 
     @property
     def profile_name(self) -> str:
-        """Folder name `{model}_{gpu}_tp{N}`; characters other than letters, digits, '.' and '-' become '-'."""
-        return "_".join([_file_name(self.model), _file_name(self.gpu), f"tp{self.tp}"])
+        """Folder name `{model}_{gpu}_tp{N}`; characters other than letters, digits, '.' and '-' become '-'.
+
+        `_` and the first digits of a hash follow where that alone could be another engine's name: with a fingerprint, and
+        where the model's name was changed.
+        """
+        model = _file_name(self.model)
+        parts = [model, _file_name(self.gpu), f"tp{self.tp}"]
+        if self.fingerprint or model != self.model:
+            whole = json.dumps([self.name, self.model, self.gpu, self.tp, self.fingerprint]).encode()
+            parts.append(hashlib.sha256(whole).hexdigest()[:DIGEST_DIGITS])
+        return "_".join(parts)
+
+    def checked(self) -> EngineInfo:
+        """Return this. Raises ValueError (field, what is allowed, value) for a value of the wrong type or out of range."""
+        _text("name", self.name, LONGEST_ENGINE)
+        _text("model", self.model, LONGEST_TEXT)
+        _text("gpu", self.gpu, LONGEST_TEXT)
+        _whole("tp", self.tp, 1, LARGEST_TP)
+        _whole("launch_k", self.launch_k, 0, LARGEST_K)
+        _whole("max_batch", self.max_batch, 1, LARGEST_BATCH)
+        _whole("pid", self.pid, 0, LARGEST_PID)
+        if not isinstance(self.holds_batch, bool):
+            raise ValueError(f"holds_batch: must be true or false, got {_shown(self.holds_batch)}")
+        for k in self.candidates:
+            _whole("candidates: K", k, 0, LARGEST_K)
+        if not self.candidates or list(self.candidates) != sorted(set(self.candidates)):
+            raise ValueError(f"candidates: must be ascending draft lengths of at least 0, got {_shown(list(self.candidates))}")
+        for batch_size, ks in self.allowed_from:
+            _whole("allowed_from: batch size", batch_size, 1, LARGEST_BATCH)
+            for k in ks:
+                _whole("allowed_from: K", k, 0, LARGEST_K)
+            if not ks or list(ks) != sorted(set(ks)) or not {*ks} <= {*self.candidates, self.launch_k}:
+                raise ValueError(
+                    f"allowed_from: batch size {batch_size}: must be ascending K of candidates, got {_shown(list(ks))}"
+                )
+        sizes = [batch_size for batch_size, _ in self.allowed_from]
+        if sizes and (sizes[0] != 1 or sizes != sorted(set(sizes))):
+            raise ValueError(f"allowed_from: must have ascending batch sizes from 1 on, got {_shown(sizes)}")
+        if len(self.fingerprint) > MOST_FIELDS:
+            raise ValueError(f"fingerprint: must have at most {MOST_FIELDS} fields, got {len(self.fingerprint)}")
+        for name, value in self.fingerprint:
+            _text("fingerprint: name", name, LONGEST_KEY)
+            _text(f"fingerprint: {name}", value, LONGEST_TEXT)
+        return self
 
     def allowed_k(self, batch_size: int) -> tuple[int, ...]:
         """K that the engine runs at a batch size, ascending; among them the launch K."""
@@ -77,20 +143,52 @@ class EngineInfo:
         try:
             fields = json.loads(data)
             converted = {"candidates": tuple(fields["candidates"]), "granularity": Granularity(fields["granularity"])}
-            allowed_from = tuple((int(batch_size), tuple(ks)) for batch_size, ks in fields.get("allowed_from", ()))
-            info = cls(**{**fields, **converted, "allowed_from": allowed_from})
-        except (TypeError, KeyError, ValueError) as error:
-            raise ValueError(f"engine information is damaged: {error}") from error
-        if not info.candidates or list(info.candidates) != sorted(set(info.candidates)) or info.candidates[0] < 0:
-            raise ValueError(f"candidates: must be ascending draft lengths of at least 0, got {list(info.candidates)}")
-        sizes = [batch_size for batch_size, _ in info.allowed_from]
-        if sizes and (sizes[0] != 1 or sizes != sorted(set(sizes))):
-            raise ValueError(f"allowed_from: must have ascending batch sizes from 1 on, got {sizes}")
-        for batch_size, ks in info.allowed_from:
-            if not ks or list(ks) != sorted(set(ks)) or not {*ks} <= {*info.candidates, info.launch_k}:
-                raise ValueError(f"allowed_from: batch size {batch_size}: must be ascending K of candidates, got {list(ks)}")
-        return info
+            converted["allowed_from"] = tuple((batch_size, tuple(ks)) for batch_size, ks in fields.get("allowed_from", ()))
+            converted["fingerprint"] = tuple((name, value) for name, value in fields.get("fingerprint", ()))
+            info = cls(**{**fields, **converted})
+        except Exception as error:  # what JSON can hold: no dict, a number too long, nesting too deep
+            raise ValueError(f"engine information is damaged: {_shown(error)}") from error
+        return info.checked()
+
+
+def fingerprint_of(fields: Mapping[str, object]) -> tuple[tuple[str, str], ...]:
+    """Return the fingerprint with these fields: values as text, within the limits, those that are None or empty left out."""
+    texts = {name[:LONGEST_KEY]: shortened(value) for name, value in fields.items() if value is not None and str(value)}
+    return tuple(sorted(texts.items()))[:MOST_FIELDS]
+
+
+def hash_of(value: object) -> str:
+    """Return 16 hexadecimal digits that stand for a value: JSON, or text."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def shortened(value: object, longest: int = LONGEST_TEXT) -> str:
+    """Return text within the limit, of printable characters; what is cut or replaced is told apart by a hash at the end."""
+    text = str(value)
+    shown = "".join(c if c.isprintable() else "?" for c in text)
+    if shown == text and len(text) <= longest:
+        return text
+    return f"{shown[: longest - 17]}-{hash_of(text)}"
 
 
 def _file_name(text: str) -> str:
-    return re.sub(r"[^A-Za-z0-9.-]+", "-", text).strip("-.") or "unknown"
+    return re.sub(r"[^A-Za-z0-9.-]+", "-", text)[:LONGEST_FOLDER_PART].strip("-.") or "unknown"
+
+
+def _text(field: str, value: object, longest: int) -> None:
+    if not isinstance(value, str) or not 1 <= len(value) <= longest or not value.isprintable():
+        raise ValueError(f"{field}: must be printable text of 1..{longest} characters, got {_shown(value)}")
+
+
+def _whole(field: str, value: object, low: int, high: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise ValueError(f"{field}: must be a whole number in {low}..{high}, got {_shown(value)}")
+
+
+def _shown(value: object) -> str:
+    """A value in a message: one line, not too long. repr of a whole number with more than 4300 digits raises."""
+    try:
+        text = str(value) if isinstance(value, Exception) else repr(value)
+    except ValueError:
+        text = f"a {type(value).__name__} that is too long"
+    return text if len(text) <= 100 else f"{text[:100]}..."

@@ -24,11 +24,11 @@ from adaptive_spec.domain.engine_info import EngineInfo
 from adaptive_spec.domain.policy import Granularity, Policy
 from adaptive_spec.domain.step_record import StepFlag
 from adaptive_spec.engine_side.planner import Planner
-from adaptive_spec.runtime_folder import RoleLock, make_runtime_dir, remove_temporary_files
-from adaptive_spec.wire import mapped_file
+from adaptive_spec.runtime_folder import RoleLock, check_runtime_dir, make_runtime_dir, remove_temporary_files
 from adaptive_spec.wire.engine_report import REPORT_NAME
 from adaptive_spec.wire.policy_page import PolicyPageReader
 from adaptive_spec.wire.ring import MIN_SLOTS, RingWriter
+from adaptive_spec.wire.shared_file import identity_at
 from adaptive_spec.wire.slot import MAX_BATCH_LIMIT, MAX_K_LIMIT, SlotLayout
 
 RING_NAME = "records.ring"
@@ -37,7 +37,9 @@ RING_BYTES_LIMIT = 32 << 20
 """Largest ring; a ring with large slots has fewer of them. A container's /dev/shm is often 64 MB."""
 NEVER = 1 << 62
 LOOK_STEPS = 64
-"""Steps between checks for a new policy page."""
+"""Steps between checks for a new policy page, and of the ring."""
+RETRY_STEPS = 1024
+"""Steps between attempts to make a ring where that failed: an attempt on a full disk takes 50 microseconds."""
 
 _TRIAL, _FALLBACK, _LIMITED = int(StepFlag.TRIAL), int(StepFlag.FALLBACK), int(StepFlag.LIMITED)
 
@@ -88,12 +90,18 @@ class EngineTap:
         self._ragged = info.granularity is Granularity.REQUEST
         self._ring = ring
         self._role: RoleLock | None = None
-        self._page_path = str(Path(runtime_dir) / PAGE_NAME)
+        self._folder = Path(runtime_dir)
+        self._page_path = str(self._folder / PAGE_NAME)
+        self._slots = 0
+        self._ring_failed = ""
+        self._ring_look_at = 0
+        self._engine = info.digest
         self._page: PolicyPageReader | None = None
         self._max_age_s = max_age_s
         self._step = 0
         self._look_at = 0
         self._fallback = True
+        self._written_before = 0
         self._page_failures = self._hook_failures = self._unrecorded = self._adoptions = self._fallback_steps = 0
         self.begun = BegunStep(0, self._launch_k, 0, 0, 0, _FALLBACK)
 
@@ -104,25 +112,18 @@ class EngineTap:
         max_age_s: age of the sidecar's heartbeat, seconds, beyond which the launch K is used. slots: records in the ring, fewer
         if they would exceed RING_BYTES_LIMIT. The tap holds the role `engine` of the folder until it is closed. A folder that
         other users can use, or that another engine uses, is refused: see `refuse`. A ring that cannot be created is logged; the
-        tap then still follows policies.
+        tap then still follows policies and tries again now and then. A ring that was deleted or damaged is made again.
         """
-        folder, ring = Path(runtime_dir), None
+        tap = cls(runtime_dir, info, None, max_age_s)
         try:
-            make_runtime_dir(folder)
-            role = RoleLock.acquire(folder, "engine")
+            make_runtime_dir(tap._folder)
+            tap._role = RoleLock.acquire(tap._folder, "engine")
         except Exception as error:
-            tap = cls(runtime_dir, info, None, max_age_s)
             tap.refuse(getattr(error, "strerror", None) or str(error))
             return tap
-        try:
-            remove_temporary_files(folder, (RING_NAME, REPORT_NAME))
-            layout = SlotLayout.of(min(info.max_batch, MAX_BATCH_LIMIT), min(max(info.max_k, 1), MAX_K_LIMIT))
-            fitting = max(RING_BYTES_LIMIT // layout.slot_bytes, MIN_SLOTS)
-            ring = RingWriter.create(folder / RING_NAME, info, min(slots, fitting))
-        except Exception as error:
-            log.warning("record ring in %s: cannot be created, this engine cannot be observed: %s", runtime_dir, error)
-        tap = cls(runtime_dir, info, ring, max_age_s)
-        tap._role = role
+        tap._slots = slots
+        remove_temporary_files(tap._folder, (RING_NAME, REPORT_NAME))
+        tap._make_ring()
         return tap
 
     def refuse(self, reason: str) -> None:
@@ -134,6 +135,7 @@ class EngineTap:
     def take_role(self, other: EngineTap) -> None:
         """Take over the role in the folder, or the refusal, from a tap that was opened."""
         self._role, other._role = other._role, None
+        self._slots = other._slots
         if other.refused:
             self.refused, self._look_at = other.refused, NEVER
 
@@ -142,7 +144,7 @@ class EngineTap:
         """The counts so far."""
         ring, page = self._ring, self._page
         return TapCounters(
-            ring.written if ring is not None else 0,
+            self._written_before + (ring.written if ring is not None else 0),
             (ring.failed if ring is not None else 0) + self._unrecorded,
             self._page_failures + (page.failures if page is not None else 0),
             self._hook_failures,
@@ -224,6 +226,8 @@ class EngineTap:
         that ends, by default the last one begun.
         """
         try:
+            if self._step >= self._ring_look_at:
+                self._check_ring()
             ring = self._ring
             if ring is None:
                 self._unrecorded += 1
@@ -258,17 +262,60 @@ class EngineTap:
         except Exception:
             self._hook_failures += 1
 
+    def _make_ring(self) -> None:
+        """Make the ring. A failure is logged once for each reason."""
+        try:
+            layout = SlotLayout.of(min(self.info.max_batch, MAX_BATCH_LIMIT), min(max(self.info.max_k, 1), MAX_K_LIMIT))
+            fitting = max(RING_BYTES_LIMIT // layout.slot_bytes - 1, MIN_SLOTS)
+            self._ring = RingWriter.create(self._folder / RING_NAME, self.info, min(self._slots, fitting))
+        except Exception as error:
+            if self._ring_failed != str(error):
+                self._ring_failed = str(error)
+                log.warning("record ring in %s: cannot be created, this engine cannot be observed: %s", self._folder, error)
+
+    def _check_ring(self) -> None:
+        """Make the ring again, and its folder, where it was deleted or damaged. Only the tap that has the role does."""
+        role, ring = self._role, self._ring
+        self._ring_look_at = self._step + LOOK_STEPS
+        if role is None:
+            return
+        if not role.in_place:
+            make_runtime_dir(self._folder)
+            role.release()
+            try:
+                self._role = RoleLock.acquire(self._folder, "engine", attempts=1)
+            except BlockingIOError as error:
+                self._drop_ring()
+                self.refuse(error.strerror or str(error))
+                return
+        if ring is not None and ring.in_place():
+            return
+        self._drop_ring()
+        self._make_ring()
+        if self._ring is None:
+            self._ring_look_at = self._step + RETRY_STEPS
+        elif ring is not None:
+            log.warning("record ring in %s: was deleted or damaged, and is made again", self._folder)
+
+    def _drop_ring(self) -> None:
+        ring, self._ring = self._ring, None
+        if ring is not None:
+            self._written_before += ring.written
+            self._unrecorded += ring.failed
+            ring.close()
+
     def _check_page(self) -> None:
         """Open the policy page if there is one that is not open yet."""
         self._look_at = self._step + LOOK_STEPS
         if self.refused:
             return
         old = self._page
-        identity = mapped_file.identity_at(self._page_path)
+        identity = identity_at(self._page_path)
         if identity is None or (old is not None and identity == old.identity):
             return
         try:
-            self._page = PolicyPageReader.open(self._page_path, self._max_age_s, self.planner.policy)
+            check_runtime_dir(self._folder)
+            self._page = PolicyPageReader.open(self._page_path, self._max_age_s, self.planner.policy, self._engine)
         except (OSError, ValueError):
             self._page_failures += 1
             return

@@ -27,9 +27,9 @@ from adaptive_spec.storage.archive import ArchiveError, load_archive, save_archi
 from adaptive_spec.storage.profile import Profile, identity, load_profile, save_profile, written_s
 from adaptive_spec.storage.profile_store import StoredProfile
 from adaptive_spec.wire.liveness import process_alive
-from adaptive_spec.wire.mapped_file import set_aside
 from adaptive_spec.wire.policy_page import PolicyPage, payload_bytes
 from adaptive_spec.wire.ring import RingLayoutError, RingReader
+from adaptive_spec.wire.shared_file import set_aside
 
 CHECKPOINT = "checkpoint"
 POLL_RECORDS = 512

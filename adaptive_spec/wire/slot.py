@@ -1,10 +1,10 @@
 """The slot: a StepRecord in a fixed number of bytes.
 
-Layout of one slot, little-endian, `slot_bytes` long, 8-byte aligned (layout version 1):
+Layout of one slot, little-endian (layout version 2). Slots lie `slot_bytes` apart; a record takes what its rows and k need:
 
 | offset | type | field |
 |---|---|---|
-| 0  | u64 | sequence: odd while the slot is being written, 2 * (index + 1) when whole |
+| 0  | u64 | number: index of the record in the ring, plus 1 |
 | 8  | u64 | step: decode steps since the engine started |
 | 16 | u64 | time_ns: CLOCK_MONOTONIC at the end of the step |
 | 24 | u64 | kv_tokens: context tokens in the KV cache over all requests |
@@ -19,10 +19,10 @@ Layout of one slot, little-endian, `slot_bytes` long, 8-byte aligned (layout ver
 | 60 | f32 | verify_s |
 | 64 | f32 | draft_extend_s |
 | 68 | f32 | step_s: the whole step, overhead included |
-| 72 | f32[max_batch * max_k] | confidences, [rows, k] packed: in (0, 1], 0.0 where unknown |
-| then | u32[max_batch] | request_ids |
-| then | u8[max_batch] | verify_len |
-| then | u8[max_batch] | accept_len |
+| 72 | f32[rows * k] | confidences, [rows, k]: in (0, 1], 0.0 where unknown |
+| then | u32[rows] | request_ids |
+| then | u8[rows] | verify_len |
+| then | u8[rows] | accept_len |
 """
 
 from __future__ import annotations
@@ -34,23 +34,19 @@ import numpy as np
 
 from adaptive_spec.domain.step_record import StepRecord
 
-LAYOUT_VERSION = 1
+LAYOUT_VERSION = 2
 HEAD = struct.Struct("<QQQQQIIIHBBffff")
-"""The scalar part of a slot: sequence, step, time_ns, kv_tokens, policy_version, num_tokens, padded_tokens, batch_size,
+"""The scalar part of a slot: number, step, time_ns, kv_tokens, policy_version, num_tokens, padded_tokens, batch_size,
 rows, k, flags, draft_s, verify_s, draft_extend_s, step_s."""
 MAX_BATCH_LIMIT = 4096
 MAX_K_LIMIT = 32
 
 
 class SlotLayout(NamedTuple):
-    """Offsets of the arrays in a slot, for one (max_batch, max_k)."""
+    """Size of a slot, for one (max_batch, max_k)."""
 
     max_batch: int
     max_k: int
-    confidences: int
-    request_ids: int
-    verify_len: int
-    accept_len: int
     slot_bytes: int
 
     @classmethod
@@ -60,23 +56,27 @@ class SlotLayout(NamedTuple):
             raise ValueError(f"max_batch: must be in 1..{MAX_BATCH_LIMIT}, got {max_batch}")
         if not 1 <= max_k <= MAX_K_LIMIT:
             raise ValueError(f"max_k: must be in 1..{MAX_K_LIMIT}, got {max_k}")
-        confidences = HEAD.size
-        request_ids = confidences + 4 * max_batch * max_k
-        verify_len = request_ids + 4 * max_batch
-        accept_len = verify_len + max_batch
-        return cls(max_batch, max_k, confidences, request_ids, verify_len, accept_len, -(-(accept_len + max_batch) // 8) * 8)
+        return cls(max_batch, max_k, -(-record_bytes(max_batch, max_k) // 8) * 8)
+
+
+def record_bytes(rows: int, k: int) -> int:
+    """Bytes of a record in its slot."""
+    return HEAD.size + rows * (4 * k + 6)
 
 
 def decode_slot(slot: bytes | memoryview, layout: SlotLayout) -> StepRecord | None:
-    """Return the record in a slot's bytes, or None when its counts do not fit the layout."""
+    """Return the record in a slot's bytes, or None when its counts do not fit the layout. Keeps a copy of the record's bytes."""
     (_, step, time_ns, kv, version, num_tokens, padded, batch, rows, k, flags,
      draft, verify, extend, whole) = HEAD.unpack_from(slot, 0)  # fmt: skip
     if rows > layout.max_batch or k > layout.max_k:
         return None
-    confidences = np.frombuffer(slot, np.float32, rows * k, layout.confidences).reshape(rows, k)
-    request_ids = np.frombuffer(slot, np.uint32, rows, layout.request_ids)
-    verify_len = np.frombuffer(slot, np.uint8, rows, layout.verify_len)
-    accept_len = np.frombuffer(slot, np.uint8, rows, layout.accept_len)
+    end = record_bytes(rows, k)
+    data = bytes(slot[HEAD.size : end])
+    ids = 4 * rows * k
+    confidences = np.frombuffer(data, np.float32, rows * k, 0).reshape(rows, k)
+    request_ids = np.frombuffer(data, np.uint32, rows, ids)
+    verify_len = np.frombuffer(data, np.uint8, rows, ids + 4 * rows)
+    accept_len = np.frombuffer(data, np.uint8, rows, ids + 5 * rows)
     return StepRecord(
         step, time_ns, kv, version, num_tokens, padded, batch, k, flags, draft, verify, extend, whole,
         confidences, verify_len, accept_len, request_ids,

@@ -354,7 +354,7 @@ def test_ring_of_another_version(settings: SidecarSettings) -> None:
     data = bytearray(path.read_bytes())
     data[8] += 1
     path.write_bytes(data)
-    with pytest.raises(BadInput, match=r"runtime_dir: .*records\.ring: layout version: must be 1, got 2"):
+    with pytest.raises(BadInput, match=r"runtime_dir: .*records\.ring: layout version: must be 2, got 3"):
         Session.open(settings)
 
 

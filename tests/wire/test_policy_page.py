@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import mmap
 import os
 import signal
 import stat
@@ -26,7 +25,7 @@ from numpy.typing import NDArray
 from adaptive_spec.domain.allowed import allowed_at, runnable_table
 from adaptive_spec.domain.policy import Granularity, Mode, Policy, Trial
 from adaptive_spec.domain.survival import GRID_POINTS, SurvivalMap
-from adaptive_spec.wire import policy_page
+from adaptive_spec.wire import policy_page, policy_payload
 from adaptive_spec.wire.policy_page import (
     PolicyPage,
     PolicyPageError,
@@ -36,6 +35,7 @@ from adaptive_spec.wire.policy_page import (
     payload_bytes,
 )
 from tests.support.wire import policy_of, whole
+from tests.wire.test_ring import DAMAGE
 
 ROOT = str(Path(__file__).parents[2])
 CAPACITY = payload_bytes(64, 7)
@@ -99,7 +99,7 @@ def test_a_page_made_for_the_engine_holds_its_largest_policy(max_batch: int, max
         1, Mode.SWEEP, True, Granularity.REQUEST, max_k, np.zeros((max_batch + 1, 16), np.uint8),
         np.arange(15, dtype=np.float32), np.zeros((max_k + 1, max_batch + 1), np.float32),
         np.zeros(2 * max_batch * (max_k + 1) + 1, np.float32), 0.0,
-        SurvivalMap(np.zeros((max_k, GRID_POINTS), np.float32), True), False, (Trial(1, 0, 1, 1),) * policy_page.MAX_TRIALS,
+        SurvivalMap(np.zeros((max_k, GRID_POINTS), np.float32), True), False, (Trial(1, 0, 1, 1),) * policy_payload.MAX_TRIALS,
         tuple((b, tuple(range(b % 2 * max_k + 1))) for b in range(1, max_batch + 1)),
     )  # fmt: skip
     assert len(encode_policy(largest)) == payload_bytes(max_batch, max_k) <= policy_page.MAX_CAPACITY
@@ -161,7 +161,7 @@ def test_an_invalid_policy_is_neither_published_nor_read(tmp_path: Path, name: s
         assert reader.poll(0) is not None
         # The same past the writer's own check, as another program or another version might write it.
         with monkeypatch.context() as unchecked:
-            unchecked.setattr(policy_page, "check_policy", lambda policy: None)
+            unchecked.setattr(policy_payload, "check_policy", lambda policy: None)
             page.publish(invalid)
         assert reader.failures == 0
         last_good = reader.poll(0)
@@ -402,11 +402,11 @@ def test_a_reader_overtaken_while_it_copies_takes_the_newest_next_time(tmp_path:
         assert reader.poll(0) is not None
         page.publish(policy_of(2))
 
-        def overtaken(mapping: mmap.mmap, capacity: int, sequence: int) -> Policy:
+        def overtaken(descriptor: int, capacity: int, sequence: int) -> Policy:
             if sequence == 2:
                 page.publish(policy_of(3))
                 page.publish(policy_of(4))
-            return read(mapping, capacity, sequence)
+            return read(descriptor, capacity, sequence)
 
         monkeypatch.setattr(policy_page, "_read_policy", overtaken)
         seen = [reader.poll(0), reader.poll(0)]
@@ -458,3 +458,126 @@ def test_a_sidecar_killed_at_full_speed_leaves_a_valid_page(tmp_path: Path) -> N
         last_policy = reader.poll(0)
         assert last_policy is not None
         assert last_policy.version == page.last_version
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_page_in_use_is_noticed_and_made_again(tmp_path: Path, damage: Callable[[Path], None]) -> None:
+    """A truncated file that is mapped would end this process with SIGBUS."""
+    path = tmp_path / "p"
+    with PolicyPage.create_or_open(path, CAPACITY) as page:
+        page.publish(policy_of(1))
+        page.publish(policy_of(2))
+        page.heartbeat(5 * S)
+        with PolicyPageReader.open(path) as reader:
+            assert reader.poll(5 * S) is not None
+            assert page.in_place()
+            damage(path)
+            assert not page.in_place()
+            for version in (3, 4):
+                policy = reader.poll(5 * S)
+                assert policy is None or policy.version <= version
+                with contextlib.suppress(OSError):
+                    page.publish(policy_of(version))
+                    page.heartbeat(5 * S)
+            policy = reader.poll(5 * S)
+            assert policy is None or whole(policy)
+        assert not page.in_place()
+        page.renew()
+        assert page.in_place()
+        with PolicyPageReader.open(path) as reader:
+            policy = reader.poll(5 * S)
+            assert policy is not None
+            assert policy.version == page.last_version
+            page.publish(policy_of(9))
+            page.heartbeat(6 * S)
+            policy = reader.poll(6 * S)
+            assert policy is not None
+            assert policy.version == 9
+            assert page.in_place()
+        with pytest.raises(BlockingIOError, match="another sidecar"):
+            PolicyPage.create_or_open(path, CAPACITY)
+
+
+def test_a_page_whose_folder_was_deleted_is_made_again(tmp_path: Path) -> None:
+    path = tmp_path / "run" / "p"
+    with PolicyPage.create_or_open(path, CAPACITY) as page:
+        page.publish(policy_of(1))
+        path.unlink()
+        path.parent.rmdir()
+        assert not page.in_place()
+        page.renew()
+        assert page.in_place()
+        assert path.parent.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_page_is_for_one_engine(tmp_path: Path) -> None:
+    path = tmp_path / "p"
+    with PolicyPage.create_or_open(path, CAPACITY, engine=7) as page:
+        page.publish(policy_of(5))
+        with pytest.raises(
+            PolicyPageError, match="engine: must be 0x0000000000000008, which is this engine's, got 0x0000000000000007"
+        ):
+            PolicyPageReader.open(path, engine=8)
+        for engine in (7, None):
+            with PolicyPageReader.open(path, engine=engine) as reader:
+                assert reader.poll(0) is not None
+    with PolicyPage.create_or_open(path, CAPACITY, engine=7) as page:
+        assert page.last_version == 5
+    with PolicyPage.create_or_open(path, CAPACITY, engine=8) as page:
+        assert (page.policy, page.last_version) == (None, 5)
+        with PolicyPageReader.open(path, engine=8) as reader:
+            assert reader.poll(0) is None
+            page.publish(policy_of(6))
+            policy = reader.poll(0)
+            assert policy is not None
+            assert policy.version == 6
+    data = bytearray(path.read_bytes())
+    data[24] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(PolicyPageError, match="engine"):
+        PolicyPageReader.open(path, engine=9)
+
+
+RACE = f"""
+import sys
+sys.path.insert(0, {ROOT!r})
+from adaptive_spec.wire.policy_page import PolicyPage
+for line in sys.stdin:
+    try:
+        page = PolicyPage.create_or_open(line.strip(), 4096)
+    except BlockingIOError:
+        page = None
+    print(int(page is not None), flush=True)
+    sys.stdin.readline()
+    if page is not None:
+        page.close()
+    print("closed", flush=True)
+"""
+
+
+def test_a_page_that_is_made_by_several_at_once_has_one_owner(tmp_path: Path) -> None:
+    processes = [
+        subprocess.Popen([sys.executable, "-c", RACE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(3)
+    ]
+    try:
+        for number in range(60):
+            path = tmp_path / f"{number // 2}"  # the second time it exists
+            if number % 2 and number % 3 == 0:
+                path.write_bytes(b"damaged")
+                path.chmod(0o600)
+            for process in processes:
+                assert process.stdin is not None
+                process.stdin.write(f"{path}\n")
+                process.stdin.flush()
+            owners = sum(int(process.stdout.readline()) for process in processes if process.stdout is not None)
+            assert owners == 1, number
+            for process in processes:
+                assert process.stdin is not None
+                assert process.stdout is not None
+                process.stdin.write("go on\n")
+                process.stdin.flush()
+                process.stdout.readline()
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()

@@ -18,7 +18,7 @@ File layout, little-endian (layout version 2):
 
 While the sidecar writes one buffer, the other holds a complete policy, so that a reader always finds one, also after the writer
 was killed. A heartbeat is one write of eight bytes and is not part of a checksum. `policy_payload.py` has the payload.
-The order of a publication: buffer, its header, then version and sequence. `tests/wire/protocol_model.py` searches it exhaustively.
+The order of a publication: buffer, its header, then version and sequence. `tests/wire/protocol_model.py` searches it.
 """
 
 from __future__ import annotations

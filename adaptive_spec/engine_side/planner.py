@@ -92,10 +92,11 @@ class Planner:
         self.moved = k != self._k
         self._k = k
 
-    def verify_lengths(self, confidences: Float32s) -> Lengths:
+    def verify_lengths(self, confidences: Float32s, expected: Floats | None = None) -> Lengths:
         """Choose verify_len [b] for the confidences [b, k] drafted in the step of the last `draft_length`.
 
-        A request with an unknown confidence counts as the mean of those without; if all have one, all count alike.
+        A request with an unknown confidence counts by its row of `expected`, survival [b, k] from its history; without that, as
+        the mean of the requests without an unknown one; if all have one, all count alike.
         """
         b, k = confidences.shape
         policy = self.policy
@@ -105,10 +106,10 @@ class Planner:
             wanted = self._running.num_tokens
             if wanted == 0 or policy.granularity is Granularity.BATCH:
                 return np.full(b, k, dtype=np.uint8)
-            return best_slots(_survival(policy.survival, confidences), min(max(wanted - b, 0), b * k))
+            return best_slots(_survival(policy.survival, confidences, expected), min(max(wanted - b, 0), b * k))
         if policy.verify_all or b * (k + 1) >= len(policy.verify_s):
             return np.full(b, k, dtype=np.uint8)
-        survival = _survival(policy.survival, confidences)
+        survival = _survival(policy.survival, confidences, expected)
         fixed = float(policy.fixed_s[k, min(b, policy.fixed_s.shape[1] - 1)]) + policy.context_s_per_token * self._kv_tokens
         return best_lengths(survival, fixed, policy.verify_s)
 
@@ -130,7 +131,7 @@ class Planner:
         return None
 
 
-def _survival(calibration: SurvivalMap, confidences: Float32s) -> Floats:
+def _survival(calibration: SurvivalMap, confidences: Float32s, expected: Floats | None) -> Floats:
     """Survival [b, k], with what `Planner.verify_lengths` says of unknown confidences.
 
     Where most are unknown the sidecar's calibration is the rates of the positions, whatever the confidence.
@@ -140,6 +141,8 @@ def _survival(calibration: SurvivalMap, confidences: Float32s) -> Floats:
     unknown = confidences == UNKNOWN_CONFIDENCE
     survival = calibration.survival(np.where(unknown, np.float32(0.5), confidences))
     known = ~unknown.any(axis=1)
-    if known.any():
+    if expected is not None:
+        survival[~known] = expected[~known]
+    elif known.any():
         survival[~known] = survival[known].mean(axis=0)
     return survival

@@ -63,14 +63,20 @@ class AcceptanceHistory:
     def __len__(self) -> int:
         return len(self._row)
 
-    def observe(self, request_ids: Sequence[int], accept_len: Lengths, k: int) -> None:
-        """Learn one step: request_ids [b], accept_len [b], k drafted. Positions behind the first rejected token have no label."""
-        if k == 0 or len(accept_len) == 0:
+    def observe(self, request_ids: Sequence[int], accept_len: Lengths, verified: int | Lengths) -> None:
+        """Learn one step: request_ids [b], accept_len [b], verified: K, or verify_len [b] where drafts were cut by request.
+
+        Positions behind the first rejected token have no label. The counts of a position that was cut off fade as those of a
+        verified one do, towards the population's rate, so that a request that is cut short is tried again.
+        """
+        if len(accept_len) == 0 or not np.any(verified):
             return
         rows = self._rows(request_ids)
         accepted = self._position < accept_len[:, None]
-        reached = self._position < np.minimum(accept_len + 1, k)[:, None]
-        decay = np.where(reached, REQUEST_DECAY, 1.0)
+        # int64: uint8 arithmetic on 255 would wrap.
+        reached = self._position < np.minimum(accept_len.astype(np.int64) + 1, verified)[:, None]
+        fading = reached if isinstance(verified, int) else reached | (self._position >= verified[:, None])
+        decay = np.where(fading, REQUEST_DECAY, 1.0)
         self._reached[rows] = self._reached[rows] * decay + reached
         self._accepted[rows] = self._accepted[rows] * decay + accepted
         steps = reached.sum(axis=0)

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from adaptive_spec.domain.arrays import Float32s, Lengths, RequestIds
+from adaptive_spec.domain.arrays import Float32s, Floats, Lengths, RequestIds
 from adaptive_spec.domain.engine_info import EngineInfo
 from adaptive_spec.domain.policy import Granularity, Policy
 from adaptive_spec.domain.step_record import StepFlag
@@ -195,14 +195,15 @@ class EngineTap:
             self._check_page()
         return self._page.poll(now_ns) if self._page is not None else None
 
-    def verify_lengths(self, confidences: Float32s) -> Lengths:
+    def verify_lengths(self, confidences: Float32s, expected: Floats | None = None) -> Lengths:
         """Choose verify_len uint8 [b], draft tokens to verify per request, in the step just begun.
 
         confidences: float32 [b, k], the draft model's probability of each drafted token, in (0, 1]; 0.0 where unknown.
+        expected: see `Planner.verify_lengths`.
         """
         try:
             if self._ragged and not self._fallback:
-                return self.planner.verify_lengths(confidences)
+                return self.planner.verify_lengths(confidences, expected)
         except Exception:
             self._hook_failures += 1
         try:

@@ -1,13 +1,13 @@
 """Decode steps in flight: matches the measurements of each step with its own result.
 
-SGLang's overlap scheduler launches step n + 1 before it reads the result of step n, and requests join and leave in between. A
-step is therefore attached to its result object, not found by position or batch. A record is written as soon as the result and,
-on a GPU, all event times are known.
+An overlap (SGLang) or asynchronous (vLLM) scheduler launches step n + 1 before it reads the result of step n, and requests join
+and leave in between. A step is therefore attached to its result object, not found by position or batch. A record is written as
+soon as the result and, on a GPU, all event times are known.
 
     step_s = start of the next step - start of this one          where the next step has begun already (overlap scheduler)
            = end - start + mean pause after such a batch         otherwise; prefills and idle times are not pauses
 
-Reads no clock, imports neither torch nor SGLang: moments and confidences are objects whose values may not be known yet.
+Reads no clock, imports neither torch nor an engine: moments and confidences are objects whose values may not be known yet.
 """
 
 from __future__ import annotations
@@ -61,7 +61,9 @@ class OpenStep:
 
     num_tokens, padded_tokens: of the verify forward, where they do not follow from k and the rows. verify_len: draft tokens
     verified [b], None for k each. flags: of `StepFlag`, known when the step is launched. staged: whether its stages are timed;
-    if not, the record has the time of the whole forward as verify_s and the flag WHOLE.
+    if not, the record has the time of the whole forward as verify_s and the flag WHOLE. drafts_next: where an engine drafts at
+    the end of a step for the next one (vLLM), that drafting: the whole step counts the "draft" stage, in which the drafts of
+    this step were made, in its place.
     """
 
     begun: BegunStep
@@ -76,12 +78,13 @@ class OpenStep:
     """None: not measured, all unknown."""
     flags: int = 0
     staged: bool = True
+    drafts_next: tuple[Moment, Moment] | None = None
     num_tokens: int | None = None
     padded_tokens: int | None = None
     verify_len: NDArray[np.uint8] | None = None
     accept_len: NDArray[np.uint8] | None = None
     counted: NDArray[np.bool_] | None = None
-    """[b], which rows SGLang counts: not those of requests that had already ended when the step was launched."""
+    """[b], which rows the engine counts: not those of requests that had already ended when the step was launched."""
 
 
 @dataclass(frozen=True)
@@ -173,11 +176,14 @@ class StepsInFlight:
         forward_s = step.started.seconds_to(step.ended) if step.ended is not None else 0.0
         whole_s = step.started.seconds_to(step.next_started) if step.next_started is not None else 0.0
         values = step.confidences.ready() if step.confidences is not None else np.zeros((len(step.request_ids), 0), np.float32)
-        if forward_s is None or whole_s is None or values is None or None in seconds.values():
+        next_draft_s = step.drafts_next[0].seconds_to(step.drafts_next[1]) if step.drafts_next is not None else 0.0
+        if forward_s is None or whole_s is None or next_draft_s is None or values is None or None in seconds.values():
             return None
         stages = {name: s or 0.0 for name, s in seconds.items()}
         if step.next_started is None:
             whole_s = forward_s + self._pause_s(len(step.request_ids))
+        if step.drafts_next is not None:
+            whole_s = max(whole_s - next_draft_s, 0.0) + stages["draft"]
         flags = step.flags
         if values.shape != (len(step.request_ids), step.k):
             values = np.full((len(step.request_ids), step.k), UNKNOWN_CONFIDENCE, np.float32)

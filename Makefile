@@ -6,7 +6,7 @@ STAMP := $(VENV)/.adaptive-spec-installed
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-sglang stack test lint bench benchmarks docs site wheel release-check dashboards vendor manifests images sglang-matrix nightly clean
+.PHONY: help setup demo demo-sglang demo-vllm stack test lint bench benchmarks docs site wheel release-check dashboards vendor manifests images sglang-matrix nightly clean
 
 help:
 	@echo "make demo [ARGS=\"--duration 90 --compare\"]  see it work on a real engine"
@@ -23,6 +23,7 @@ help:
 	@echo "make sglang-matrix                          all that the plugin uses of SGLang, checked in wheels of several releases"
 	@echo "make nightly                                what is too slow for every change, or needs a package registry"
 	@echo "make demo-sglang [ARGS=...]                 the same on a real SGLang server on the CPU (2.7 GB, once)"
+	@echo "make demo-vllm [ARGS=...]                   the same on a real vLLM server on the CPU (2.5 GB, once)"
 
 setup: $(STAMP)
 
@@ -34,6 +35,9 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: $(STAMP)
 	@$(BIN)/adaptive-spec demo $(ARGS)
+
+demo-vllm: $(STAMP)
+	@$(BIN)/adaptive-spec demo --engine vllm $(ARGS)
 
 demo-sglang: $(STAMP)
 	@$(BIN)/adaptive-spec demo --engine sglang $(ARGS)

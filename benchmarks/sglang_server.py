@@ -33,7 +33,8 @@ import click
 from adaptive_spec.client.sglang import ServerApi
 from adaptive_spec.client.sidecar import ControlClient
 from adaptive_spec.engines.common.ring_follower import RingFollower
-from adaptive_spec.engines.sglang.cpu_kit import CpuKit, Prompt
+from adaptive_spec.engines.common.server_demonstration import Prompt
+from adaptive_spec.engines.sglang.cpu_kit import CpuKit
 from adaptive_spec.errors import BadInput
 
 START_TIMEOUT_S = 240.0

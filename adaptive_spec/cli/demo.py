@@ -34,7 +34,11 @@ END_TIMEOUT_S = 30.0
 START_TIMEOUT_S = 60.0
 SWEEP_TOKENS, SWEEP_STEPS = 32, 500
 CHECKPOINT_INTERVAL_S = 2.0
-WORKERS = {"embedded": "adaptive_spec.engines.embedded.worker", "sglang": "adaptive_spec.engines.sglang.demo_worker"}
+WORKERS = {
+    "embedded": "adaptive_spec.engines.embedded.worker",
+    "sglang": "adaptive_spec.engines.sglang.demo_worker",
+    "vllm": "adaptive_spec.engines.vllm.demo_worker",
+}
 
 
 @dataclass(frozen=True)

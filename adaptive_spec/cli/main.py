@@ -96,17 +96,18 @@ def sidecar(config: Path | None, **overrides: Any) -> None:
 @click.option("--profile-dir", type=PATH, help="Overrides profile_dir of the configuration.")
 @click.option("--host", help="Overrides host of the sidecar's HTTP server.")
 @click.option("--port", type=click.IntRange(0, 65535), help="Overrides port of the sidecar's HTTP server; 0: a free port.")
+@click.option("--engine", type=click.Choice(["sglang", "vllm"]), default="sglang", show_default=True, help="Server to run.")
 @click.argument("flags", nargs=-1, type=click.UNPROCESSED)
-def serve(mode: str | None, config: Path | None, flags: tuple[str, ...], **overrides: Any) -> int:
-    """Run an SGLang server together with a sidecar. Usage: adaptive-spec serve [OPTIONS] -- SGLANG SERVER FLAGS"""
+def serve(mode: str | None, config: Path | None, engine: str, flags: tuple[str, ...], **overrides: Any) -> int:
+    """Run an SGLang or vLLM server together with a sidecar. Usage: adaptive-spec serve [OPTIONS] -- SERVER FLAGS"""
     from adaptive_spec.cli.serve import ServeOptions, run_serve
 
     given = {key: value for key, value in overrides.items() if value is not None}
-    return run_serve(ServeOptions(mode, config, given, flags))
+    return run_serve(ServeOptions(mode, config, given, flags, engine))
 
 
 @cli.command()
-@click.option("--url", help="Address of an SGLang server, to sweep each batch size; or of a sidecar.")
+@click.option("--url", help="Address of an SGLang or vLLM server, to sweep each batch size; or of a sidecar.")
 @_runtime_dir
 @_token_file
 @click.option(
@@ -125,7 +126,7 @@ def sweep(
 ) -> None:  # fmt: skip
     """Run a new sweep and show its progress. With --url of a server, one batch size after the other is swept."""
     from adaptive_spec.cli.runtime_dirs import chosen_runtime_dir
-    from adaptive_spec.cli.server_sweep import is_sidecar, read_prompts, sweep_server
+    from adaptive_spec.cli.server_sweep import is_sidecar, read_prompts, server_api, sweep_server
     from adaptive_spec.cli.sweep import watch_sweep
     from adaptive_spec.client.sidecar import ControlClient
 
@@ -133,10 +134,8 @@ def sweep(
     if url is None or is_sidecar(url):
         watch_sweep(ControlClient.find(runtime_dir, url, token_file), timeout)
         return
-    from adaptive_spec.client.sglang import ServerApi
-
     client = ControlClient.find(runtime_dir, None, token_file)
-    sweep_server(ServerApi(url, api_key), client, batch_sizes, read_prompts(prompts), timeout)
+    sweep_server(server_api(url, api_key, client), client, batch_sizes, read_prompts(prompts), timeout)
 
 
 @cli.command()
@@ -267,7 +266,9 @@ def doctor(runtime_dir: Path | None, profile_dir: Path, host: str, port: int, as
 )
 @click.option("--json", "json_file", type=PATH, help="File to write the results to.")
 @click.option("--compare", is_flag=True, help="Also run every fixed K on the same prompts, alternating, and print the ratios.")
-@click.option("--engine", type=click.Choice(["embedded", "sglang"]), default="embedded", show_default=True, help="Engine to run.")
+@click.option(
+    "--engine", type=click.Choice(["embedded", "sglang", "vllm"]), default="embedded", show_default=True, help="Engine to run."
+)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed for the order of the prompts.")
 @click.option("--profile-dir", type=PATH, help="Folder to keep the profile in for the next run.  [default: not kept]")
 def demo(
@@ -279,6 +280,10 @@ def demo(
         from adaptive_spec.engines.sglang.cpu_kit import CpuKit
 
         CpuKit().install()  # before the live view starts: the first installation takes minutes
+    elif engine == "vllm":
+        from adaptive_spec.engines.vllm.cpu_kit import CpuKit as VllmCpuKit
+
+        VllmCpuKit().install()
     from adaptive_spec.cli.demo import DemoOptions, run_demo
 
     if status := run_demo(DemoOptions(duration, host, port, json_file, compare, seed, profile_dir, engine)):

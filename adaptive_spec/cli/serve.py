@@ -1,4 +1,4 @@
-"""`adaptive-spec serve`: starts and ends a sidecar and an SGLang server together.
+"""`adaptive-spec serve`: starts and ends a sidecar and an SGLang or vLLM server together.
 
 The exit status is the server's, signals are forwarded to the server, and the server never waits for the sidecar, which is
 restarted whenever it ends. Only an error that keeps the first sidecar from starting (a bad configuration, a port in use) ends
@@ -18,10 +18,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -29,7 +29,7 @@ from adaptive_spec.client.sidecar import ADDRESS_NAME
 from adaptive_spec.config.load import load_settings
 from adaptive_spec.config.settings import SidecarSettings
 from adaptive_spec.errors import BadInput
-from adaptive_spec.runtime_folder import default_runtime_dir, server_port_of
+from adaptive_spec.runtime_folder import DEFAULT_SERVER_PORT, default_runtime_dir, server_port_of
 from adaptive_spec.sidecar.listening import check_port
 from adaptive_spec.sidecar.supervisor import Supervisor, end, end_with_parent
 
@@ -40,36 +40,64 @@ FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signa
 log = logging.getLogger("adaptive_spec.cli.serve")
 
 
+class ServedEngine(NamedTuple):
+    """name: in messages. package: what must be importable. module: its server. model_flag: of an example. port: its default."""
+
+    name: str
+    package: str
+    module: str
+    model_flag: str
+    port: int
+
+
+ENGINES = {
+    "sglang": ServedEngine("SGLang", "sglang", "sglang.launch_server", "--model-path", DEFAULT_SERVER_PORT),
+    # Not `vllm serve`: its command line asks for the metadata of a package named vllm, which builds of other names lack.
+    "vllm": ServedEngine("vLLM", "vllm", "vllm.entrypoints.openai.api_server", "--model", 8000),
+}
+
+
 @dataclass(frozen=True)
 class ServeOptions:
-    """mode None: that of the configuration. config None: the defaults. flags: passed to SGLang unchanged."""
+    """mode None: that of the configuration. config None: the defaults. flags: passed to SGLang unchanged, to vLLM with the
+    schedule of K that the plugin needs. engine: of `ENGINES`.
+    """
 
     mode: str | None
     config: Path | None
     overrides: dict[str, Any]
     flags: tuple[str, ...]
+    engine: str = "sglang"
 
 
 def run_serve(options: ServeOptions) -> int:
     """Run until the server ends; returns its exit status, 128 + N when signal N ended it. Raises BadInput."""
-    if importlib.util.find_spec("sglang") is None:
-        raise BadInput("serve: sglang is not installed: install the extra 'sglang' (pip install '.[sglang]' in a checkout)")
+    engine = ENGINES[options.engine]
+    if importlib.util.find_spec(engine.package) is None:
+        raise BadInput(
+            f"serve: {engine.package} is not installed: install the extra '{engine.package}' "
+            f"(pip install '.[{engine.package}]' in a checkout)"
+        )
     if not options.flags:
-        raise BadInput("serve: no SGLang server flags: give them after --, for example -- --model-path MODEL")
+        raise BadInput(f"serve: no {engine.name} server flags: give them after --, for example -- {engine.model_flag} MODEL")
+    if options.engine == "vllm":
+        from adaptive_spec.engines.vllm.launch_schedule import completed_flags
+
+        options = replace(options, flags=tuple(completed_flags(options.flags)))
     settings = _settings(options)
     check_port(settings.host, settings.port)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     with tempfile.TemporaryDirectory(prefix="adaptive-spec-serve-") as folder:
         config = Path(folder) / "config.yaml"
         config.write_text(yaml.safe_dump(settings.model_dump(mode="json", exclude_none=True)))
-        return _Service(settings, config, options.flags).run()
+        return _Service(settings, config, engine, options.flags).run()
 
 
 def _settings(options: ServeOptions) -> SidecarSettings:
     """Return the settings of both processes. Both read the same file, so they always agree."""
     settings = load_settings(options.config, options.overrides)
     if not settings.model_fields_set & {"runtime_dir", "server_port"}:
-        port = server_port_of(options.flags)
+        port = server_port_of(options.flags, ENGINES[options.engine].port)
         settings = settings.model_copy(update={"server_port": port, "runtime_dir": default_runtime_dir(port)})
     update: dict[str, Any] = {"runtime_dir": settings.runtime_dir.absolute(), "profile_dir": settings.profile_dir.absolute()}
     if options.mode is not None:
@@ -80,8 +108,8 @@ def _settings(options: ServeOptions) -> SidecarSettings:
 class _Service:
     """The sidecar and the server of one `serve`."""
 
-    def __init__(self, settings: SidecarSettings, config: Path, flags: Sequence[str]) -> None:
-        self._settings, self._config, self._flags = settings, config, flags
+    def __init__(self, settings: SidecarSettings, config: Path, engine: ServedEngine, flags: Sequence[str]) -> None:
+        self._settings, self._config, self._engine, self._flags = settings, config, engine, flags
         self._signals: list[int] = []
         self._server: subprocess.Popen[bytes] | None = None
 
@@ -142,5 +170,5 @@ class _Service:
             "ADAPTIVE_SPEC_CONFIG": str(self._config),
             "ADAPTIVE_SPEC_RUNTIME_DIR": str(self._settings.runtime_dir),
         }
-        command = [sys.executable, "-m", "sglang.launch_server", *self._flags]
+        command = [sys.executable, "-m", self._engine.module, *self._flags]
         return subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=end_with_parent)

@@ -1,7 +1,8 @@
-"""`adaptive-spec sweep --url`: a cold-start sweep of a running SGLang server, one batch size after the other.
+"""`adaptive-spec sweep --url`: a cold-start sweep of a running SGLang or vLLM server, one batch size after the other.
 
-SGLang has no command to hold a batch size, but it has one when that many requests run. This keeps 1, 2, 4, ... requests running
-through the server's HTTP API and lets the sidecar try every captured K at each size. The models accumulate in the sidecar.
+These engines have no command to hold a batch size, but they have one when that many requests run. This keeps 1, 2, 4, ...
+requests running through the server's HTTP API and lets the sidecar try every captured K at each size. The models accumulate in
+the sidecar.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from adaptive_spec.client.sglang import HeldBatch, ServerApi
+from adaptive_spec.client import sglang, vllm
+from adaptive_spec.client.server import HeldBatch, LlmServer
 from adaptive_spec.client.sidecar import ControlClient
 from adaptive_spec.domain.policy import Mode
 from adaptive_spec.errors import BadInput
@@ -33,11 +35,17 @@ PROMPTS = (
 
 
 def is_sidecar(url: str) -> bool:
-    """Whether a sidecar answers at this address, not an SGLang server."""
+    """Whether a sidecar answers at this address, not an LLM server."""
     try:
         return "sidecar_pid" in ControlClient(url, timeout_s=3.0).status()
     except BadInput:
         return False
+
+
+def server_api(url: str, api_key: str, client: ControlClient) -> LlmServer:
+    """Client of the server at a URL: of the engine that is attached to the sidecar, of SGLang where none is. Raises BadInput."""
+    engine = client.status().get("engine") or {}
+    return vllm.ServerApi(url, api_key) if engine.get("name") == "vllm" else sglang.ServerApi(url, api_key)
 
 
 def default_batch_sizes(largest: int) -> list[int]:
@@ -71,7 +79,7 @@ def read_prompts(path: Path | None) -> Sequence[str]:
 
 
 def sweep_server(
-    api: ServerApi,
+    api: LlmServer,
     client: ControlClient,
     batch_sizes: str | None,
     prompts: Sequence[str],
@@ -79,7 +87,7 @@ def sweep_server(
     tokens: int = REQUEST_TOKENS,
 ) -> None:
     """Sweep all batch sizes. Raises BadInput when server or sidecar refuse, or a batch size takes longer than timeout_s."""
-    largest = int(api.info().get("max_running_requests") or LARGEST_DEFAULT)
+    largest = api.max_running_requests() or LARGEST_DEFAULT
     engine = client.status().get("engine")
     if engine is None:
         raise BadInput(

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from adaptive_spec.cli.server_sweep import PROMPTS, default_batch_sizes, parse_batch_sizes, read_prompts
-from adaptive_spec.client.sglang import HeldBatch, ServerApi
+from adaptive_spec.client.server import HeldBatch
+from adaptive_spec.client.sglang import ServerApi
 from adaptive_spec.errors import BadInput
 
 

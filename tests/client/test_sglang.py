@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from adaptive_spec.client.sglang import HeldBatch, Output, ServerApi
+from adaptive_spec.client.server import HeldBatch, Output
+from adaptive_spec.client.sglang import ServerApi
 from adaptive_spec.errors import BadInput
 from tests.client.canned_server import CannedServer
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from adaptive_spec.wire.engine_report import EngineReport, write_report
-from adaptive_spec.wire.mapped_file import make_runtime_dir
 
 INTERVAL_S = 1.0
 AFTER_ERROR_S = 60.0
@@ -16,12 +15,13 @@ AFTER_ERROR_S = 60.0
 
 @dataclass
 class ReportWriter:
-    """runtime_dir: where. log: for a report that cannot be written, said at most once a minute."""
+    """runtime_dir: where. log: says once why a report cannot be written."""
 
     runtime_dir: Path
     log: logging.Logger
     _due_s: float = 0.0
     _written: EngineReport | None = field(default=None)
+    _error: str = ""
 
     @property
     def due(self) -> bool:
@@ -33,9 +33,10 @@ class ReportWriter:
         if report == self._written:
             return
         try:
-            make_runtime_dir(self.runtime_dir)
             write_report(self.runtime_dir, report)
             self._written = report
         except Exception as error:
-            self.log.warning("adaptive-spec: the report could not be written: %s", error)
+            if str(error) != self._error:
+                self._error = str(error)
+                self.log.warning("adaptive-spec: the report could not be written: %s", error)
             self._due_s = time.monotonic() + AFTER_ERROR_S

@@ -5,32 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 from pathlib import Path
-from typing import NamedTuple
 
 from adaptive_spec.errors import BadInput
 
 KIT_VARIABLE = "ADAPTIVE_SPEC_SGLANG_KIT"
-REGIONS = "abcdef"
-REGION_TOKENS, SPECIAL_TOKENS = 128, 8
 LAUNCH_K = 3
-
-
-class Prompt(NamedTuple):
-    """Two consecutive tokens of a region; the target model continues the cycle of the region's 128 tokens. region: "a" (every
-    draft token is accepted) to "f" (none is). start: 0..127.
-    """
-
-    region: str
-    start: int
-
-    @property
-    def text(self) -> str:
-        return f"{self.region}{self.start} {self.region}{(self.start + 1) % REGION_TOKENS}"
-
-    def continuation(self, tokens: int) -> list[int]:
-        """Ids of the target's own greedy output."""
-        base = SPECIAL_TOKENS + REGIONS.index(self.region) * REGION_TOKENS
-        return [base + (self.start + 2 + i) % REGION_TOKENS for i in range(tokens)]
 
 
 class CpuKit:

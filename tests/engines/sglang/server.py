@@ -20,7 +20,8 @@ from typing import Any, NamedTuple, Self
 
 from adaptive_spec.domain.step_record import StepRecord
 from adaptive_spec.engine_side.tap import RING_NAME
-from adaptive_spec.engines.sglang.cpu_kit import REGIONS, CpuKit, Prompt
+from adaptive_spec.engines.common.server_demonstration import REGIONS, Prompt
+from adaptive_spec.engines.sglang.cpu_kit import CpuKit
 from adaptive_spec.wire.engine_report import EngineReport, read_report
 from adaptive_spec.wire.ring import RingReader
 from tests.support.models_anew import metrics_of

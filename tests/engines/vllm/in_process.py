@@ -27,7 +27,8 @@ from adaptive_spec.domain.policy import Granularity, Mode, Policy
 from adaptive_spec.domain.step_record import StepFlag, StepRecord
 from adaptive_spec.domain.survival import GRID_POINTS, SurvivalMap
 from adaptive_spec.engine_side.tap import PAGE_NAME, RING_NAME
-from adaptive_spec.engines.vllm.cpu_kit import REGIONS, CpuKit, Prompt
+from adaptive_spec.engines.common.server_demonstration import REGIONS, Prompt
+from adaptive_spec.engines.vllm.cpu_kit import CpuKit
 from adaptive_spec.wire.engine_report import read_report
 from adaptive_spec.wire.policy_page import PolicyPage, payload_bytes
 from adaptive_spec.wire.ring import RingReader
@@ -150,7 +151,7 @@ def main(asked: dict[str, Any]) -> dict[str, Any]:
     records = Records(runtime_dir / RING_NAME) if attached else None
     publisher = Publisher(runtime_dir, seed, asked.get("policy", "random") == "keep")
     begun_s = time.perf_counter()
-    outputs: list[Any] = llm.generate(prompts, sampling, use_tqdm=False, lora_request=lora)  # type: ignore[arg-type]
+    outputs: list[Any] = llm.generate(prompts, sampling, use_tqdm=False, lora_request=lora)
     seconds = time.perf_counter() - begun_s
     publisher.end()
     exact = 0

@@ -1,0 +1,296 @@
+"""The demonstration on a real server of any engine: traffic whose acceptance changes, checked outputs, and fixed K beside it.
+
+Requests go through the server's HTTP API, and every output is compared with the target model's output, which is known. Half-way
+the prompts change from high to low acceptance. To compare, blocks of the same prompts alternate between the adaptive K and every
+K of the server, pinned. The duration counts from the first request.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import itertools
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple
+
+import click
+
+from adaptive_spec.client.server import LlmServer
+from adaptive_spec.client.sidecar import ControlClient
+from adaptive_spec.engines.common.ring_follower import RingFollower
+from adaptive_spec.errors import BadInput
+from adaptive_spec.sidecar.supervisor import end_with_parent
+
+KINDS = {"predictable": "aabc", "erratic": "deff"}
+"""Regions of each kind's prompts; see `Prompt`."""
+CONCURRENCIES = (1, 4, 8, 2)
+PHASE_S, KIND_S = 4.0, 30.0
+TOKENS = (60, 160)
+START_TIMEOUT_S = 180.0
+SWEEP_TIMEOUT_S = 30.0
+STATUS_INTERVAL_S = 0.5
+BLOCK_REQUESTS = 3
+"""Requests of a comparison's block, times its concurrency."""
+
+
+REGIONS = "abcdef"
+REGION_TOKENS, SPECIAL_TOKENS = 128, 8
+
+
+class Prompt(NamedTuple):
+    """Two consecutive tokens of a region of the kits' models; the target model continues the cycle of the region's 128 tokens.
+
+    region: "a" (every draft token is accepted) to "f" (none is). start: 0..127.
+    """
+
+    region: str
+    start: int
+
+    @property
+    def text(self) -> str:
+        return f"{self.region}{self.start} {self.region}{(self.start + 1) % REGION_TOKENS}"
+
+    def ids(self, tokens: int = 2) -> list[int]:
+        """Ids of the first tokens of the prompt's cycle."""
+        base = SPECIAL_TOKENS + REGIONS.index(self.region) * REGION_TOKENS
+        return [base + (self.start + i) % REGION_TOKENS for i in range(tokens)]
+
+    def continuation(self, tokens: int, prompt_tokens: int = 2) -> list[int]:
+        """Ids of the target's own greedy output."""
+        return self.ids(prompt_tokens + tokens)[prompt_tokens:]
+
+
+class Traffic:
+    """Sends prompts and checks the outputs. failed: requests without an answer. wrong: outputs that differ from the target's."""
+
+    def __init__(self, api: LlmServer, seed: int) -> None:
+        self._api, self._random, self._lock = api, random.Random(seed), threading.Lock()
+        self.checked = self.wrong = self.failed = 0
+
+    def prompts(self, kind: str, count: int) -> list[tuple[Prompt, int]]:
+        with self._lock:
+            dice = self._random
+            return [(Prompt(dice.choice(KINDS[kind]), dice.randrange(128)), dice.randint(*TOKENS)) for _ in range(count)]
+
+    def one(self, prompt: Prompt, tokens: int) -> int:
+        """Send one prompt; return the number of tokens received, 0 when it failed."""
+        try:
+            ids = self._api.generate(prompt.text, tokens).ids
+        except (OSError, http.client.HTTPException, ValueError, KeyError):
+            with self._lock:
+                self.failed += 1
+            time.sleep(0.1)
+            return 0
+        with self._lock:
+            self.checked += 1
+            self.wrong += ids != prompt.continuation(tokens)
+        return len(ids)
+
+
+class DemoServer:
+    """The server of one demonstration, started with the plugin. engine: its name. command: starts it. api: asks it."""
+
+    def __init__(self, engine: str, command: Sequence[str], api: LlmServer, runtime_dir: Path, log: Path) -> None:
+        self.engine, self.api, self._log = engine, api, log
+        environment = {**os.environ, "ADAPTIVE_SPEC_MODE": "active", "ADAPTIVE_SPEC_RUNTIME_DIR": str(runtime_dir)}
+        with log.open("wb") as output:
+            self._process = subprocess.Popen(
+                list(command), env=environment,
+                stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True, preexec_fn=end_with_parent,
+            )  # fmt: skip
+
+    def wait(self, stopping: threading.Event) -> None:
+        deadline_s = time.monotonic() + START_TIMEOUT_S
+        while time.monotonic() < deadline_s and not stopping.is_set():
+            self.check()
+            with contextlib.suppress(OSError, http.client.HTTPException, ValueError, KeyError, BadInput):
+                if self.api.generate(Prompt("a", 0).text, 2).ids:
+                    return
+            time.sleep(0.25)
+        if not stopping.is_set():
+            raise BadInput(f"the {self.engine} server did not answer within {START_TIMEOUT_S:g} s")
+
+    def check(self) -> None:
+        """Raise BadInput when the server has ended."""
+        if self._process.poll() is not None:
+            lines = [line for line in self._log.read_text(errors="replace").splitlines() if line.strip()]
+            raise BadInput(
+                f"the {self.engine} server ended with status {self._process.returncode}: {lines[-1][:300] if lines else ''}"
+            )
+
+    def end(self) -> None:
+        if self._process.poll() is None:
+            self._process.terminate()
+            try:
+                self._process.wait(20.0)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+
+
+class Arms:
+    """Adaptive K against every captured K on the same prompts, by pinning; tokens and seconds of whole blocks."""
+
+    def __init__(self, client: ControlClient, candidates: Sequence[int]) -> None:
+        self._client = client
+        self._names = {"adaptive": None, **{f"static-{k}": k for k in candidates}}
+        self._tokens = dict.fromkeys(self._names, 0)
+        self._seconds = dict.fromkeys(self._names, 0.0)
+        self.blocks = 0
+
+    def goodput(self) -> dict[str, float]:
+        return {name: self._tokens[name] / s for name, s in self._seconds.items() if s > 0.0} if self.blocks else {}
+
+    def block(self, traffic: Traffic, prompts: list[tuple[Prompt, int]], concurrency: int, stopping: threading.Event) -> None:
+        """Run one block on every arm, in rotated order; an interrupted block is not counted."""
+        names = list(self._names)
+        order = names[self.blocks % len(names) :] + names[: self.blocks % len(names)]
+        found: dict[str, tuple[int, float]] = {}
+        for name in order:
+            if stopping.is_set():
+                return
+            k = self._names[name]
+            self._client.send("unpin") if k is None else self._client.send("pin", k)
+            begun_s = time.perf_counter()
+            with ThreadPoolExecutor(concurrency) as pool:
+                tokens = sum(pool.map(lambda one: traffic.one(*one), prompts))
+            found[name] = (tokens, time.perf_counter() - begun_s)
+        for name, (tokens, seconds) in found.items():
+            self._tokens[name] += tokens
+            self._seconds[name] += seconds
+        self.blocks += 1
+
+
+class Demonstration:
+    """One run. Times are seconds since the first request."""
+
+    def __init__(self, server: DemoServer, runtime_dir: Path, status_file: Path, duration_s: float | None, seed: int) -> None:
+        self._server, self._runtime_dir, self._status_file, self._duration_s = server, runtime_dir, status_file, duration_s
+        self._traffic = Traffic(server.api, seed)
+        self._follower = RingFollower(runtime_dir, KINDS)
+        self._arms: Arms | None = None
+        self._stage, self._kind, self._concurrency = "traffic", next(iter(KINDS)), 0
+        self._started_s = time.monotonic()
+        self.stopping = threading.Event()
+
+    @property
+    def elapsed_s(self) -> float:
+        return time.monotonic() - self._started_s
+
+    def run(self, compare: bool) -> None:
+        writer = threading.Thread(target=self._report, daemon=True)
+        try:
+            self._server.wait(self.stopping)
+            self._started_s = time.monotonic()
+            self._follower.start()
+            writer.start()
+            if compare:
+                self._compare()
+            else:
+                for index, concurrency in enumerate(itertools.cycle(CONCURRENCIES)):
+                    if self._over():
+                        break
+                    kind = int(index * PHASE_S / (self._duration_s / 2.0 if self._duration_s else KIND_S))
+                    self._serve(list(KINDS)[min(kind, 1) if self._duration_s else kind % 2], concurrency, (index + 1) * PHASE_S)
+            time.sleep(0.1)
+            self._follower.stop()
+            self._write_status(done=True)
+        finally:
+            self.stopping.set()
+            self._server.end()
+
+    def _over(self) -> bool:
+        self._server.check()
+        return self.stopping.is_set() or (self._duration_s is not None and self.elapsed_s >= self._duration_s)
+
+    def _serve(self, kind: str, concurrency: int, until_s: float) -> None:
+        """Closed-loop traffic: `concurrency` requests at once until `until_s`."""
+        self._kind, self._concurrency = kind, concurrency
+        self._follower.kind = kind
+
+        def one_after_another(_: int) -> None:
+            while self.elapsed_s < until_s and not self._over():
+                for prompt, tokens in self._traffic.prompts(kind, 1):
+                    self._traffic.one(prompt, tokens)
+
+        with ThreadPoolExecutor(concurrency) as pool:
+            list(pool.map(one_after_another, range(concurrency)))
+
+    def _compare(self) -> None:
+        client = ControlClient.find(self._runtime_dir, None, None)
+        self._stage = "sweep"
+        limit_s = self._duration_s / 4.0 if self._duration_s is not None else SWEEP_TIMEOUT_S
+        for index, kind in enumerate(itertools.cycle(KINDS)):
+            if self.elapsed_s >= limit_s or self._over():
+                break
+            self._serve(kind, CONCURRENCIES[index % len(CONCURRENCIES)], self.elapsed_s + 1.0)
+        self._stage = "compare"
+        self._arms = Arms(client, self._follower.candidates)
+        began_s = self.elapsed_s
+        for block, concurrency in enumerate(itertools.cycle(CONCURRENCIES)):
+            if self._over():
+                break
+            half_s = (self._duration_s - began_s) / 2.0 if self._duration_s is not None else None
+            late = self.elapsed_s - began_s > half_s if half_s is not None else block // len(CONCURRENCIES) % 2
+            self._kind, self._concurrency = list(KINDS)[int(late)], concurrency
+            self._follower.kind = self._kind
+            self._arms.block(
+                self._traffic, self._traffic.prompts(self._kind, BLOCK_REQUESTS * concurrency), concurrency, self.stopping
+            )
+        with contextlib.suppress(BadInput):
+            client.send("unpin")
+
+    def _report(self) -> None:
+        while not self.stopping.wait(STATUS_INTERVAL_S):
+            self._write_status()
+
+    def _status(self, done: bool) -> dict[str, Any]:
+        traffic = self._traffic
+        return {
+            **self._follower.figures(), "engine": self._server.engine.lower(), "done": done,
+            "elapsed_s": round(self.elapsed_s, 3),
+            "stage": self._stage, "phase": {"kind": self._kind, "concurrency": self._concurrency},
+            "compare": self._arms.goodput() if self._arms else {}, "compare_blocks": self._arms.blocks if self._arms else 0,
+            "lossless": traffic.checked > 0 and traffic.wrong == 0 and traffic.failed == 0,
+            "lossless_checked": traffic.checked, "lossless_ties": 0, "failed_requests": traffic.failed,
+        }  # fmt: skip
+
+    def _write_status(self, done: bool = False) -> None:
+        temporary = self._status_file.with_name(f".{self._status_file.name}.{os.getpid()}.{threading.get_ident()}")
+        try:
+            temporary.write_text(json.dumps(self._status(done)))
+            os.replace(temporary, self._status_file)
+        except OSError as error:
+            if done:
+                click.echo(f"status {self._status_file}: cannot be written: {error.strerror}", err=True)
+
+
+def free_port() -> int:
+    """A port of the loopback interface that is free now."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return int(free.getsockname()[1])
+
+
+def demonstrate(
+    server: DemoServer, runtime_dir: Path, status_file: Path, duration_s: float | None, seed: int, compare: bool
+) -> None:
+    """Run until the duration is over, or SIGTERM or SIGINT. Raises BadInput when the server fails."""
+    demonstration = Demonstration(server, runtime_dir, status_file, duration_s, seed)
+
+    def stop(_signal: int, _frame: FrameType | None) -> None:
+        demonstration.stopping.set()
+
+    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, stop)
+    demonstration.run(compare)

@@ -1,0 +1,46 @@
+"""The engine process of `demo --engine vllm`: a real vLLM server on the CPU kit, and traffic whose acceptance changes.
+
+    python -m adaptive_spec.engines.vllm.demo_worker --runtime-dir DIR --status FILE [--duration S] [--compare]
+
+The server is started with the plugin and ends with this process; the rest is in `common.server_demonstration`. It ends after
+--duration, or on SIGTERM or SIGINT, and then writes a last status.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from adaptive_spec.client.vllm import ServerApi
+from adaptive_spec.engines.common.server_demonstration import DemoServer, demonstrate, free_port
+from adaptive_spec.engines.vllm.cpu_kit import MODEL, SERVER_MODULE, CpuKit
+from adaptive_spec.errors import BadInput
+
+
+def demo_server(runtime_dir: Path, log: Path) -> DemoServer:
+    """Start the server. Raises BadInput when the kit cannot be installed."""
+    kit, port = CpuKit(), free_port()
+    kit.install()
+    command = kit.command("python", "-m", SERVER_MODULE, *kit.server_flags(port))
+    return DemoServer("vLLM", command, ServerApi(f"http://127.0.0.1:{port}", model=MODEL), runtime_dir, log)
+
+
+@click.command(help=__doc__)
+@click.option("--runtime-dir", type=click.Path(path_type=Path), required=True, help="folder shared with the sidecar")
+@click.option("--status", "status_file", type=click.Path(path_type=Path), required=True, help="JSON file written every 0.5 s")
+@click.option("--duration", type=click.FloatRange(min=0.0, min_open=True), help="seconds; default: until a signal")
+@click.option("--compare", is_flag=True, help="run every captured K on the same prompts too, in alternating blocks")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="of the traffic")
+def main(runtime_dir: Path, status_file: Path, duration: float | None, compare: bool, seed: int) -> None:
+    try:
+        server = demo_server(runtime_dir, status_file.with_name("server.log"))
+        demonstrate(server, runtime_dir, status_file, duration, seed, compare)
+    except BadInput as error:
+        click.echo(str(error), err=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

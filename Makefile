@@ -6,7 +6,7 @@ STAMP := $(VENV)/.adaptive-spec-installed
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-sglang demo-vllm stack test lint bench benchmarks docs site wheel release-check dashboards vendor manifests images sglang-matrix nightly clean
+.PHONY: help setup demo demo-sglang demo-vllm stack test lint bench benchmarks docs site wheel release-check dashboards vendor manifests images sglang-matrix vllm-matrix nightly clean
 
 help:
 	@echo "make demo [ARGS=\"--duration 90 --compare\"]  see it work on a real engine"
@@ -21,6 +21,7 @@ help:
 	@echo "make images                                 build both images without a container engine and run them (root; 3 GB)"
 	@echo "make vendor                                 fetch the status page's plotting library (needs npm)"
 	@echo "make sglang-matrix                          all that the plugin uses of SGLang, checked in wheels of several releases"
+	@echo "make vllm-matrix                            the same for vLLM"
 	@echo "make nightly                                what is too slow for every change, or needs a package registry"
 	@echo "make demo-sglang [ARGS=...]                 the same on a real SGLang server on the CPU (2.7 GB, once)"
 	@echo "make demo-vllm [ARGS=...]                   the same on a real vLLM server on the CPU (2.5 GB, once)"
@@ -83,11 +84,14 @@ manifests: $(STAMP)
 images: $(STAMP)
 	@$(BIN)/python -m deploy.images $(ARGS)
 
+vllm-matrix: $(STAMP)
+	@$(BIN)/python -m tests.engines.release_matrix vllm $(ARGS)
+
 sglang-matrix: $(STAMP)
 	@$(BIN)/python -m tests.engines.release_matrix sglang $(ARGS)
 
-# Checks that are not part of `make test`: the releases of SGLang, and tests with the marker `nightly`.
-nightly: sglang-matrix
+# Checks that are not part of `make test`: the releases of SGLang and vLLM, and tests with the marker `nightly`.
+nightly: sglang-matrix vllm-matrix
 	$(BIN)/python -m pytest -m nightly $(ARGS)
 
 # The plots of the status page; npm checks what it fetches against the registry's own checksum.

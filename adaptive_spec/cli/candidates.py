@@ -1,18 +1,22 @@
-"""`adaptive-spec candidates`: chooses the K to capture from a profile, and writes SGLang's `--speculative-adaptive-config`."""
+"""`adaptive-spec candidates`: chooses the K to capture from a profile, and writes SGLang's
+`--speculative-adaptive-config`, or the schedule of vLLM's `--speculative-config`.
+"""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.table import Table
 
 from adaptive_spec.cli.output_files import write_json
 from adaptive_spec.config.settings import ControllerSettings
+from adaptive_spec.engines.vllm.launch_schedule import KEY
 from adaptive_spec.errors import BadInput
 from adaptive_spec.models.model_set import ModelSet
-from adaptive_spec.offline.draft_length_choice import Choice, choose, config_document, goodput_by_traffic
+from adaptive_spec.offline.draft_length_choice import Choice, choose, config_document, goodput_by_traffic, schedule_document
 from adaptive_spec.storage.profile import load_profile, profiled_engine
 
 
@@ -42,9 +46,24 @@ def candidates_of(folder: Path, states: int, max_batch: int | None) -> Choice:
     return choose(goodput_by_traffic(np.asarray(conditional, np.float64), seconds), states)
 
 
-def write_config(choice: Choice, path: Path) -> None:
-    """Write the configuration file for SGLang. Raises BadInput when it cannot be written."""
-    write_json(path, config_document(choice), "--out")
+def engine_of(folder: Path) -> str:
+    """Name of the engine that a profile is of. Raises BadInput without one."""
+    try:
+        return profiled_engine(folder).name
+    except ValueError as error:
+        raise BadInput(f"PROFILE: '{folder}': {error}; must be a profile folder") from error
+
+
+def config_for(choice: Choice, engine: str) -> dict[str, Any]:
+    """The configuration of an engine with these K: SGLang's file, or what vLLM's `--speculative-config` must contain."""
+    if engine != "vllm":
+        return config_document(choice)
+    return {"num_speculative_tokens": max(choice.ks[-1], 1), KEY: schedule_document(choice)}
+
+
+def write_config(document: dict[str, Any], path: Path) -> None:
+    """Write an engine's configuration. Raises BadInput when it cannot be written."""
+    write_json(path, document, "--out")
 
 
 def choice_tables(choice: Choice) -> tuple[Table, Table]:

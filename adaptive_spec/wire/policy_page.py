@@ -237,6 +237,7 @@ class PolicyPageReader(Closeable):
         self._descriptor = file.descriptor
         self._capacity = capacity
         self._max_age_ns = int(max_age_s * 1e9)
+        self._heartbeat_ns = -(1 << 63)
         self._seen = 0
         self._version = 0
 
@@ -270,14 +271,19 @@ class PolicyPageReader(Closeable):
     def poll(self, now_ns: int) -> Policy | None:
         """Return the policy to execute, the same object until a newer one is published. Never raises.
 
-        None when there is no policy, or the heartbeat is more than max_age_s from now_ns (CLOCK_MONOTONIC).
+        None when there is no policy, or the heartbeat is more than max_age_s from now_ns (CLOCK_MONOTONIC). In a file that was
+        truncated there is none: a failure, and the last one counts, so that the sidecar has time to make the page again.
         """
         try:
-            sequence, _, heartbeat_ns = _LIVE.unpack(pread(self._descriptor, _LIVE_BYTES, _LIVE_OFFSET))
-            if sequence != self._seen:
-                self._read(sequence)
+            live = pread(self._descriptor, _LIVE_BYTES, _LIVE_OFFSET)
+            if len(live) == _LIVE_BYTES:
+                sequence, _, self._heartbeat_ns = _LIVE.unpack(live)
+                if sequence != self._seen:
+                    self._read(sequence)
+            else:
+                self.failures += 1
             # A heartbeat in the future was written before this host was rebooted: not fresh either.
-            return self.policy if -self._max_age_ns <= now_ns - heartbeat_ns <= self._max_age_ns else None
+            return self.policy if -self._max_age_ns <= now_ns - self._heartbeat_ns <= self._max_age_ns else None
         except Exception:
             self.failures += 1
             return None

@@ -86,11 +86,14 @@ class RingWriter:
         self._stride = slots + 1
 
     @classmethod
-    def create(cls, path: Path | str, info: EngineInfo, slots: int = 1024, max_k: int | None = None) -> RingWriter:
+    def create(
+        cls, path: Path | str, info: EngineInfo, slots: int = 1024, max_k: int | None = None, *, allocate: bool = True
+    ) -> RingWriter:
         """Create the ring file in an existing folder; an older ring there is replaced.
 
         slots: 2..2^20 records. max_k: columns of a slot, by default the engine's largest K. Records with a larger K, or a batch
-        beyond the engine's max_batch, are cut. Raises ValueError for numbers out of range, OSError.
+        beyond the engine's max_batch, are cut. allocate: see `shared_file.create_file`. Raises ValueError for numbers out of
+        range, OSError.
         """
         path = Path(path)
         if max_k is None:
@@ -112,7 +115,7 @@ class RingWriter:
         _HEADER.pack_into(header, 0, MAGIC, LAYOUT_VERSION, 0, generation, *sizes)
         _HEADER.pack_into(header, 0, MAGIC, LAYOUT_VERSION, _checksum(header, len(about)), generation, *sizes)
         _CURSOR.pack_into(header, _CURSOR_OFFSET, 0, _ALL_BITS)
-        file = create_file(path, HEADER_BYTES + (slots + 1) * layout.slot_bytes, {0: bytes(header)})
+        file = create_file(path, HEADER_BYTES + (slots + 1) * layout.slot_bytes, {0: bytes(header)}, allocate=allocate)
         return cls(path, file, bytes(header), layout, slots)
 
     def write(self, record: StepRecord) -> None:

@@ -4,7 +4,7 @@ They are not mapped. A mapped page beyond the end of a file that somebody trunca
 that touches it, here the LLM server; a pread of it is short, and that is an error like any other.
 
 A file is filled under a temporary name in the same folder and then gets its own, so that no process sees an incomplete header.
-Its blocks are allocated at creation: a full /dev/shm is an OSError there, not at each record.
+Its blocks are allocated at creation, where there is time for it: a full /dev/shm is an OSError there, not at each record.
 """
 
 from __future__ import annotations
@@ -96,11 +96,12 @@ def fence() -> None:
 
 
 def create_file(
-    path: Path, size: int, parts: Mapping[int, bytes], *, lock: bool = False, replace: bool = True
-) -> SharedFile:  # fmt: skip
+    path: Path, size: int, parts: Mapping[int, bytes], *, lock: bool = False, replace: bool = True, allocate: bool = True
+) -> SharedFile:
     """Create or replace a file of `size` bytes, mode 0600, zero but for `parts`, by offset.
 
-    lock: hold an exclusive lock on it while it is open. replace: False: raise FileExistsError when the path is taken. Raises
+    allocate: take all its blocks now; False: each is taken when it is written, which may fail then. lock: hold an exclusive lock
+    on it while it is open. replace: False: raise FileExistsError when the path is taken. Raises
     OSError and then leaves no file behind.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}.tmp")
@@ -108,7 +109,7 @@ def create_file(
     file = SharedFile(descriptor, os.fstat(descriptor))
     try:
         os.fchmod(descriptor, 0o600)
-        if hasattr(os, "posix_fallocate"):
+        if allocate and hasattr(os, "posix_fallocate"):
             os.posix_fallocate(descriptor, 0, size)
         else:
             os.ftruncate(descriptor, size)

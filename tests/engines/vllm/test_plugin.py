@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -37,7 +38,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def registered_in(process: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plugin.multiprocessing, "current_process", lambda: SimpleNamespace(name=process))
+    monkeypatch.setattr(multiprocessing, "current_process", lambda: SimpleNamespace(name=process))
     plugin.register()
 
 

@@ -6,7 +6,7 @@ STAMP := $(VENV)/.adaptive-spec-installed
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-sglang demo-vllm stack test lint bench benchmarks docs site wheel release-check dashboards vendor manifests images sglang-matrix vllm-matrix nightly clean
+.PHONY: bench benchmarks clean dashboards demo demo-sglang demo-vllm docs gpu-report help images lint manifests nightly release-check setup sglang-matrix site stack test vendor vllm-matrix wheel
 
 help:
 	@echo "make demo [ARGS=\"--duration 90 --compare\"]  see it work on a real engine"
@@ -15,6 +15,7 @@ help:
 	@echo "make wheel                                  dist/adaptive_spec-VERSION-py3-none-any.whl, to install elsewhere"
 	@echo "make release-check                          build the release and try it in a fresh environment (minutes)"
 	@echo "make benchmarks                             policies against each other, simulated; writes docs/benchmarks.md"
+	@echo "make gpu-report OUT=DIR                     verify latency, boundaries, overhead, K on this device (CUDA, or the CPU)"
 	@echo "make stack [ARGS=\"--duration 90\"]            demo, Prometheus and Alertmanager with the shipped configuration"
 	@echo "make dashboards                             write the Grafana dashboards of dashboards/"
 	@echo "make manifests                              write the alerts as a Kubernetes object"
@@ -57,6 +58,10 @@ bench: $(STAMP)
 
 benchmarks: $(STAMP)
 	$(BIN)/python -m benchmarks.decisions --write $(ARGS)
+
+OUT ?= build/gpu-report
+gpu-report: $(STAMP)
+	@$(BIN)/python -m benchmarks.gpu_report --out $(OUT) $(ARGS)
 
 stack: $(STAMP)
 	@$(BIN)/python -m deploy.stack $(ARGS)

@@ -124,7 +124,10 @@ def probe_plans(
         if k_now == 0 and k > next_k and value <= 1.0:
             continue  # speculation is off: the smallest K shows most cheaply whether the draft has recovered
         if k != k_now and error[k] > MIN_ERROR and value * (1.0 + OPTIMISM * error[k]) > 1.0 + min_gain:
-            found.append(ProbeCandidate(value * (1.0 + OPTIMISM * error[k]), max(0.0, 1.0 - value), Trial(batch_size, k, 0, 3)))
+            # What the plan would verify, where that differs by request: all that is drafted could be far dearer.
+            tokens = int(forecast.verify_tokens[row, k]) if granularity is Granularity.REQUEST and k else 0
+            trial = Trial(batch_size, k, tokens, 3)
+            found.append(ProbeCandidate(value * (1.0 + OPTIMISM * error[k]), max(0.0, 1.0 - value), trial))
     if granularity is Granularity.REQUEST:
         found += _probe_tokens(forecast, row, batch_size, now, min_gain)
     return found

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,18 +23,27 @@ from adaptive_spec.domain.policy import Granularity
 from adaptive_spec.domain.survival import SurvivalMap
 from adaptive_spec.models.acceptance.online import AcceptanceModel
 from adaptive_spec.models.latency.padding import Padding
-from adaptive_spec.models.latency.plan_cost import PlanCostModel
 from adaptive_spec.models.latency.staircase import LatencyModel
 
 CONTEXT_EDGES = np.array([1024.0, 4096.0, 16384.0], dtype=np.float32)
 CONTEXT_CENTRES = (512.0, 2048.0, 8192.0, 32768.0)
 MATERIAL_CONTEXT = 0.02
 """Context buckets are used when context makes up more than this share of a step."""
+MIN_TALLY = 0.01
+"""Forgotten tally below which a batch size is not a recent one: with the tallies' memory of 500 steps, after 2300 steps."""
 GROUP_ROWS = 256
 """Recent requests an expectation is taken over, in groups of the batch size, at least `MIN_GROUPS` groups."""
 MIN_GROUPS = 2
 FREQUENT = 24
 """Batch sizes forecast exactly at request granularity, besides the powers of two."""
+
+
+class StageCost(Protocol):
+    """A part of a step that depends on the plan alone."""
+
+    def predict(self, max_k: int, max_batch: int) -> tuple[Floats, Floats]:
+        """Return seconds [max_k + 1, max_batch + 1] and their standard errors in seconds."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -75,7 +85,7 @@ class ForecastInputs:
     """The models and the traffic a forecast is made of."""
 
     verify: LatencyModel
-    stages: Mapping[str, PlanCostModel]
+    stages: Mapping[str, StageCost]
     acceptance: AcceptanceModel
     padding: Padding
     granularity: Granularity
@@ -105,10 +115,10 @@ def forecast(models: ForecastInputs, seed: int) -> Forecast | None:
     fixed_error = np.zeros_like(fixed_s)
     stage_s: dict[str, Floats] = {}
     for name, stage in models.stages.items():
-        seconds, relative_error = stage.predict(max_k, max_batch)
+        seconds, error_s = stage.predict(max_k, max_batch)
         stage_s[name] = seconds
         fixed_s += seconds
-        fixed_error += (seconds * relative_error) ** 2
+        fixed_error += error_s**2
     slope = fit.context_s_per_token
     typical = float(np.median(verify_s[1:])) if len(verify_s) > 1 else 0.0
     by_context = slope * models.kv_per_request > MATERIAL_CONTEXT * typical > 0.0
@@ -205,20 +215,39 @@ def _per_request(models: ForecastInputs, seed: int, costs: Costs, outputs: Outpu
             verify_tokens[b, k] = b + middle
             cost_error = math.hypot(math.sqrt(fixed_error[k, b]), verify_error_s[b + middle]) / seconds[middle]
             uncertainty[b, k] = math.hypot(cost_error, float(survival_error[:k].sum()) / float(tokens[b, k]))
-    fill = np.array(grid)[np.maximum(np.searchsorted(grid, np.arange(models.max_batch + 1), side="right") - 1, 0)]
-    for array in outputs:
-        array[:] = array[fill]
+    _fill_between(np.array(grid), outputs)
     return by_slots
+
+
+def _fill_between(grid: NDArray[np.int64], outputs: Outputs) -> None:
+    """Batch sizes between those of the grid: step seconds, tokens per request and error interpolated; beyond it a step takes as
+    long per request as at its end.
+    """
+    goodput, uncertainty, tokens, verify_tokens = outputs
+    sizes = np.arange(len(goodput))
+    right = np.minimum(np.searchsorted(grid, sizes), len(grid) - 1)
+    high, low = grid[right], grid[np.maximum(right - 1, 0)]
+    inside = (sizes > low) & (sizes < high)
+    share = np.where(inside, (sizes - low) / np.maximum(high - low, 1), (sizes >= high).astype(np.float64))[:, None]
+    # A K that is no candidate has goodput 0: any finite time will do, its goodput stays 0.
+    step_s = np.where(goodput > 0.0, sizes[:, None] * tokens / np.maximum(goodput, 1e-12), 0.0)
+    per_request = verify_tokens / np.maximum(sizes, 1)[:, None]
+    tokens[:], uncertainty[:] = (a[low] + share * (a[high] - a[low]) for a in (tokens, uncertainty))
+    per_request = per_request[low] + share * (per_request[high] - per_request[low])
+    between_s = step_s[low] + share * (step_s[high] - step_s[low])
+    between_s *= np.where(sizes > grid[-1], sizes / grid[-1], 1.0)[:, None]
+    goodput[:] = np.where(between_s > 0.0, sizes[:, None] * tokens / np.maximum(between_s, 1e-12), 0.0)
+    verify_tokens[:] = np.rint(per_request * sizes[:, None])
 
 
 def batch_grid(batches: NDArray[np.float64]) -> list[int]:
     """Batch sizes to forecast exactly: the most frequent ones, and 1, 2, 4, 8, ... to beyond the largest.
 
-    batches: tally of batch sizes [max_batch + 1]. A size in between takes the forecast of the next smaller one.
+    batches: tally of batch sizes [max_batch + 1].
     """
     largest = len(batches) - 1
-    seen = int(np.flatnonzero(batches > 0.0).max(initial=0))
+    seen = int(np.flatnonzero(batches > MIN_TALLY).max(initial=0))
     coarse = {2**e for e in range(13)}
     frequent = np.argsort(-batches, kind="stable")[:FREQUENT]
     useful = {b for b in coarse if b <= min(largest, 2 * max(seen, 4))}
-    return sorted({1} | useful | {int(b) for b in frequent if batches[b] > 0.0 and b > 0})
+    return sorted({1} | useful | {int(b) for b in frequent if batches[b] > MIN_TALLY and b > 0})

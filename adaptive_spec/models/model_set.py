@@ -22,8 +22,9 @@ from adaptive_spec.domain.policy import Granularity
 from adaptive_spec.domain.step_record import UNKNOWN_CONFIDENCE, StepFlag, StepRecord
 from adaptive_spec.models.acceptance.online import AcceptanceModel, StepScore
 from adaptive_spec.models.drift import DriftDetector, TrafficDetector
-from adaptive_spec.models.goodput import Forecast, ForecastInputs, forecast
+from adaptive_spec.models.goodput import MIN_TALLY, Forecast, ForecastInputs, forecast
 from adaptive_spec.models.latency.measured_counts import MeasuredCounts
+from adaptive_spec.models.latency.overhead import OverheadModel
 from adaptive_spec.models.latency.padding import Padding
 from adaptive_spec.models.latency.plan_cost import PlanCostModel
 from adaptive_spec.models.latency.robust_mean import CLIP_SIGMAS
@@ -100,11 +101,12 @@ class ModelSet:
         self.info = info
         memory = settings.latency.memory_samples
         self.speed_factor = SpeedFactor()
-        """Common to all latency models. The verify latency leads it, the stages follow."""
+        """Of verify latency, and the base of those of the draft stages."""
         self.verify = LatencyModel(memory, settings.latency.jump_threshold, self.speed_factor)
         self.stages = {
-            name: PlanCostModel(memory, info.max_batch, self.speed_factor) for name in ("draft", "draft_extend", "overhead")
+            name: PlanCostModel(memory, info.max_batch, SpeedFactor(self.speed_factor)) for name in ("draft", "draft_extend")
         }
+        self.overhead = OverheadModel(info.max_k, info.max_batch)
         self.acceptance = AcceptanceModel(info.max_k, settings.acceptance.memory_steps)
         self.padding = Padding(info.granularity)
         self.steps = 0
@@ -171,6 +173,7 @@ class ModelSet:
             self.verify.refit()
             for stage in self.stages.values():
                 stage.refit()
+            self.overhead.refit()
             self.switch_cost.refit()
         with stopwatch("policy"):
             self.forecast = forecast(self._forecast_inputs(), seed=0)
@@ -181,7 +184,7 @@ class ModelSet:
         info = self.info
         return ForecastInputs(
             verify=self.verify,
-            stages=self.stages,
+            stages={**self.stages, "overhead": self.overhead},
             acceptance=self.acceptance,
             padding=self.padding,
             granularity=info.granularity,
@@ -228,7 +231,7 @@ class ModelSet:
     @property
     def largest_batch(self) -> int:
         """Largest batch size seen lately, 0 before the first step."""
-        seen = np.flatnonzero(self.batches > 0.0)
+        seen = np.flatnonzero(self.batches > MIN_TALLY)
         return int(seen[-1]) if len(seen) else 0
 
     def _expected_verify_s(self, record: StepRecord) -> float | None:
@@ -266,8 +269,8 @@ class ModelSet:
         overhead_s = record.step_s - record.draft_s - record.verify_s - record.draft_extend_s
         if switched:
             overhead_s -= self.switch_cost.seconds
-        times = {"draft": record.draft_s, "draft_extend": record.draft_extend_s, "overhead": overhead_s}
-        for name, seconds in times.items():
+        self.overhead.observe(record.k, record.batch_size, overhead_s)
+        for name, seconds in (("draft", record.draft_s), ("draft_extend", record.draft_extend_s)):
             self.stages[name].observe(record.k, record.batch_size, seconds, step)
         expected = self._expected_verify_s(record)
         if expected is not None:
@@ -290,6 +293,7 @@ class ModelSet:
         state: dict[str, NDArray[Any]] = {f"cells.{k}": v for k, v in self.verify.state().items()}
         for name, stage in self.stages.items():
             state |= {f"{name}.{k}": v for k, v in stage.state().items()}
+        state["overhead"] = self.overhead.state()
         state["padding"] = self.padding.state()
         state["switch_cost"] = self.switch_cost.state()
         return state | (self.verify.fit.state() if self.verify.fit is not None else {})
@@ -305,6 +309,8 @@ class ModelSet:
             self.verify.restore({"rows": latency["cells.rows"], "noise": latency["cells.noise"]})
             for name, stage in self.stages.items():
                 stage.restore({"rows": latency[f"{name}.rows"], "noise": latency[f"{name}.noise"]})
+            if "overhead" in latency:  # absent from profiles of older versions; learnt anew in a few steps
+                self.overhead.restore(latency["overhead"])
             if "switch_cost" in latency:  # absent from profiles of older versions
                 self.switch_cost.restore(latency["switch_cost"])
             self.acceptance.restore(calibration)

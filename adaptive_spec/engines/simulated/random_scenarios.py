@@ -22,8 +22,8 @@ CURVES = Path(__file__).parent / "curves"
 MAX_REQUESTS = 200
 STEP_MS = (2.0, 200.0)
 """Time of a small step."""
-STEPS = (2000.0, 8000.0)
-"""Decode steps of a scenario, about."""
+STEPS, LEAST_S = (3000.0, 12_000.0), 20.0
+"""Decode steps of a scenario, about, and the shortest one."""
 GRAPHS = [1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 160, 200, 256]
 SGLANG_SETS = {1: [1, 3, 5, 7], 8: [0, 1, 3], 32: [0, 1], 64: [0]}
 """K by batch size of SGLang's default adaptive configuration."""
@@ -52,7 +52,7 @@ def random_file(seed: int, index: int) -> Data:
     request = index % 2 == 1
     base_ms = _log_uniform(rng, *STEP_MS)
     max_k = int(rng.choice([1, 2, 3, 4, 5, 6, 7, 8, 10, 15, 32], p=_shares([1, 2, 4, 4, 4, 3, 6, 3, 2, 1, 0.5])))
-    duration_s = round(base_ms * 1.5e-3 * _log_uniform(rng, *STEPS), 1)
+    duration_s = round(max(base_ms * 1.5e-3 * _log_uniform(rng, *STEPS), LEAST_S), 1)
     classes = {f"class-{n}": _request_class(rng, max_k) for n in range(int(rng.integers(1, 5)))}
     timeline = _timeline(rng, list(classes), duration_s)
     largest = max(entry["running"][1] for entry in timeline)

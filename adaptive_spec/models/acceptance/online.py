@@ -265,6 +265,7 @@ class AcceptanceModel:
             "reliability": np.stack((self.reliability.by_prediction, self.reliability.by_score)),
             "totals": self.reliability.totals.copy(),
             "samples": np.array([float(self.samples)]),
+            "unlabelled_steps": self.unlabelled_steps.copy(),
             "survival": self.survival.table.astype(np.float64),
             **self.recent.state(),
         }
@@ -276,6 +277,9 @@ class AcceptanceModel:
         fresh.at_risk.restore(state["at_risk"])
         if "unscored" in state:  # absent from profiles of earlier versions
             fresh.unscored.restore(np.asarray(state["unscored"]))
+        unlabelled = np.asarray(state.get("unlabelled_steps", np.zeros(self.max_k)), dtype=np.float64)  # absent as above
+        if unlabelled.shape != (self.max_k,) or not np.isfinite(unlabelled).all() or (unlabelled < 0.0).any():
+            raise ValueError(f"unlabelled_steps must be {self.max_k} finite numbers >= 0")
         fresh.river.restore(np.asarray(state["river"]))
         fresh.recent.restore(state)
         shapes = {"losses": (len(KINDS), 2), "reliability": (2, 3, BINS), "totals": (3,)}
@@ -291,6 +295,7 @@ class AcceptanceModel:
         self.kind, self.samples = KINDS[serving], int(state["samples"][0])
         self.reliability.by_prediction, self.reliability.by_score = (np.array(table) for table in state["reliability"])
         self.reliability.totals = np.array(state["totals"])
+        self.unlabelled_steps = unlabelled.copy()
         self.steps = 0
         self._waiting.clear()
         self.refit()

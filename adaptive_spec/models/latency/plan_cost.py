@@ -1,4 +1,4 @@
-"""What a step costs beside verification, as a function of the plan (K, batch size): draft, draft-extend and overhead."""
+"""What drafting costs, as a function of the plan (K, batch size): the stages draft and draft-extend."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adaptive_spec.domain.arrays import Floats
-from adaptive_spec.models.latency.robust_mean import RobustMeans
+from adaptive_spec.models.latency.robust_mean import ABSENT_S, LeadingMeans
 from adaptive_spec.models.latency.speed_factor import SpeedFactor
 from adaptive_spec.models.latency.staircase import UNKNOWN_PER_DOUBLING
 
@@ -19,26 +19,26 @@ MISFIT_BETWEEN = 0.1
 
 
 class PlanCostModel:
-    """Seconds of one stage as a function of the plan (K, batch size b), for draft, draft-extend and overhead.
+    """Seconds of one stage as a function of the plan (K, batch size b), for draft and draft-extend.
 
         seconds(K, b) = [1(K>0), (K-1)+, b 1(K>0), b (K-1)+, 1, b] . coefficients, all >= 0
 
     The first draft token often comes with the draft-extend at no extra cost, so K counts from the second. The prediction for a
     plan is its own mean and the regression over all plans, weighted by precision; the regression weighs as much as one sample
-    whose relative error is `MISFIT_BETWEEN`. speed_factor: estimated from verify latency, only read here.
+    whose relative error is `MISFIT_BETWEEN`. speed_factor: the stage's own, led by its samples.
     """
 
     FEATURES = 6
 
     def __init__(self, memory_samples: float, max_batch: int, speed_factor: SpeedFactor) -> None:
-        self._means = RobustMeans(memory_samples, speed_factor)
+        self._means = LeadingMeans(memory_samples, speed_factor)
         self.stride = max_batch + 1
         self.coefficients: Floats = np.zeros(self.FEATURES)
         self._rows: Floats = self._means.rows()
 
     def observe(self, k: int, batch_size: int, seconds: float, step: int) -> None:
         """Learn one stage time; seconds >= 0 (an absent stage is 0)."""
-        self._means.observe(k * self.stride + min(batch_size, self.stride - 1), 0.0, max(seconds, 1e-7), step)
+        self._means.observe(k * self.stride + min(batch_size, self.stride - 1), 0.0, max(seconds, ABSENT_S), step)
 
     def refit(self) -> None:
         """Fit the regression to the present means."""
@@ -57,10 +57,10 @@ class PlanCostModel:
         self.coefficients = non_negative_least_squares(system, target) / scale
 
     def predict(self, max_k: int, max_batch: int) -> tuple[Floats, Floats]:
-        """Return seconds [max_k + 1, max_batch + 1] and the relative standard error of each, as of the last refit.
+        """Return seconds [max_k + 1, max_batch + 1] and the standard error of each in seconds, as of the last refit.
 
-        The error is `UNMEASURED_FIXED` where nothing was measured, grows with every doubling of b away from all measured batch
-        sizes, and falls with the square root of the weight.
+        The relative error is `UNMEASURED_FIXED` where nothing was measured, grows with every doubling of b away from all measured
+        batch sizes, and falls with the square root of the weight.
         """
         k, b = np.meshgrid(np.arange(max_k + 1.0), np.arange(max_batch + 1.0), indexing="ij")
         value: Floats = self._features(k.ravel(), b.ravel()) @ self.coefficients
@@ -77,7 +77,7 @@ class PlanCostModel:
         octaves = np.log2(np.maximum(np.arange(max_batch + 1.0), 1.0))
         distance = np.abs(octaves[:, None] - measured).min(axis=1) if len(measured) else octaves
         error = np.hypot(UNMEASURED_FIXED, UNKNOWN_PER_DOUBLING * distance) / np.sqrt(1.0 + weight)
-        return value, error
+        return value, value * error
 
     def state(self) -> dict[str, NDArray[np.float64]]:
         return self._means.state()

@@ -28,6 +28,8 @@ from adaptive_spec.models.latency.speed_factor import MAX_SIGMA, MIN_JUMP, MIN_S
 
 YOUNG_SAMPLES = 8
 """Samples of a new mean that are kept one by one."""
+ABSENT_S = 1e-7
+"""Seconds of a stage that did not run: they say nothing about the speed factor."""
 MIN_COMPARABLE = 3
 """Samples from which on a mean tells something about the speed factor."""
 MAX_OUTLIERS, MAX_OUTLIERS_LIGHT = 10, 4
@@ -140,7 +142,7 @@ class RobustMeans:
         if mean.samples and mean.last_y > 0.0:
             self._learn_noise_and_slope(mean, x, y, step)
         y0 = y * math.exp(-self.speed_factor.value)
-        if mean.samples >= MIN_COMPARABLE:
+        if mean.samples >= MIN_COMPARABLE and y > ABSENT_S:
             y0 *= math.exp(-self._move_speed_factor(mean, x, y0, step, slope))
         if mean.samples < YOUNG_SAMPLES:
             mean.first.append((x, y0))
@@ -253,7 +255,7 @@ class RobustMeans:
 
 
 class LeadingMeans(RobustMeans):
-    """Robust means whose samples also move the speed factor. There is one such table per speed factor."""
+    """Robust means whose samples also move their speed factor. There is one such table per speed factor."""
 
     def _move_speed_factor(self, mean: RobustMean, x: float, y0: float, step: int, slope: float) -> float:
         moved = self.speed_factor.follow(math.log(y0 / self._expected(mean, x, slope)), self.sigma)

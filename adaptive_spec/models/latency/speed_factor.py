@@ -9,8 +9,9 @@ of the latency curve, and with it the choice of K, unchanged. Regimes. Steady: f
 out. Drifting: f follows within some tens of samples. Jump: a window of residuals on one side moves f at once. A factor that
 stays away from the value last announced is reported as a `Shift`.
 
-Invariant: one SpeedFactor for all latency models of an engine. The means of verify latency lead it (`robust_mean.LeadingMeans`);
-all others only divide by it.
+Verify latency has the base factor. The draft stages have one each: the base factor times an own one, which their own samples
+move. So a change that all stages share reaches a stage that is not measured at once, and one of verification alone
+(another kernel) is taken back by the stage's own samples. Each is led by the means that use it.
 """
 
 from __future__ import annotations
@@ -48,16 +49,27 @@ class Shift:
 
 
 class SpeedFactor:
-    """value: natural log of the factor, 0 at first. announced: the value last reported as a `Shift`, 0 at first."""
+    """value: natural log of the factor, 0 at first, that of `base` included. announced: the value last reported as a `Shift`,
+    0 at first.
+    """
 
-    def __init__(self) -> None:
-        self.value = 0.0
+    def __init__(self, base: SpeedFactor | None = None) -> None:
+        self._base = base
+        self._own = 0.0
         self.median_residual = 0.01
         """Running median of |residual|: noise and model error."""
         self.announced = 0.0
         self._samples_beyond = 0
         self._mean_residual = 0.0
         self._window: deque[float] = deque(maxlen=WINDOW)
+
+    @property
+    def value(self) -> float:
+        return self._own if self._base is None else self._own + self._base.value
+
+    @value.setter
+    def value(self, value: float) -> None:
+        self._own = value - (0.0 if self._base is None else self._base.value)
 
     def jump_limit(self, sigma: float) -> float:
         """Smallest significant median of a window of residuals. sigma: relative noise of one sample.
@@ -83,9 +95,9 @@ class SpeedFactor:
                 moved = statistics.median(r for r in self._window if r / median > 0.5)
                 self._window.clear()
                 self._mean_residual = 0.0
-        self.value += moved
-        if abs(self.value) > MAX_LOG_FACTOR:
-            self.value = self.announced = 0.0  # every mean starts again when it is next measured
+        self._own += moved
+        if abs(self._own) > MAX_LOG_FACTOR:
+            self._own = self.announced = 0.0  # every mean starts again when it is next measured
         return moved
 
     def shift(self) -> Shift | None:

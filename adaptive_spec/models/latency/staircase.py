@@ -33,6 +33,10 @@ STALE_ERROR = 0.3
 UNKNOWN_PER_DOUBLING = 0.15
 """Relative standard error added per doubling of the token count, or the batch, away from what was measured."""
 
+OWN_SHARE = 1.0 / 3.0
+"""Share of a mean's error from changes since it was measured that is its own. The rest is common to all means of that age, and
+says nothing against the shape of the curve between them."""
+
 Gap = tuple[NDArray[np.int64], Floats, Floats, Floats]
 """See `LatencyFit._gap`."""
 
@@ -151,7 +155,8 @@ def fit_staircase(rows: Floats, sigma: float, context_s_per_token: float, jump_t
     """Fit the staircase to weighted means: rows [n >= 1, 7] as `RobustMeans.rows()`. A pure function."""
     tokens = rows[:, 0].astype(np.int64)
     mean = np.maximum(rows[:, 3] - context_s_per_token * rows[:, 2], 0.05 * rows[:, 3])
-    noise = sigma**2 / rows[:, 1]
+    noise = np.maximum(sigma**2 / rows[:, 1] - rows[:, 6] ** 2, 0.0) + (OWN_SHARE * rows[:, 6]) ** 2
+    noise = np.maximum(noise, 1e-9)
     excess_spread = _excess_spread(tokens, mean, noise)
     stale_error = np.hypot(rows[:, 6], STALE_ERROR * np.sqrt(np.minimum(rows[:, 5] / STALE_STEPS, 1.0)))
     relative_variance = noise + excess_spread**2 + MISFIT**2
@@ -161,7 +166,7 @@ def fit_staircase(rows: Floats, sigma: float, context_s_per_token: float, jump_t
     segments = fit_segments(x, mean, 1.0 / (relative_variance * mean**2), penalty)
     samples = rows[:, 4].astype(np.int64)
     fit = LatencyFit(
-        segments, (), tokens, mean, rows[:, 1], samples, stale_error, 0.0, sigma, excess_spread, context_s_per_token
+        segments, (), tokens, mean, sigma**2 / noise, samples, stale_error, 0.0, sigma, excess_spread, context_s_per_token
     )  # fmt: skip
     mape = float(np.mean(np.abs(fit.line_s(tokens) / mean - 1.0)))
     at_first, _ = fit.predict(np.array([s.first for s in segments]))
@@ -171,15 +176,18 @@ def fit_staircase(rows: Floats, sigma: float, context_s_per_token: float, jump_t
 
 
 def _excess_spread(tokens: NDArray[np.int64], mean: Floats, noise: Floats) -> float:
-    """Relative standard deviation between adjacent token counts beyond noise [n] and the misfit of real tiles.
+    """Relative standard deviation between neighbouring token counts beyond noise [n] and the misfit of real tiles.
 
-    Counts measured under different background load differ even when each was measured often. The median over adjacent pairs
-    ignores the boundaries among them. 0 with fewer than 8 pairs.
+    Counts measured under different background load differ even when each was measured often. Of three counts in a row the middle
+    one is compared with the mean of its neighbours; the median over all such triples ignores those at boundaries. Pairs say
+    nothing: whoever measures pairs puts them at the boundaries. 0 with fewer than 8 triples.
     """
-    adjacent = np.diff(tokens) == 1
-    if adjacent.sum() < 8:
+    triple = np.flatnonzero(tokens[2:] - tokens[:-2] == 2)
+    if len(triple) < 8:
         return 0.0
-    spread = float(np.median(np.abs(np.diff(np.log(mean))[adjacent]))) / (0.6745 * math.sqrt(2.0))
+    level = np.log(mean)
+    middle = level[triple + 1] - 0.5 * (level[triple] + level[triple + 2])
+    spread = float(np.median(np.abs(middle))) / (0.6745 * math.sqrt(1.5))
     return math.sqrt(max(spread**2 - MISFIT**2 - float(np.median(noise)), 0.0))
 
 

@@ -16,6 +16,7 @@ SHADOW, and policies are still published. Time is an argument everywhere; nothin
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
@@ -46,8 +47,10 @@ FAILED_REFITS = 10
 """Refits or publications in a row that fail before the models are forgotten and a sweep begins."""
 RECOVERY_REFITS = 10.0
 """Refit intervals until the first refit after a failure."""
-DRIFT_GRANT_STEPS = 10
-"""Steps' worth of probing allowed at once after a drift."""
+DRIFT_OVERDRAFT_STEPS = 10
+"""Steps' worth of probing allowed at once after a drift, paid back out of the budget."""
+NEWS_INTERVAL_S = 60.0
+"""Least time between two drift events of one signal that people are told of."""
 FORECAST_RATIO_STEPS = 64
 
 
@@ -80,6 +83,8 @@ class Controller:
         self._engine_response = EngineResponse()
         self._last_record: StepRecord | None = None
         self._next_refit_s = 0.0
+        self._news_s: dict[str, float] = {}
+        """When people were last told of a drift, by signal."""
 
     # -- modes ---------------------------------------------------------------------------------------------------------
 
@@ -134,11 +139,13 @@ class Controller:
         """Count what the models found. After a drift: refit soon, stop watching the last swap, allow a few probes."""
         self.counters.count_scores(findings.scores)
         for signal, text in findings.drifts:
-            self.counters.drift[signal] += 1
-            self.counters.event(now_s, "drift", f"{signal} drift: {text}")
+            if now_s - self._news_s.get(signal, -math.inf) >= NEWS_INTERVAL_S:
+                self._news_s[signal] = now_s
+                self.counters.drift[signal] += 1
+                self.counters.event(now_s, "drift", f"{signal} drift: {text}")
             self._next_refit_s = min(self._next_refit_s, now_s)
             self._decision.note_drift(now_s)
-            self._budget.grant(DRIFT_GRANT_STEPS)
+            self._budget.allow_overdraft(DRIFT_OVERDRAFT_STEPS)
 
     # -- deciding ------------------------------------------------------------------------------------------------------
 

@@ -4,7 +4,8 @@
     adopt     make the proposed table the table; a change that matters is a swap, and is watched
     follow    compare the steps after a swap with what the previous table would have given; roll back if it would have been better
 
-A swap waits until `min_dwell_s` after the one before, unless a drift was noticed since.
+A swap waits after the one before: `min_dwell_s`, twice as long for every swap lately (exponential backoff), drift or not. Where
+times or acceptance keep changing, what is known of them is worth little, and the table holds.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from adaptive_spec.models.model_set import Traffic
 
 ROLLBACK_HOLD_S = 30.0
 """A K that was rolled back is not chosen again for so long."""
+SWAP_MEMORY_S = 30.0
+"""Time constant with which swaps are forgotten: five swaps a minute at most in the long run, at the default dwell."""
 USED_SHARE = 0.02
 """A batch size with a smaller share of recent steps does not make a change of the table a swap."""
 
@@ -54,6 +57,7 @@ class Decision:
         self.table = self.runnable(np.full((info.max_batch + 1, 1), info.launch_k, dtype=np.uint8))
         self._swap_time_s = -math.inf
         self._drift_time_s = -math.inf
+        self._recent_swaps = 0.0
         self._watch: SwapWatch | None = None
         self._banned: NDArray[np.bool_] | None = None
         self._banned_until_s = 0.0
@@ -76,11 +80,9 @@ class Decision:
             return Proposal(wanted, current, goodput, None)
         if first:
             return Proposal(wanted, current, goodput, "sweep")
-        if self._drift_time_s > self._swap_time_s:
-            return Proposal(wanted, current, goodput, "drift")
-        if now_s - self._swap_time_s < rails.min_dwell_s:
+        if now_s - self._swap_time_s < rails.min_dwell_s * 2.0 ** self._swaps_lately(now_s):
             return Proposal(current, current, goodput, None)
-        return Proposal(wanted, current, goodput, "gain")
+        return Proposal(wanted, current, goodput, "drift" if self._drift_time_s > self._swap_time_s else "gain")
 
     def adopt(self, proposal: Proposal, traffic: Traffic, version: int, forecast_ratio: float, now_s: float) -> str:
         """Make the proposed table the table. Returns the swap in words, "" when it is none.
@@ -90,7 +92,7 @@ class Decision:
         self.table = proposal.table
         if proposal.swap is None:
             return ""
-        self._swap_time_s = now_s
+        self._note_swap(now_s)
         self._watch = None
         if proposal.swap not in ("sweep", "command"):
             self._watch = SwapWatch(proposal.previous, self.table, self._settings.rollback_loss, forecast_ratio, version)
@@ -120,14 +122,22 @@ class Decision:
         self._banned[b, c, watch.changed[b, c]] = True
         self._banned_until_s = now_s + ROLLBACK_HOLD_S
         self.table = watch.previous
-        self._swap_time_s = now_s
+        self._note_swap(now_s)
         share, _ = watch.share(forecast.goodput)
         return f"rolled back at batch {row}: measured {share:.0%} of what the previous K would have given"
 
     def note_drift(self, now_s: float) -> None:
-        """A drift was noticed: the next swap need not wait, and the last one is no longer watched."""
+        """A drift was noticed: it is the reason of the next swap, and the last one is no longer watched."""
         self._drift_time_s = now_s
         self.stop_watching()
+
+    def _swaps_lately(self, now_s: float) -> float:
+        """Forgetting count of swaps."""
+        return self._recent_swaps * math.exp(-max(now_s - self._swap_time_s, 0.0) / SWAP_MEMORY_S) if self._recent_swaps else 0.0
+
+    def _note_swap(self, now_s: float) -> None:
+        self._recent_swaps = self._swaps_lately(now_s) + 1.0
+        self._swap_time_s = now_s
 
     def stop_watching(self) -> None:
         self._watch = None

@@ -32,14 +32,17 @@ class ProbeCandidate(NamedTuple):
 
 @dataclass
 class ProbeBudget:
-    """Time that may be lost to measuring plans that are not the best: a share of decode time, and a grant after drift.
+    """Time that may be lost to measuring plans that are not the best: a share of decode time.
 
     share: 0..1. At most the budget of `MEMORY_STEPS` steps is kept, so that a long quiet time does not pay for many probes later.
+    A drift allows an overdraft of some steps at once, which is paid back out of the same share before anything else is probed:
+    however often drifts come, the share holds.
     """
 
     share: float
     credit_s: float = 0.0
     step_s: float = 0.0
+    _overdraft_s: float = 0.0
     spent_s: defaultdict[tuple[int, int, bool], float] = field(default_factory=lambda: defaultdict(float))
     """Budget spent on each plan lately, by (octave of the batch size, K, whether a token count was given)."""
 
@@ -56,11 +59,10 @@ class ProbeBudget:
         self.step_s += 0.02 * (step_s - self.step_s) if self.step_s > 0.0 else step_s
         self._add(self.share * step_s)
 
-    def grant(self, steps: int) -> None:
-        """After a drift: add so many steps' time, if probing is allowed at all, and forget what was spent on each plan."""
+    def allow_overdraft(self, steps: int) -> None:
+        """After a drift: let the next choice spend so many steps' time beyond the budget, and forget what each plan has cost."""
         self.spent_s.clear()
-        if self.share > 0.0:
-            self._add(steps * self.step_s)
+        self._overdraft_s = steps * self.step_s if self.share > 0.0 else 0.0
 
     def _add(self, seconds: float) -> None:
         self.credit_s = min(self.credit_s + seconds, self._cap_s)
@@ -83,15 +85,17 @@ class ProbeBudget:
         for plan in self.spent_s:
             self.spent_s[plan] *= self.FORGET
         ranked = sorted(cost_of, key=lambda p: (p[0].upper_gain - 1.0) / (p[1] + self.spent_s[_plan(p[0])]), reverse=True)
-        left_s, trials = self.credit_s, []
+        left_s, trials = self.credit_s + self._overdraft_s, []
         for candidate, cost_s in ranked[: self.MAX_PLANS]:
-            if cost_s > self._cap_s:
+            if cost_s > self._cap_s + self._overdraft_s:
                 continue
             if cost_s > left_s:
                 break
             left_s -= cost_s
             self.spent_s[_plan(candidate)] += cost_s
             trials.append(candidate.trial)
+        if self.credit_s > 0.0:
+            self._overdraft_s = 0.0
         return tuple(trials)
 
     def _cost_s(self, candidate: ProbeCandidate) -> float:

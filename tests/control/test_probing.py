@@ -21,14 +21,14 @@ def test_budget_is_earned_spent_and_does_not_pile_up() -> None:
     assert budget.credit_s == pytest.approx(full)
     budget.spend(0.15)
     assert budget.credit_s == pytest.approx(full - 0.15)
-    budget.grant(1000)
+    budget.allow_overdraft(1000)
     assert budget.credit_s == pytest.approx(full)
 
 
 def test_no_budget_means_no_probe_even_after_drift() -> None:
     budget = ProbeBudget(0.0)
     budget.earn(1000.0)
-    budget.grant(10)
+    budget.allow_overdraft(10)
     assert budget.credit_s == 0.0
 
 

@@ -30,14 +30,14 @@ WINDOW = 12
 """Samples a jump is judged by."""
 MIN_SHIFT = 0.08
 """Change of the speed factor (log) that is announced; smaller ones are common on a shared machine."""
-SHIFT_SAMPLES = 48
-"""Samples a new speed factor must last before it is announced."""
+SHIFT_SAMPLES, SHIFT_S = 48, 5.0
+"""Samples, and seconds of steps, that a new speed factor must last before it is announced: bursts of a neighbour are shorter."""
 MIN_JUMP = 0.04
 MAX_LOG_FACTOR = 20.0
 """Reset to 0 when |log factor| exceeds this, to avoid overflow."""
 SCALE_OF_MEDIAN = 0.6745
 """Median of |N(0, 1)|."""
-MIN_SIGMA, MAX_SIGMA = 0.004, 0.25
+MIN_SIGMA, MAX_SIGMA = 0.004, 1.0
 """Limits of the relative standard deviation of one sample."""
 
 
@@ -59,7 +59,7 @@ class SpeedFactor:
         self.median_residual = 0.01
         """Running median of |residual|: noise and model error."""
         self.announced = 0.0
-        self._samples_beyond = 0
+        self._samples_beyond, self._seconds_beyond = 0, 0.0
         self._mean_residual = 0.0
         self._window: deque[float] = deque(maxlen=WINDOW)
 
@@ -100,16 +100,20 @@ class SpeedFactor:
             self._own = self.announced = 0.0  # every mean starts again when it is next measured
         return moved
 
-    def shift(self) -> Shift | None:
-        """Call once after every sample. Returns a Shift when the value has stayed away from `announced` long enough."""
+    def shift(self, seconds: float = math.inf) -> Shift | None:
+        """Call once after every sample. Returns a Shift when the value has stayed away from `announced` long enough.
+
+        seconds: since the sample before; inf: not known, and only samples count.
+        """
         change = self.value - self.announced
         if abs(change) < MIN_SHIFT:
-            self._samples_beyond = 0
+            self._samples_beyond, self._seconds_beyond = 0, 0.0
             return None
         self._samples_beyond += 1
-        if self._samples_beyond < SHIFT_SAMPLES:
+        self._seconds_beyond += seconds
+        if self._samples_beyond < SHIFT_SAMPLES or self._seconds_beyond < SHIFT_S:
             return None
-        self.announced, self._samples_beyond = self.value, 0
+        self.announced, self._samples_beyond, self._seconds_beyond = self.value, 0, 0.0
         return Shift(math.exp(change))
 
 

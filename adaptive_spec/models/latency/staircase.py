@@ -211,7 +211,7 @@ class LatencyModel:
         Returns a Shift when with this sample a new speed factor has lasted long enough.
         """
         self._means.observe(tokens, float(kv_tokens), seconds, step, self.context_s_per_token)
-        return self.speed_factor.shift()
+        return self.speed_factor.shift(seconds)
 
     @property
     def noise(self) -> float:

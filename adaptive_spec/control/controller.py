@@ -47,8 +47,8 @@ FAILED_REFITS = 10
 """Refits or publications in a row that fail before the models are forgotten and a sweep begins."""
 RECOVERY_REFITS = 10.0
 """Refit intervals until the first refit after a failure."""
-DRIFT_OVERDRAFT_STEPS = 10
-"""Steps' worth of probing allowed at once after a drift, paid back out of the budget."""
+DRIFT_GRANT_STEPS = 10
+"""Steps' worth of probing advanced after a drift, paid back out of the budget."""
 NEWS_INTERVAL_S = 60.0
 """Least time between two drift events of one signal that people are told of."""
 FORECAST_RATIO_STEPS = 64
@@ -145,7 +145,7 @@ class Controller:
                 self.counters.event(now_s, "drift", f"{signal} drift: {text}")
             self._next_refit_s = min(self._next_refit_s, now_s)
             self._decision.note_drift(now_s)
-            self._budget.allow_overdraft(DRIFT_OVERDRAFT_STEPS)
+            self._budget.grant(DRIFT_GRANT_STEPS)
 
     # -- deciding ------------------------------------------------------------------------------------------------------
 

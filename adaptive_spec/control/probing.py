@@ -35,14 +35,14 @@ class ProbeBudget:
     """Time that may be lost to measuring plans that are not the best: a share of decode time.
 
     share: 0..1. At most the budget of `MEMORY_STEPS` steps is kept, so that a long quiet time does not pay for many probes later.
-    A drift allows an overdraft of some steps at once, which is paid back out of the same share before anything else is probed:
-    however often drifts come, the share holds.
+    A drift grants an advance on it, which is paid back out of the same share before anything is saved: however often drifts come,
+    the share holds.
     """
 
     share: float
     credit_s: float = 0.0
     step_s: float = 0.0
-    _overdraft_s: float = 0.0
+    debt_s: float = 0.0
     spent_s: defaultdict[tuple[int, int, bool], float] = field(default_factory=lambda: defaultdict(float))
     """Budget spent on each plan lately, by (octave of the batch size, K, whether a token count was given)."""
 
@@ -57,12 +57,18 @@ class ProbeBudget:
     def earn(self, step_s: float) -> None:
         """Count one step's seconds."""
         self.step_s += 0.02 * (step_s - self.step_s) if self.step_s > 0.0 else step_s
-        self._add(self.share * step_s)
+        earned_s = self.share * step_s
+        paid_s = min(earned_s, self.debt_s)
+        self.debt_s -= paid_s
+        self._add(earned_s - paid_s)
 
-    def allow_overdraft(self, steps: int) -> None:
-        """After a drift: let the next choice spend so many steps' time beyond the budget, and forget what each plan has cost."""
+    def grant(self, steps: int) -> None:
+        """After a drift: advance so many steps' time less what is still owed, and forget what was spent on each plan."""
         self.spent_s.clear()
-        self._overdraft_s = steps * self.step_s if self.share > 0.0 else 0.0
+        if self.share > 0.0:
+            advance_s = max(min(steps * self.step_s - self.debt_s, self._cap_s - self.credit_s), 0.0)
+            self.credit_s += advance_s
+            self.debt_s += advance_s
 
     def _add(self, seconds: float) -> None:
         self.credit_s = min(self.credit_s + seconds, self._cap_s)
@@ -85,17 +91,15 @@ class ProbeBudget:
         for plan in self.spent_s:
             self.spent_s[plan] *= self.FORGET
         ranked = sorted(cost_of, key=lambda p: (p[0].upper_gain - 1.0) / (p[1] + self.spent_s[_plan(p[0])]), reverse=True)
-        left_s, trials = self.credit_s + self._overdraft_s, []
+        left_s, trials = self.credit_s, []
         for candidate, cost_s in ranked[: self.MAX_PLANS]:
-            if cost_s > self._cap_s + self._overdraft_s:
+            if cost_s > self._cap_s:
                 continue
             if cost_s > left_s:
                 break
             left_s -= cost_s
             self.spent_s[_plan(candidate)] += cost_s
             trials.append(candidate.trial)
-        if self.credit_s > 0.0:
-            self._overdraft_s = 0.0
         return tuple(trials)
 
     def _cost_s(self, candidate: ProbeCandidate) -> float:

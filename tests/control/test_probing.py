@@ -21,14 +21,14 @@ def test_budget_is_earned_spent_and_does_not_pile_up() -> None:
     assert budget.credit_s == pytest.approx(full)
     budget.spend(0.15)
     assert budget.credit_s == pytest.approx(full - 0.15)
-    budget.allow_overdraft(1000)
+    budget.grant(1000)
     assert budget.credit_s == pytest.approx(full)
 
 
 def test_no_budget_means_no_probe_even_after_drift() -> None:
     budget = ProbeBudget(0.0)
     budget.earn(1000.0)
-    budget.allow_overdraft(10)
+    budget.grant(10)
     assert budget.credit_s == 0.0
 
 
@@ -49,3 +49,17 @@ def test_an_expensive_probe_in_front_is_saved_for() -> None:
 def test_a_probe_beyond_any_budget_is_skipped() -> None:
     cheap, impossible = ProbeCandidate(1.01, 0.02, Trial(8, 2, 0, 3)), ProbeCandidate(9.0, 1.0, Trial(8, 7, 0, 30))
     assert earned(0.01, 10_000).choose([cheap, impossible]) == (cheap.trial,)
+
+
+def test_grants_are_advances_on_the_same_share() -> None:
+    budget = earned(0.01, 10)
+    spent_s = 0.0
+    for step in range(20_000):
+        budget.earn(0.02)
+        if step % 50 == 0:
+            budget.grant(10)
+            lost_s = max(budget.credit_s, 0.0)
+            budget.spend(lost_s)
+            spent_s += lost_s
+    assert spent_s <= 0.01 * 20_010 * 0.02 + 10 * 0.02 + 1e-9, "the long-run budget and one advance"
+    assert spent_s > 0.9 * 0.01 * 20_000 * 0.02

@@ -1,15 +1,15 @@
 """Exact optimal partitioning of a latency curve into straight pieces, and the tile boundaries between them.
 
-    minimise  sum over segments of [ sum_i weight_i (y_i - intercept - slope x_i)^2  +  (e / flatness)^2  +  penalty ]
+    minimise  sum over segments of [ sum_i weight_i (y_i - intercept - slope x_i)^2  +  min((e / FLAT)^2, steep)  +  penalty ]
     e = slope mean_x / mean_y      relative rise of a piece over a doubling of its token count, about
+    steep = STEEP_PENALTIES penalty
 
 by dynamic programming over the last break (Jackson et al., 2005, "An algorithm for optimal partitioning of data on an
 interval"), with the pruning rule of PELT (Killick et al., 2012, arXiv:1101.1438), which drops breaks that can never be
 optimal. The curve need not rise: latency may fall where another kernel is picked.
 
-A tile is nearly flat: e has a normal prior with mean 0 and standard deviation `flatness`. Without it a line through two counts
-fits any jump between them. A curve that rises as a whole (a consumer card, a CPU) has no flat tiles, so the prior is relative to
-the curve's own trend, see `flatness`.
+A tile is nearly flat: e has a normal prior with mean 0 and standard deviation `FLAT`, up to a bound. Without it a line through
+two counts fits any jump between them; with the bound a ramp, or the curve of a card without flat tiles, is still a line.
 """
 
 from __future__ import annotations
@@ -24,29 +24,18 @@ from adaptive_spec.domain.staircase import Boundary, Segment
 
 FLAT = 0.1
 """Standard deviation of e in published staircases: their tiles rise by 0 to 10 % over a doubling."""
-PRUNE_SLACK = 3.0
-"""Penalties by which a break must lose to be dropped: with the prior the pieces of a split line can cost more than the line."""
+STEEP_PENALTIES = 3.0
+"""Penalties that any slope costs at most: five counts on a steep line are a line, fewer are jumps between tiles."""
 _BLOCK = 32
 """Ends handled at a time: large enough to spare numpy calls, small enough to stay in cache."""
-
-
-def flatness(x: Floats, y: Floats) -> float:
-    """Prior standard deviation of e for a curve: x, y [n] ascending in x, > 0.
-
-    `FLAT`, or the square of the curve's own trend (the slope of log y over log x between its ends) if that is more: where
-    latency grows almost as the tokens do, the trend is near 1 and so is e of every piece.
-    """
-    if len(x) < 2 or x[-1] <= x[0]:
-        return FLAT
-    trend = float(np.log(y[-1] / y[0]) / np.log(x[-1] / x[0]))
-    return max(FLAT, min(max(trend, 0.0), 1.0) ** 2)
 
 
 def partition(x: Floats, y: Floats, weight: Floats, penalty: float, flat: float = np.inf) -> list[int]:
     """Return the first index of every segment of the optimal partition.
 
     x: [n] ascending. y, weight: [n], weight > 0 in units of 1 / y^2. penalty >= 0 in units of weight * y^2: larger gives
-    fewer segments. flat: `flatness`; inf: no prior. Of equally good partitions the one with the longer last segment is taken.
+    fewer segments. flat: standard deviation of e; inf: no prior. Of equally good partitions the one with the longer last
+    segment is taken.
     """
     n = len(x)
     if n == 0:
@@ -58,6 +47,7 @@ def partition(x: Floats, y: Floats, weight: Floats, penalty: float, flat: float 
     origin = float(x.mean()) / scale, float(y.mean())
     sums = np.zeros((6, n + 1))
     np.cumsum(np.stack((weight, weight * u, weight * v, weight * u * u, weight * u * v, weight * v * v)), axis=1, out=sums[:, 1:])
+    steep = STEEP_PENALTIES * penalty
     cost = np.full(n + 1, np.inf)
     cost[0] = -penalty
     back = np.zeros(n + 1, dtype=np.int64)
@@ -65,7 +55,7 @@ def partition(x: Floats, y: Floats, weight: Floats, penalty: float, flat: float 
     for start in range(0, n, _BLOCK):
         ends = np.arange(start + 1, min(start + _BLOCK, n) + 1)
         candidates = np.concatenate((candidates, ends - 1))
-        residual = _residual(sums, candidates, ends, origin, flat)
+        residual = _residual(sums, candidates, ends, origin, flat, steep)
         before = cost[candidates]
         fresh = len(candidates) - len(ends)
         total = before
@@ -77,8 +67,9 @@ def partition(x: Floats, y: Floats, weight: Floats, penalty: float, flat: float 
             back[end] = candidates[best]
             if row + 1 < len(ends):
                 before[open_] = cost[end]
-        # PELT: a break that loses to the best by more than a penalty now can never win later.
-        candidates = candidates[total < cost[ends[-1]] + (PRUNE_SLACK * penalty if np.isfinite(flat) else 0.0)]
+        # PELT: a break that loses to the best by more than a penalty now can never win later; with the prior, by more than what
+        # two pieces of a line can cost above the whole.
+        candidates = candidates[total < cost[ends[-1]] + (2.0 * steep if np.isfinite(flat) else 0.0)]
     starts: list[int] = []
     end = n
     while end > 0:
@@ -88,7 +79,7 @@ def partition(x: Floats, y: Floats, weight: Floats, penalty: float, flat: float 
 
 
 def _residual(
-    sums: Floats, firsts: NDArray[np.int64], ends: NDArray[np.int64], origin: tuple[float, float], flat: float
+    sums: Floats, firsts: NDArray[np.int64], ends: NDArray[np.int64], origin: tuple[float, float], flat: float, steep: float
 ) -> Floats:
     """Weighted squared residual, and prior, of the best line over points first..end-1: [ends, firsts]; 0 for one point.
 
@@ -104,40 +95,41 @@ def _residual(
         wuv *= wuv
         # The sums are of order 1 per unit of weight, so this is rounding, not spread: one point, or two equal ones.
         alone = wuu * w <= 1e-13
-        wuu += ridge
-        wuv /= wuu
-        wuv[alone] = 0.0
-        wvv -= wuv
+        explained = wuv / wuu
+        if np.isfinite(flat):
+            explained = np.maximum(wuv / (wuu + ridge), explained - steep)
+        explained[alone] = 0.0
+        wvv -= explained
     np.maximum(wvv, 0.0, out=wvv)
     return np.asarray(wvv)
 
 
-def line(x: Floats, y: Floats, weight: Floats, flat: float = np.inf) -> tuple[float, float]:
-    """Weighted least-squares intercept and slope, with the prior `flat` on the slope; slope 0 for a single distinct x.
+def line(x: Floats, y: Floats, weight: Floats, flat: float = np.inf, steep: float = 0.0) -> tuple[float, float]:
+    """Weighted least-squares intercept and slope, with the prior of the module unless `flat` is inf; slope 0 for a single x.
 
     x: counts, so at least 1 apart. With the prior the intercept is at least 0, and the line never falls below half its mean.
     """
     total = weight.sum()
     mean_x, mean_y = float(weight @ x / total), float(weight @ y / total)
-    xx = float(weight @ (x - mean_x) ** 2)
+    xx, xy = float(weight @ (x - mean_x) ** 2), float(weight @ ((x - mean_x) * (y - mean_y)))
     if xx <= 1e-9 * total:
         return mean_y, 0.0
-    if not np.isfinite(flat):
-        slope = float(weight @ ((x - mean_x) * (y - mean_y))) / xx
-        return mean_y - slope * mean_x, slope
-    slope = float(weight @ ((x - mean_x) * (y - mean_y))) / (xx + (mean_x / (mean_y * flat)) ** 2)
-    slope = min(max(slope, -0.5 * mean_y / max(float(x[-1]) - mean_x, 1.0)), mean_y / mean_x)
+    slope = xy / xx
+    if np.isfinite(flat):
+        ridge = (mean_x / (mean_y * flat)) ** 2
+        if xy * xy / (xx + ridge) >= xy * xy / xx - steep:
+            slope = xy / (xx + ridge)
+        slope = min(max(slope, -0.5 * mean_y / max(float(x[-1]) - mean_x, 1.0)), mean_y / mean_x)
     return mean_y - slope * mean_x, slope
 
 
 def fit_segments(tokens: Floats, seconds: Floats, weight: Floats, penalty: float) -> tuple[Segment, ...]:
     """Partition measured (tokens, seconds) and fit each piece. A segment ends at its last measured token count."""
-    flat = flatness(tokens, seconds)
-    starts = partition(tokens, seconds, weight, penalty, flat)
+    starts = partition(tokens, seconds, weight, penalty, FLAT)
     segments = []
     for first, last in zip(starts, [*starts[1:], len(tokens)], strict=True):
         piece = slice(first, last)
-        intercept, slope = line(tokens[piece], seconds[piece], weight[piece], flat)
+        intercept, slope = line(tokens[piece], seconds[piece], weight[piece], FLAT, STEEP_PENALTIES * penalty)
         segments.append(Segment(int(tokens[first]), int(tokens[last - 1]), intercept, slope))
     return tuple(segments)
 

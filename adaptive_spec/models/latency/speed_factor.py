@@ -30,8 +30,8 @@ WINDOW = 12
 """Samples a jump is judged by."""
 MIN_SHIFT = 0.08
 """Change of the speed factor (log) that is announced; smaller ones are common on a shared machine."""
-SHIFT_SAMPLES, SHIFT_S = 48, 5.0
-"""Samples, and seconds of steps, that a new speed factor must last before it is announced: bursts of a neighbour are shorter."""
+SHIFT_SAMPLES, SHIFT_S = 48, 1.0
+"""Samples, and seconds of steps, that a new speed factor must last before it is announced: most bursts are shorter."""
 MIN_JUMP = 0.04
 MAX_LOG_FACTOR = 20.0
 """Reset to 0 when |log factor| exceeds this, to avoid overflow."""

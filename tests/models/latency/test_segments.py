@@ -78,3 +78,72 @@ def test_a_slope_across_a_gap_is_no_jump() -> None:
     tokens = np.array([1, 2, 4, 8, 16, 32, 64, 128, 256])
     fit = fit_samples(tokens, 0.001 * tokens.astype(float), 0.15)
     assert fit.boundaries == ()
+
+
+CASES = {
+    # Pairs around every boundary; counts of a server with padded graphs; cards without tiles.
+    "pairs": ([1, 2, 4, 8, 16, 32, 33, 64, 65, 128, 129, 256, 257, 512, 513],
+              [2.0, 2.0, 2.03, 2.04, 2.11, 2.21, 2.99, 3.11, 4.19, 4.42, 6.59, 6.85, 10.41, 8.82, 13.17],
+              [32, 64, 128, 256, 512]),
+    "padded": ([2, 4, 8, 16, 32, 64, 128, 256], [5.0, 4.99, 5.05, 5.08, 6.35, 6.46, 8.75, 13.54], [16, 64, 128]),
+    "linear": ([1, 2, 4, 8, 16, 32, 64], [25.0, 31.0, 43.0, 67.0, 115.0, 211.0, 403.0], []),
+    "proportional": ([8, 16, 32, 64, 128], [8.0, 16.0, 32.0, 64.0, 128.0], []),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_sparse_grids_give_boundaries_and_lines_that_can_be(name: str) -> None:
+    counts, ms, boundaries = CASES[name]
+    rng = np.random.default_rng(3)
+    tokens = np.repeat(counts, 8)
+    fit = fit_samples(tokens, np.repeat(ms, 8) * 1e-3 * np.exp(0.008 * rng.standard_normal(len(tokens))), 0.15)
+    assert [b.tokens for b in fit.boundaries] == boundaries
+    for segment in fit.segments:
+        assert segment.intercept_s >= -1e-12
+        assert segment.slope_s_per_token * segment.first <= 1.05 * max(ms) * 1e-3
+    if boundaries == []:
+        between = np.arange(counts[0], counts[-1])
+        np.testing.assert_allclose(fit.line_s(between), np.interp(between, counts, ms) * 1e-3, rtol=0.06)
+
+
+def staircase_on(rng: np.random.Generator, grid_kind: str) -> tuple[np.ndarray, ...]:
+    """A random staircase on one kind of grid: counts, boundaries, their true jump ratios, samples (tokens, seconds)."""
+    top, tile = int(rng.choice([256, 512, 1024])), int(rng.choice([16, 32, 64, 96, 128, 160]))
+    edges = np.arange(tile, top, tile) if rng.random() < 0.5 else 2 ** np.arange(3, int(np.log2(top)))
+    # Counts that double hide a boundary among others: a jump at most doublings looks like a line.
+    large = rng.permutation(len(edges)) < (4 if grid_kind == "doubling" else 7)
+    jumps = np.where(large, rng.uniform(0.2, 0.7, len(edges)), rng.uniform(0.0, 0.01, len(edges)))
+    doublings = 2 ** np.arange(int(np.log2(top)) + 1)
+    ks = rng.choice(7, 2, replace=False) + 2
+    graphs = np.array([1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128])
+    grids = {
+        "dense": np.arange(1, top + 1), "doubling": doublings, "pairs": np.concatenate((doublings, edges, edges + 1)),
+        "padded": (graphs[:, None] * ks).ravel(),
+    }  # fmt: skip
+    grid = np.unique(grids[grid_kind])
+    grid = grid[grid <= top]
+    rise, base = rng.uniform(0.0, 0.06), rng.uniform(1e-3, 30e-3)
+    true = np.array([base * np.prod(1 + jumps[edges < t]) * (1 + rise * ((t - 1) % tile) / tile) for t in range(1, top + 2)])
+    tokens = np.repeat(grid, int(rng.choice([3, 5, 20])))
+    seconds = true[tokens - 1] * np.exp(rng.uniform(0.004, 0.02) * rng.standard_normal(len(tokens)))
+    return grid, edges, true[edges] / true[edges - 1], tokens, seconds
+
+
+@pytest.mark.parametrize("grid_kind", ["dense", "doubling", "pairs", "padded"])
+def test_recall_and_precision_on_random_staircases(grid_kind: str) -> None:
+    """Jumps of 17 % or more are found, steps below 12 % are not; between, noise decides; two jumps in one gap are not judged."""
+    rng = np.random.default_rng(17)
+    hits = misses = false = 0
+    for _ in range(60):
+        grid, edges, ratios, tokens, seconds = staircase_on(rng, grid_kind)
+        fit = fit_samples(tokens, seconds, 0.15)
+        found = {b.tokens for b in fit.boundaries}
+        for low, high in zip(grid[:-1].tolist(), grid[1:].tolist(), strict=True):
+            inside = ratios[(edges >= low) & (edges < high)]
+            if (inside >= 1.17).sum() == 1:
+                hits, misses = hits + (low in found), misses + (low not in found)
+            elif not (inside >= 1.12).any() and np.prod(inside) < 1.12:
+                false += low in found
+        assert min(s.intercept_s for s in fit.segments) >= 0.0
+    assert hits / (hits + misses) >= 0.97
+    assert hits / max(hits + false, 1) >= 0.97

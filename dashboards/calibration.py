@@ -15,6 +15,10 @@ BALANCE = (
 )
 
 
+def _by_vllm(tokens: str) -> str:
+    return f"sum(rate(vllm:spec_decode_num_{tokens}_tokens_total[$__rate_interval]))"
+
+
 def _reliability() -> trend.Panel:
     # The label `score` is text; converted to a number it is the x axis.
     columns = {"score": "score", "Value #A": "calibrated", "Value #B": "observed"}
@@ -56,6 +60,11 @@ def calibration() -> Dashboard:
               {"score {{score}}": series("calibration_curve_probability")},
               "Scores are the centres of 15 bins.", low=0, high=1).height(12),
         lines("Calibration error (ECE)", "percentunit", {"ECE": series("calibration_error_ratio")}, low=0),
+        lines("Draft tokens, beside vLLM's own counters", "tokens/s", {
+            "verified": f"sum({verified})", "accepted": f"sum({accepted})",
+            "verified, by vLLM": _by_vllm("draft"), "accepted, by vLLM": _by_vllm("accepted"),
+        }, "On a vLLM server that Prometheus scrapes too, both count the same tokens. vLLM's are those of all its servers here.",
+              low=0),
         lines("Brier score and log loss", "none", {
             "Brier score": series("calibration_brier_ratio"), "log loss": series("calibration_log_loss"),
         }, low=0),

@@ -143,11 +143,14 @@ def page(name: str, title: str, description: str, panels: Sequence[Panel]) -> mo
               .keep_time(True).include_vars(True))
         .with_variable(dashboard.DatasourceVariable("datasource").label("Data source").type("prometheus").current(source))
         .with_variable(_variable("job", "Job", f"label_values({PREFIX}build_info, job)", several=True))
-        .with_variable(_variable("model", "Model", f'label_values({PREFIX}build_info{{job=~"$job"}}, model)', several=True))
+        .with_variable(_variable("engine", "Engine", f'label_values({PREFIX}engine_info{{job=~"$job"}}, engine)', several=True))
+        .with_variable(_variable(
+            "model", "Model", f'label_values({PREFIX}engine_info{{job=~"$job", engine=~"$engine"}}, model)', several=True))
         .with_variable(_variable(
             "gpu", "GPU", f'label_values({PREFIX}build_info{{job=~"$job", model=~"$model"}}, gpu)', several=True))
         .with_variable(_variable(
-            "instance", "Instance", f'label_values({PREFIX}build_info{{job=~"$job", model=~"$model", gpu=~"$gpu"}}, instance)',
+            "instance", "Instance",
+            f'label_values({PREFIX}engine_info{{job=~"$job", engine=~"$engine", model=~"$model", gpu=~"$gpu"}}, instance)',
             several=False))
         .annotation(_annotation("Swaps", "blue", f"sum by (reason) ({increase('policy_swaps_total')}) > 0",
                           "K policy swapped: {{reason}}"))

@@ -112,6 +112,10 @@ def _about_sidecar(family: _Families, view: View) -> Iterable[Metric]:
         [((__version__, platform.python_version()), 1.0)],
         ("version", "python"),
     )
+    names = [((view.info.name,), 1.0)] if view.info else []
+    yield family.gauge(
+        "engine_info", "Always 1, once there is an engine; the label is its name: sglang, vllm, ...", names, ("engine",)
+    )
     yield family.counter(
         "controller_failures",
         "Controller calls that raised. A failed `observe` costs its record, others the policy until a refit succeeds.",

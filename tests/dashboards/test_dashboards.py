@@ -119,7 +119,7 @@ def test_prometheus_parses_every_expression(name: str, tmp_path: Path) -> None:
 def test_form(name: str) -> None:
     dashboard = load(name)
     assert dashboard["uid"] == f"adaptive-spec-{name}"
-    assert [v["name"] for v in dashboard["templating"]["list"]] == ["datasource", "job", "model", "gpu", "instance"]
+    assert [v["name"] for v in dashboard["templating"]["list"]] == ["datasource", "job", "engine", "model", "gpu", "instance"]
     assert {a["name"] for a in dashboard["annotations"]["list"]} >= {"Swaps", "Drift", "Event texts"}
     taken: set[tuple[int, int]] = set()
     ids = [panel["id"] for panel in dashboard["panels"]]

@@ -53,6 +53,7 @@ CONTRACT = {
     "mode": ("gauge", {"mode"}),
     "engine_attached": ("gauge", set()),
     "build_info": ("gauge", {"version", "python"}),
+    "engine_info": ("gauge", {"engine"}),
 }
 
 HISTOGRAM = HistogramData((0.001, 0.002), (3, 1, 2), 0.0123)

@@ -87,6 +87,7 @@ NEEDS = (
     Need(STAGE_TIMES, _RUNNER + ".sample_tokens", ("self",), hook="sample"),
     Need(STAGE_TIMES, _RUNNER + ".propose_draft_token_ids", ("self", "scheduler_output"), hook="draft"),
     Need(STAGE_TIMES, _RUNNER, attributes=("device", "input_batch")),
+    Need(STAGE_TIMES, "vllm.v1.worker.gpu_input_batch.InputBatch", attributes=("req_ids",)),
     # -- confidences: the draft's logits -------------------------------------------------------------------------------
     Need(CONFIDENCES, _PROPOSER + "._greedy_sample", ("self", "hidden_states"), calls=("compute_logits",), hook="greedy"),
     Need(CONFIDENCES, _PROPOSER, attributes=("use_local_argmax_reduction", "use_heterogeneous_vocab", "model")),

@@ -132,13 +132,13 @@ def main(asked: dict[str, Any]) -> dict[str, Any]:
     models = str(asked.get("models", "models"))
     arguments: dict[str, Any] = {
         "model": str(kit.home / models / "target"), "dtype": "float32", "enforce_eager": True, "max_model_len": 512,
-        "max_num_seqs": SEQS, "seed": 0, "enable_prefix_caching": False, "kv_cache_memory_bytes": 1 << 27,
+        "max_num_seqs": SEQS, "seed": 0, "kv_cache_memory_bytes": 1 << 27,
         "speculative_config": kit.speculative_config(asked.get("method", "eagle"), models, K, CANDIDATES, SEQS),
         "disable_log_stats": False,
     }  # fmt: skip
     if asked.get("lora"):
         arguments |= {"enable_lora": True, "max_lora_rank": 8}
-    llm = LLM(**arguments, **asked.get("engine", {}))
+    llm = LLM(**{"enable_prefix_caching": False, **arguments, **asked.get("engine", {})})
     dice = random.Random(seed)
     jobs = [
         (Prompt(dice.choice(REGIONS), dice.randrange(128)), dice.randrange(2, 40), dice.randrange(20, 120))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from typing import Any
 
 import pytest
 
 from adaptive_spec.engines.vllm.cpu_kit import CpuKit
-from tests.engines.vllm.kit import agrees, in_process
+from tests.engines.vllm.kit import PATIENCE_S, agrees, in_process
 
 PREEMPTING = {"num_gpu_blocks_override": 18, "block_size": 32}
 """Fewer blocks than the requests need together."""
@@ -107,3 +108,11 @@ def test_a_failing_hook_never_reaches_vllm(vllm_kit: CpuKit, faults: str, state:
     assert (found["state"], found["level"]) == (state, level)
     if state == "detached":
         assert found["lookup"][1:] == [5, 5, 5, 4, 3, 2, 1, 0], "the launch schedule is back"
+
+
+@pytest.mark.nightly
+@pytest.mark.server
+def test_step_times_reach_vllms_own_adaptive_verification(vllm_kit: CpuKit) -> None:
+    command = vllm_kit.command("python", "-m", "tests.engines.vllm.adaptive_verification_checks")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stderr[-3000:]

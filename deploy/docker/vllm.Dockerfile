@@ -1,0 +1,21 @@
+# syntax=docker/dockerfile:1
+# A vLLM server with the plugin: docker build --file deploy/docker/vllm.Dockerfile --tag vllm-adaptive-spec .
+# The plugin is inactive until ADAPTIVE_SPEC_MODE is shadow or active, or ADAPTIVE_SPEC_CONFIG names a configuration.
+ARG VLLM_IMAGE=vllm/vllm-openai:v0.32.0
+FROM python:3.12-slim AS build
+WORKDIR /src
+COPY pyproject.toml README.md LICENSE ./
+COPY adaptive_spec ./adaptive_spec
+COPY dashboards/*.json ./dashboards/
+RUN pip wheel --no-cache-dir --no-deps --disable-pip-version-check --wheel-dir /wheels .
+
+FROM ${VLLM_IMAGE}
+COPY --from=build /wheels /tmp/wheels
+# Without dependencies, to leave vLLM's environment unchanged. The plugin needs numpy, pydantic and PyYAML, which vLLM has;
+# the last command fails the build if one is missing.
+RUN python3 -m pip install --no-cache-dir --no-deps --disable-pip-version-check /tmp/wheels/*.whl \
+    && rm -rf /tmp/wheels \
+    && python3 -c "import adaptive_spec.config.load, adaptive_spec.engines.vllm.plugin"
+ENV HF_HOME=/models/huggingface
+EXPOSE 8000
+ENTRYPOINT ["python3", "-m", "vllm.entrypoints.openai.api_server"]

@@ -65,7 +65,7 @@ class Controller:
         self.reason = "cold start"
         self._untrained = self.models.acceptance.survival
         self._decision = Decision(settings.policy, info)
-        self._publisher = Publisher(info, settings.policy.min_gain)
+        self._publisher = Publisher(info, settings.policy.min_gain, step_choice=settings.policy.slo_tpot_ms is None)
         self._budget = ProbeBudget(settings.policy.probe_budget)
         self._sweep = Sweep(settings.sweep, info, settings.latency.jump_threshold)
         self._sweep_started_s: float | None = None
@@ -125,6 +125,8 @@ class Controller:
         self.counters.count(record)
         self.counters.count_switch(switch_reason(self._last_record, record, self.info))
         self._last_record = record
+        if self.models.token_times is not None:
+            self.counters.count_requests(*self.models.token_times.within(self.models.token_times.observe(record)))
         self._take_findings(findings, now_s)
         self.counters.compare(record, self.models.compare(record))
         if self.mode is not Mode.SWEEP:

@@ -81,6 +81,8 @@ class Counters:
         """Changes of the K that was run, by reason."""
         self.limited_steps = 0
         """Steps whose K was not the one that the policy asked for."""
+        self.requests: Counter[str] = Counter(within=0, beyond=0)
+        """Requests that ended within `slo_tpot_ms` and beyond it; counted only with such a target."""
         self.dropped: Counter[str] = Counter()
         self.stages = {stage: Histogram() for stage in STAGES}
         self.refits: dict[str, Histogram] = {}
@@ -110,6 +112,11 @@ class Counters:
         """Count a change of K; None counts nothing."""
         if reason is not None:
             self.k_switches[reason] += 1
+
+    def count_requests(self, within: int, beyond: int) -> None:
+        """Count requests that ended."""
+        self.requests["within"] += within
+        self.requests["beyond"] += beyond
 
     def count_scores(self, scores: Iterable[StepScore]) -> None:
         """Count the draft tokens that the calibration, or the rates of their positions, expected to be accepted."""
@@ -158,6 +165,7 @@ class Counters:
             "scalars": {name: getattr(self, name) for name in _SCALARS},
             "drift": dict(self.drift), "swaps": dict(self.swaps), "dropped": dict(self.dropped),
             "k_switches": dict(self.k_switches), "limited_steps": self.limited_steps,
+            "requests": dict(self.requests),
             "stages": {name: [h.counts, h.sum_s] for name, h in self.stages.items()},
             "refits": {name: [h.counts, h.sum_s] for name, h in self.refits.items()},
         }  # fmt: skip
@@ -170,6 +178,7 @@ class Counters:
             tallies = {name: Counter({str(k): int(v) for k, v in state[name].items()}) for name in ("drift", "swaps", "dropped")}
             # Absent from checkpoints of older versions.
             tallies["k_switches"] = Counter({reason: int(state.get("k_switches", {}).get(reason, 0)) for reason in REASONS})
+            tallies["requests"] = Counter({name: int(state.get("requests", {}).get(name, 0)) for name in self.requests})
             scalars["limited_steps"] = int(state.get("limited_steps", 0))
             histograms = {name: {s: _histogram(*h) for s, h in state[name].items()} for name in ("stages", "refits")}
         except (KeyError, TypeError, AttributeError) as error:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from adaptive_spec.config.settings import PolicySettings
 from adaptive_spec.control.explanation import Considered
-from adaptive_spec.control.guard_rails import SwapWatch, Table, better_table, hurdles, table_for, within_rails
+from adaptive_spec.control.guard_rails import SwapWatch, Table, better_table, hurdles, table_for, within_rails, within_target
 from adaptive_spec.control.switching import charge_switches
 from adaptive_spec.domain.allowed import runnable_table
 from adaptive_spec.domain.arrays import Floats
@@ -68,6 +68,8 @@ class Decision:
         """Best table by the forecast. first: take the best K everywhere, whatever ran before."""
         rails = self._settings
         goodput = within_rails(forecast, rails.k_min, rails.k_max)
+        if rails.slo_tpot_ms is not None:
+            goodput = within_target(goodput, forecast.seconds_per_token(), rails.slo_tpot_ms * 1e-3)
         worth = charge_switches(goodput, forecast.tokens_per_request, traffic.batches, traffic.crossings, forecast.switch_s)
         current = table_for(self.table, goodput.shape[1])
         banned = None if first else self._bans(goodput.shape, now_s)

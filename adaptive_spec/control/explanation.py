@@ -104,6 +104,8 @@ class Considered:
     def _verdict(self, b: int, c: int, k: int, before: int, wanted: int, gain: float | None) -> str:
         hurdle = float(self.hurdle[b, c, k])
         if self.goodput[b, c, k] <= 0.0:
+            if self.rails.k_min <= k <= self.rails.k_max and self.rails.slo_tpot_ms is not None:
+                return f"{1e3 * float(self.forecast.seconds_per_token()[b, c, k]):.3g} ms per token, above slo_tpot_ms"
             return f"outside k_min..k_max = {self.rails.k_min}..{self.rails.k_max}"
         if k == wanted:
             return "kept: no other K exceeds its hurdle" if k == before else "chosen: exceeds its hurdle by most"

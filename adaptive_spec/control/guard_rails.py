@@ -26,6 +26,14 @@ def within_rails(forecast: Forecast, k_min: int, k_max: int) -> Floats:
     return np.where(inside[:, None, :], goodput, 0.0)
 
 
+def within_target(goodput: Floats, seconds_per_token: Floats, target_s: float) -> Floats:
+    """Goodput with 0 for every K whose seconds per output token exceed the target; where all do, the fastest one stays."""
+    seconds = np.where(goodput > 0.0, seconds_per_token, np.inf)
+    fastest = np.arange(goodput.shape[-1]) == seconds.argmin(axis=-1)[..., None]
+    kept = (seconds <= target_s) | (fastest & ~(seconds <= target_s).any(axis=-1, keepdims=True))
+    return np.where(kept, goodput, 0.0)
+
+
 def hurdles(uncertainty: Floats, current: Table, min_gain: float) -> Floats:
     """Relative gain in goodput over the present K that each K must exceed, [batches, contexts, K + 1].
 

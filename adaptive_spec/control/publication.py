@@ -16,14 +16,18 @@ MIN_SWITCH_CHANGE = 0.2
 """Relative change of the cost of a change of K below which the step choice would choose the same."""
 
 
+NO_STEP_CHOICE_GAIN = 1.0
+"""Gain that the step choice needs where it is to be off: twice the goodput, the largest `min_gain` of a policy."""
+
+
 class Publisher:
     """latest: the newest policy, None before the first. version: its number, never falling. time_s: when it was made."""
 
-    def __init__(self, info: EngineInfo, min_gain: float) -> None:
-        """min_gain: of the settings; the step choice needs this gain and at least `STEP_CHOICE_GAIN`."""
+    def __init__(self, info: EngineInfo, min_gain: float, step_choice: bool = True) -> None:
+        """min_gain: of the settings; the step choice needs this gain and at least `STEP_CHOICE_GAIN`. step_choice: False turns it off."""
         self._info = info
         self._allowed_from = info.allowed_ranges()
-        self._min_gain = max(min_gain, STEP_CHOICE_GAIN)
+        self._min_gain = max(min_gain, STEP_CHOICE_GAIN) if step_choice else NO_STEP_CHOICE_GAIN
         self.latest: Policy | None = None
         self.version = 0
         self.time_s: float | None = None

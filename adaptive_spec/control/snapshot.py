@@ -75,6 +75,10 @@ class Snapshot:
     """Seconds that a change of K costs, None while too few were measured."""
     observe_only: bool = False
     """The mode is shadow, though another was asked for, because the engine runs none of the policies made for it."""
+    slo_requests: Mapping[str, int] = field(default_factory=dict)
+    """Requests that ended, by whether their time per output token was within the target ("within", "beyond")."""
+    slo_tpot_s: float | None = None
+    """The target, seconds per output token; None: there is none."""
     last_k: int | None = None
     """K that the latest decode step ran, whoever chose it; None before the first."""
     context: int = 0
@@ -114,4 +118,5 @@ def build_snapshot(
         events=tuple(counters.events), batch_size=models.batch_size,
         k_switches=dict(counters.k_switches), limited_steps=counters.limited_steps, switch_s=models.switch_cost.measured_s,
         context=models.context, considered=considered, last_k=last_k,
+        slo_requests=dict(counters.requests), slo_tpot_s=None if models.token_times is None else models.token_times.target_s,
     )  # fmt: skip

@@ -72,6 +72,17 @@ class Forecast:
     stage_s: Mapping[str, Floats]
     verify_tokens: NDArray[np.int64]
     kv_per_request: tuple[float, ...]
+    slowest_share: Floats | None = None
+    """[max_k + 1], expected output of the slowest request over that of the mean one; None without a target for it."""
+
+    def seconds_per_token(self) -> Floats:
+        """Expected seconds per output token of the slowest request (without a target: of the mean one), as goodput is; inf: not
+        allowed.
+        """
+        batch = np.arange(len(self.goodput))[:, None, None]
+        share = 1.0 if self.slowest_share is None else self.slowest_share
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.asarray(np.where(self.goodput > 0.0, batch / (self.goodput * share), np.inf))
 
     def context_of(self, batch_size: int, kv_tokens: int) -> int:
         return int(np.searchsorted(self.context_edges, kv_tokens / max(batch_size, 1), side="right"))
@@ -98,6 +109,8 @@ class ForecastInputs:
     """Forgetting tally of batch sizes, [max_batch + 1]."""
     switch_s: float
     """Seconds that a change of K costs, 0 while unknown."""
+    slowest_share: Floats | None = None
+    """See `Forecast`."""
 
 
 def forecast(models: ForecastInputs, seed: int) -> Forecast | None:
@@ -144,6 +157,7 @@ def forecast(models: ForecastInputs, seed: int) -> Forecast | None:
     return Forecast(
         goodput, uncertainty, tokens, fixed_s, verify_s, verify_error_s, slope, edges, models.acceptance.survival,
         expected_tokens, models.switch_s, stage_s, verify_tokens, tuple(centres),
+        models.slowest_share,
     )  # fmt: skip
 
 

@@ -31,6 +31,7 @@ from adaptive_spec.models.latency.robust_mean import CLIP_SIGMAS
 from adaptive_spec.models.latency.speed_factor import SpeedFactor
 from adaptive_spec.models.latency.staircase import LatencyFit, LatencyModel
 from adaptive_spec.models.latency.switch_cost import SwitchCost
+from adaptive_spec.models.token_times import TokenTimes
 
 LEARN_AT_TOKENS = 8192
 """Queued draft tokens at which the acceptance model learns without waiting for the refit."""
@@ -109,6 +110,9 @@ class ModelSet:
         self.overhead = OverheadModel(info.max_k, info.max_batch)
         self.acceptance = AcceptanceModel(info.max_k, settings.acceptance.memory_steps)
         self.padding = Padding(info.granularity)
+        target_ms = settings.policy.slo_tpot_ms
+        self.token_times = None if target_ms is None else TokenTimes(info.max_k, target_ms * 1e-3)
+        """Of single requests; None without a target for them."""
         self.steps = 0
         self.forecast: Forecast | None = None
         self.batch_size = 0
@@ -194,6 +198,7 @@ class ModelSet:
             kv_per_request=self.kv_per_request,
             batches=self.batches,
             switch_s=self.switch_cost.seconds,
+            slowest_share=None if self.token_times is None else self.token_times.slowest_share(),
         )
 
     def compare(self, record: StepRecord) -> StepComparison | None:

@@ -214,6 +214,11 @@ def _about_policy(family: _Families, s: Snapshot) -> Iterable[Metric]:
     yield family.counter("plan_limited_steps", text, _one(s.limited_steps))
     text = "Extra time of the first step after a change of K; absent until enough changes were measured."
     yield family.gauge("k_switch_cost_seconds", text, _one(s.switch_s))
+    requests: dict[str, float] = {"within": 0, "beyond": 0, **s.slo_requests}
+    text = "Requests that ended, by whether their decode time per output token was within slo_tpot_ms; 0 without that target."
+    yield family.counter("slo_requests", text, _by_name(requests), ("result",))
+    text = "The target slo_tpot_ms for the time per output token of every request; absent without one."
+    yield family.gauge("slo_target_seconds", text, _one(s.slo_tpot_s))
     text = "Predicted goodput gain over the launch K; 0 = no gain."
     yield family.gauge("policy_predicted_gain_ratio", text, _one(s.predicted_gain))
     text = "Measured goodput divided by the estimated goodput of the launch K, minus 1; 0 = no gain."

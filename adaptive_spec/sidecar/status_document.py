@@ -54,6 +54,8 @@ def status_document(view: View, heartbeat_s: float, now_s: float) -> dict[str, A
         "k_by_batch_size": {str(b): k for b, k in s.k_by_batch_size.items()},
         "batch_size": s.batch_size or None,
         "last_k": s.last_k,
+        "slo_tpot_ms": None if s.slo_tpot_s is None else 1e3 * s.slo_tpot_s,
+        "slo_requests": dict(s.slo_requests),
         "boundaries": [b.tokens for b in s.boundaries],
         "jump_ratios": [b.jump_ratio for b in s.boundaries],
         "segments": [

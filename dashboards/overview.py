@@ -61,6 +61,11 @@ def overview() -> Dashboard:
             "seconds per change of K": series("k_switch_cost_seconds"),
         }, "A step is not as asked when the engine does not run the policy's K at its batch size.", low=0)
         .override_by_name("seconds per change of K", right_axis("s")),
+        lines("Requests within the target", "percentunit", {
+            "share within slo_tpot_ms": f"sum({rate('slo_requests_total', 'result=\"within\"')})"
+                                        f" / (sum({rate('slo_requests_total')}) > 0)",
+        }, "Of the requests that ended: share whose decode time per output token was within slo_tpot_ms. Empty without that target.",
+           low=0, high=1),
         lines("Decode steps per second", "steps/s", {"steps": rate("decode_steps_total")}, "0 while the engine is idle.", low=0),
     ]  # fmt: skip
     return page("overview", "adaptive-spec: overview", "Draft length K of a live server, and its gain over the launch K.", panels)

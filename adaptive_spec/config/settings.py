@@ -85,9 +85,9 @@ class PolicySettings(_Section):
         gt=0.0,
         le=1e6,
         description=(
-            "Target for the time per output token of every running request, milliseconds, above 0 and at most 1000000. Of the K "
-            "whose expected time per token stays within it for the slowest request, the one with the most goodput is chosen; where "
-            "none does, the K with the least time per token. Smaller: shorter drafts at large batches, less goodput. "
+            "Target for the time per output token of every request, milliseconds, above 0 and at most 1000000. Of the K "
+            "whose expected time per token stays within it for the slowest request, the one with the most goodput is chosen; "
+            "where none does, the K with the least time per token. Smaller: shorter drafts, less goodput. "
             "Empty: the most goodput, whatever a single request waits. With a target the step choice of an engine is off."
         ),
     )

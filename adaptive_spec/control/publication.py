@@ -24,7 +24,7 @@ class Publisher:
     """latest: the newest policy, None before the first. version: its number, never falling. time_s: when it was made."""
 
     def __init__(self, info: EngineInfo, min_gain: float, step_choice: bool = True) -> None:
-        """min_gain: of the settings; the step choice needs this gain and at least `STEP_CHOICE_GAIN`. step_choice: False turns it off."""
+        """min_gain: of the settings; the step choice needs this gain, at least `STEP_CHOICE_GAIN`. step_choice: False: off."""
         self._info = info
         self._allowed_from = info.allowed_ranges()
         self._min_gain = max(min_gain, STEP_CHOICE_GAIN) if step_choice else NO_STEP_CHOICE_GAIN

@@ -4,7 +4,7 @@
 
 A batch with the most goodput may still be slow for one of its requests: the one whose drafts are seldom accepted gains nothing
 from a long draft and waits for it. S[i, j] is the request's own acceptance, shrunk towards that of all requests, as the step
-choice has it (`engine_side.step_choice.AcceptanceHistory`).
+choice has it (`domain.acceptance_history`).
 """
 
 from __future__ import annotations
@@ -13,12 +13,9 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from adaptive_spec.domain.acceptance_history import REQUESTS_REMEMBERED, AcceptanceHistory
 from adaptive_spec.domain.arrays import Floats
 from adaptive_spec.domain.step_record import StepRecord
-from adaptive_spec.engine_side.step_choice import AcceptanceHistory
-
-REQUESTS = 4096
-"""Requests whose history is kept: the largest batch that an engine can have."""
 
 
 class TokenTimes:
@@ -26,7 +23,7 @@ class TokenTimes:
 
     def __init__(self, max_k: int, target_s: float) -> None:
         self.target_s = target_s
-        self._history = AcceptanceHistory(max(max_k, 1), REQUESTS)
+        self._history = AcceptanceHistory(max(max_k, 1), REQUESTS_REMEMBERED)
         self._max_k = max_k
         self._running: dict[int, tuple[int, float]] = {}
         """Output tokens and decode seconds by request id, of the requests of the latest step."""

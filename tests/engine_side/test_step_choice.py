@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from adaptive_spec.domain.acceptance_history import AcceptanceHistory
 from adaptive_spec.domain.policy import Granularity, Mode, Policy, Trial
 from adaptive_spec.domain.survival import GRID_POINTS, LOGIT_LIMIT, SurvivalMap
 from adaptive_spec.engine_side.planner import Planner
-from adaptive_spec.engine_side.step_choice import MAX_DWELL_STEPS, AcceptanceHistory, best_k, dwell_steps, refined_k, survival
+from adaptive_spec.engine_side.step_choice import MAX_DWELL_STEPS, best_k, dwell_steps, refined_k, survival
 
 MAX_K = 5
 CANDIDATES = (0, 1, 3, 5)

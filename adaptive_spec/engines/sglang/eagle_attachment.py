@@ -16,9 +16,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from adaptive_spec.domain.acceptance_history import REQUESTS_REMEMBERED, AcceptanceHistory
 from adaptive_spec.domain.policy import Granularity
 from adaptive_spec.domain.step_record import StepFlag
-from adaptive_spec.engine_side.step_choice import REQUESTS_REMEMBERED, AcceptanceHistory, refined_k
+from adaptive_spec.engine_side.step_choice import refined_k
 from adaptive_spec.engine_side.tap import BegunStep
 from adaptive_spec.engines.common.hook_guard import Guard
 from adaptive_spec.engines.common.plugin_settings import PluginSettings

@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 
 from adaptive_spec.config.settings import ControllerSettings
 from adaptive_spec.control.controller import Controller
+from adaptive_spec.domain.acceptance_history import REQUESTS_REMEMBERED, AcceptanceHistory
 from adaptive_spec.domain.engine_info import EngineInfo
 from adaptive_spec.domain.policy import Granularity, Policy
 from adaptive_spec.domain.step_record import StepFlag, StepRecord
 from adaptive_spec.engine_side.planner import Planner
-from adaptive_spec.engine_side.step_choice import REQUESTS_REMEMBERED, AcceptanceHistory, refined_k
+from adaptive_spec.engine_side.step_choice import refined_k
 from adaptive_spec.engines.simulated.plans import padded_sizes
 from adaptive_spec.engines.simulated.scenario import Scenario
 

@@ -23,10 +23,10 @@ from typing import Any
 
 import numpy as np
 
+from adaptive_spec.domain.acceptance_history import REQUESTS_REMEMBERED, AcceptanceHistory
 from adaptive_spec.domain.engine_info import EngineInfo
 from adaptive_spec.domain.policy import Granularity, Mode
 from adaptive_spec.domain.step_record import StepFlag
-from adaptive_spec.engine_side.step_choice import REQUESTS_REMEMBERED, AcceptanceHistory
 from adaptive_spec.engine_side.tap import BegunStep, EngineTap
 from adaptive_spec.engines.common.hook_guard import Guard
 from adaptive_spec.engines.common.plugin_settings import PluginSettings

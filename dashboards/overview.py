@@ -14,6 +14,7 @@ FIRST = 'position="1"'
 
 def overview() -> Dashboard:
     accepted, verified = rate("accepted_tokens_total"), rate("verified_tokens_total")
+    within = rate("slo_requests_total", 'result="within"')
     panels = [
         number("Mode", "none", f"{series('mode')} == 1", "Current mode of the controller.", legend="{{mode}}", as_name=True),
         number("Goodput", "tokens/s", series("goodput_tokens_per_second"),
@@ -62,9 +63,9 @@ def overview() -> Dashboard:
         }, "A step is not as asked when the engine does not run the policy's K at its batch size.", low=0)
         .override_by_name("seconds per change of K", right_axis("s")),
         lines("Requests within the target", "percentunit", {
-            "share within slo_tpot_ms": f"sum({rate('slo_requests_total', 'result=\"within\"')})"
+            "share within slo_tpot_ms": f"sum({within})"
                                         f" / (sum({rate('slo_requests_total')}) > 0)",
-        }, "Of the requests that ended: share whose decode time per output token was within slo_tpot_ms. Empty without that target.",
+        }, "Of the requests that ended: share whose decode time per output token was within slo_tpot_ms. Empty without a target.",
            low=0, high=1),
         lines("Decode steps per second", "steps/s", {"steps": rate("decode_steps_total")}, "0 while the engine is idle.", low=0),
     ]  # fmt: skip

@@ -122,6 +122,8 @@ def _about_sidecar(family: _Families, view: View) -> Iterable[Metric]:
         _by_name(view.failures),
         ("call",),
     )
+    text = "1 when the engine has run 256 steps in a row without a policy although one that acts was offered, else 0."
+    yield family.gauge("policy_ignored", text, _one(view.policy_ignored))
     report = view.report
     states = [((state,), float(state == report.state)) for state in STATES] if report else []
     yield family.gauge(

@@ -2,33 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import queue
-import secrets
 import signal
 import subprocess
 import threading
 import time
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 from adaptive_spec import __version__
-from adaptive_spec.client.sidecar import ADDRESS_NAME, TOKEN_NAME, own_token
 from adaptive_spec.config.settings import SidecarSettings
 from adaptive_spec.control.controller import Controller
-from adaptive_spec.engine_side.tap import PAGE_NAME
-from adaptive_spec.errors import BadInput
-from adaptive_spec.runtime_folder import RoleLock, make_runtime_dir, remove_temporary_files
 from adaptive_spec.sidecar.grafana import Annotator
 from adaptive_spec.sidecar.history import History
 from adaptive_spec.sidecar.http_server import WebServer
+from adaptive_spec.sidecar.own_files import OwnFiles
 from adaptive_spec.sidecar.profile_plots import start_plots
-from adaptive_spec.sidecar.session import CHECKPOINT, Session, waiting_engine
+from adaptive_spec.sidecar.session import Session, waiting_engine
 from adaptive_spec.sidecar.view import CurrentView, View
-from adaptive_spec.storage.archive import write_atomically
 from adaptive_spec.storage.profile import check_writable
 from adaptive_spec.storage.profile_store import ProfileStore
 from adaptive_spec.storage.profile_store_worker import StoreWorker
@@ -52,12 +45,16 @@ class Sidecar:
 
     def __init__(self, settings: SidecarSettings) -> None:
         self.settings = settings
-        self._role = _take_role(settings.runtime_dir)
-        check_writable(settings.profile_dir)
-        self._store = _store_worker(settings)
-        self._annotator = Annotator.of(settings.grafana)
-        self._current_view = CurrentView(time.monotonic())
-        self._web = WebServer(self._current_view, settings.host, settings.port, _control_token(settings))
+        self._own_files = OwnFiles(settings.runtime_dir, settings.control_token_file)
+        try:
+            check_writable(settings.profile_dir)
+            self._store = _store_worker(settings)
+            self._annotator = Annotator.of(settings.grafana)
+            self._current_view = CurrentView(time.monotonic())
+            self._web = WebServer(self._current_view, settings.host, settings.port, self._own_files.token)
+        except BaseException:
+            self._own_files.close()
+            raise
         self._stop = threading.Event()
         self._session: Session | None = None
         self._history = History()
@@ -70,8 +67,7 @@ class Sidecar:
         """Run the loop until SIGTERM or SIGINT."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self._stop.set())
-        address = self.settings.runtime_dir / ADDRESS_NAME
-        write_atomically(address, json.dumps({"url": self._web.url, "pid": os.getpid()}).encode())
+        self._own_files.announce(self._web.url)
         log.info("adaptive-spec %s, pid %d, serving on %s", __version__, os.getpid(), self._web.url)
         log.info("waiting for an engine in %s", self.settings.runtime_dir)
         try:
@@ -84,18 +80,20 @@ class Sidecar:
             if self._annotator:
                 self._annotator.close()
             self._web.close()
-            address.unlink(missing_ok=True)
-            self._role.release()
+            self._own_files.close()
         log.info("stopped")
 
     def _run_once(self) -> None:
         now_s = time.monotonic()
-        if self._session is None:
-            if self._due("follow", FOLLOW_INTERVAL_S, now_s):
+        if self._due("follow", FOLLOW_INTERVAL_S, now_s):
+            self._own_files.keep()
+            if self._session is None:
                 self._open_session(now_s)
-        elif self._due("follow", FOLLOW_INTERVAL_S, now_s) and not self._session.follow_engine():
-            log.info("another engine has replaced %s", self._session.info.model)
-            self._close_session()
+            elif not self._session.follow_engine():
+                log.info("another engine has replaced %s", self._session.info.model)
+                self._close_session()
+            else:
+                self._session.keep_page()
         learnt = self._session.run_once() if self._session else 0
         answered = self._answer_commands()
         if self._due("view", VIEW_INTERVAL_S, now_s) or answered:
@@ -187,47 +185,12 @@ class Sidecar:
         return True
 
 
-def _take_role(folder: Path) -> RoleLock:
-    """Make the runtime folder and take the role `sidecar` in it. Raises BadInput when it is not ours alone, or has a sidecar."""
-    try:
-        make_runtime_dir(folder)
-        role = RoleLock.acquire(folder, "sidecar")
-    except BlockingIOError as error:
-        raise BadInput(f"runtime_dir: '{folder}': {error.strerror}; must be a folder of one engine and one sidecar") from error
-    except OSError as error:
-        wanted = "" if "must be" in (error.strerror or "") else "; must be a writable folder"
-        raise BadInput(f"runtime_dir: '{folder}': {error.strerror}{wanted}") from error
-    (folder / ADDRESS_NAME).unlink(missing_ok=True)  # of a sidecar that was killed: another program may use its port now
-    remove_temporary_files(folder, (PAGE_NAME, f"{CHECKPOINT}.npz", ADDRESS_NAME, TOKEN_NAME))
-    return role
-
-
 def _store_worker(settings: SidecarSettings) -> StoreWorker | None:
     """Open the profile store, None when there is none. Raises BadInput."""
     if settings.profile_store is None:
         return None
     key = read_key(settings.profile_store_key_file) if settings.profile_store_key_file else None
     return StoreWorker(ProfileStore(settings.profile_store, key))
-
-
-def _control_token(settings: SidecarSettings) -> str:
-    """Return the control token: from control_token_file, else from a file in runtime_dir, made at the first start and kept."""
-    path = settings.control_token_file
-    try:
-        if path is not None:
-            token = path.read_text().strip()
-            if not token:
-                raise BadInput(f"control_token_file: '{path}': file is empty; must contain a token")
-            return token
-        path = settings.runtime_dir / TOKEN_NAME
-        if kept := own_token(path):
-            return kept
-        token = secrets.token_urlsafe(32)
-        write_atomically(path, token.encode() + b"\n")
-        return token
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not a text file"
-        raise BadInput(f"control_token_file: '{path}': {reason}") from error
 
 
 def run_sidecar(settings: SidecarSettings) -> None:

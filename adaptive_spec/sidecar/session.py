@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,8 +19,8 @@ from adaptive_spec.control.controller import Controller
 from adaptive_spec.control.snapshot import Snapshot
 from adaptive_spec.domain.engine_info import EngineInfo
 from adaptive_spec.domain.policy import Mode, Policy
-from adaptive_spec.domain.step_record import StepRecord
-from adaptive_spec.engine_side.tap import PAGE_NAME, RING_NAME
+from adaptive_spec.domain.step_record import StepFlag, StepRecord
+from adaptive_spec.engine_side.tap import LOOK_STEPS, PAGE_NAME, RING_NAME
 from adaptive_spec.errors import BadInput
 from adaptive_spec.runtime_folder import role_is_held
 from adaptive_spec.sidecar.swap_reasons import SwapReasons
@@ -37,6 +39,11 @@ POLL_RECORDS = 512
 SILENT_S = 5.0
 """Seconds since its last record in which an engine without a role counts as alive, whatever its pid says."""
 DROPS = ("lost", "torn", "invalid")
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+STEADY_NS = 1_000_000_000
+"""Without a heartbeat for as long, steps before the next one are no fault of the engine: the shortest max_age_s is 1 s."""
+IGNORED_STEPS = 4 * LOOK_STEPS
+"""Steps in a row without a policy, while one is offered, that are a fault: the engine looks for a new page every LOOK_STEPS."""
 
 log = logging.getLogger(__name__)
 Arguments = ParamSpec("Arguments")
@@ -60,6 +67,8 @@ class Session:
         self.failures: Counter[str] = Counter()
         self._dropped: Counter[str] = Counter()
         self._record_s = -SILENT_S
+        self.ignored_steps = 0
+        self._beaten_ns = self._steady_ns = 0
         self._snapshot: Snapshot | None = None
         self._swap_reasons = SwapReasons()
 
@@ -75,9 +84,13 @@ class Session:
             return None
         info = ring.info
         try:
-            page = PolicyPage.create_or_open(settings.runtime_dir / PAGE_NAME, payload_bytes(info.max_batch, info.max_k))
+            capacity = payload_bytes(info.max_batch, info.max_k)
+            page = PolicyPage.create_or_open(settings.runtime_dir / PAGE_NAME, capacity, info.digest)
         except OSError as error:
             ring.close()
+            if error.errno in DISK_FULL:
+                log.error("policy page: cannot be made: %s; trying again", error.strerror)
+                return None
             raise BadInput(f"runtime_dir: {error.strerror or error}; must be a folder of one engine and one sidecar") from error
         log.info("attached to %s (pid %d)", identity(info), info.pid)
         controller, origin, position = _start_controller(settings, ring, stored)
@@ -86,7 +99,7 @@ class Session:
             ring = RingReader.open(ring.path, start=position)
         controller.resume_version(page.last_version)
         session = cls(settings, ring, page, controller, origin)
-        page.heartbeat(time.monotonic_ns())
+        session._beat()
         session._publish(session._guarded("tick", controller.tick, time.monotonic()))
         return session
 
@@ -112,6 +125,7 @@ class Session:
             self._publish(self._learn(record, now_s))
         if records:
             self._record_s = now_s
+            self._count_ignored(records)
         for reason in DROPS:
             count = getattr(self.ring, reason) - self._dropped[reason]
             if count:
@@ -122,7 +136,7 @@ class Session:
             log.debug("refit after record %d", self.ring.position)
         elif not records:
             self._publish(self._guarded("tick", controller.tick, now_s))
-        self.page.heartbeat(time.monotonic_ns())
+        self._beat()
         return len(records)
 
     def command(self, name: str, k: int | None) -> str:
@@ -138,6 +152,34 @@ class Session:
         log.info("command: %s%s, after record %d", name, "" if k is None else f" {k}", self.ring.position)
         self._publish(policy)
         return ""
+
+    def keep_page(self) -> None:
+        """Make the page again when it was deleted or damaged; the engine opens the new one. A failure is counted and logged."""
+        if not self.page.in_place() and self._done("page", self.page.renew):
+            log.warning("policy page in %s: was deleted or damaged, and is made again", self.settings.runtime_dir)
+
+    def _beat(self) -> None:
+        now_ns = time.monotonic_ns()
+        if now_ns - self._beaten_ns > STEADY_NS:
+            self._steady_ns = now_ns
+        self._beaten_ns = now_ns
+        with suppress(OSError):  # `keep_page` makes the page again, and counts when it cannot
+            self.page.heartbeat(now_ns)
+
+    def _count_ignored(self, records: list[StepRecord]) -> None:
+        """Count the newest steps in a row that ran without a policy although one that acts was offered all the while."""
+        policy = self.page.policy
+        if policy is None or not policy.acting:
+            self.ignored_steps = 0
+            return
+        for record in records:
+            if record.time_ns >= self._steady_ns:  # not the backlog of a time without a heartbeat
+                self.ignored_steps = self.ignored_steps + 1 if record.flags & StepFlag.FALLBACK else 0
+
+    @property
+    def policy_ignored(self) -> bool:
+        """Whether the engine does not follow the page: a fault that neither side sees alone."""
+        return self.ignored_steps >= IGNORED_STEPS
 
     def follow_engine(self) -> bool:
         """Switch to the ring of a restarted engine. False: it is another engine, and this session is over."""
@@ -171,7 +213,10 @@ class Session:
             self._snapshot = replace(snapshot, events=self._swap_reasons.explain(snapshot))
         except Exception:
             self._count_failure("snapshot")
-        return View(now_s, self._snapshot, self.info, self.attached(now_s), dict(self.failures), self.origin, checkpoint_s)
+        return View(
+            now_s, self._snapshot, self.info, self.attached(now_s), dict(self.failures), self.origin, checkpoint_s,
+            policy_ignored=self.policy_ignored,
+        )  # fmt: skip
 
     def checkpoint(self) -> bool:
         """Write the checkpoint. False: it failed; the failure is counted and logged."""
@@ -259,7 +304,11 @@ class Session:
     def _count_failure(self, call: str) -> None:
         self.failures[call] += 1
         if self.failures[call] == 1:
-            log.exception("%s failed; further failures of this kind are only counted", call)
+            error = sys.exception()
+            if isinstance(error, OSError):  # a full disk or the like: where in our code does not matter
+                log.error("%s failed: %s; further failures of this kind are only counted", call, error)
+            else:
+                log.exception("%s failed; further failures of this kind are only counted", call)
 
     def _done(self, call: str, write: Callable[[], None]) -> bool:
         try:
@@ -276,9 +325,21 @@ def _open_ring(path: Path) -> RingReader | None:
     except FileNotFoundError:
         return None
     except RingLayoutError as error:
-        raise BadInput(f"runtime_dir: {error}") from error
+        if error.field == "layout version":
+            raise BadInput(f"runtime_dir: {error}") from error
+        _log_once(f"{error}; waiting for the engine to make it again")
+        return None
     except OSError as error:
         raise BadInput(f"runtime_dir: '{path}': {error.strerror}") from error
+
+
+def _log_once(message: str) -> None:
+    if message not in _logged:
+        _logged[:] = [message]
+        log.warning("%s", message)
+
+
+_logged: list[str] = []
 
 
 def waiting_engine(settings: SidecarSettings) -> EngineInfo | None:

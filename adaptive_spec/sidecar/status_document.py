@@ -24,6 +24,7 @@ def status_document(view: View, heartbeat_s: float, now_s: float) -> dict[str, A
         "sidecar_pid": os.getpid(),
         "engine_pid": info.pid if info else None,
         "engine_attached": view.attached,
+        "policy_ignored": view.policy_ignored,
         "loop_age_s": round(now_s - heartbeat_s, 3),
         "failures": dict(view.failures),
         "origin": view.origin,
@@ -46,6 +47,8 @@ def status_document(view: View, heartbeat_s: float, now_s: float) -> dict[str, A
     if not s:
         return document
     why = report.reason if s.observe_only and report is not None and report.state == "observing" else ""
+    if view.policy_ignored:
+        why = "the engine does not follow the policy page: see the runbook PolicyIgnored"
     document |= {
         "mode": s.mode.value,
         "reason": f"{s.reason} ({why})" if why else s.reason,

@@ -20,7 +20,8 @@ class View:
     "profile", "store" or "checkpoint". checkpoint_s: time of the last checkpoint, None before the first. report: the engine's
     own report. history: points of the goodput chart, oldest first. store: operations of the profile store, counted by
     (operation, result), None without a store. annotations_sent, annotations_dropped: Grafana annotations, the dropped ones by
-    reason; annotations_sent is None when no Grafana is configured.
+    reason; annotations_sent is None when no Grafana is configured. policy_ignored: the engine runs without a policy although one
+    that acts is offered.
     """
 
     time_s: float
@@ -36,6 +37,7 @@ class View:
     store: Mapping[tuple[str, str], int] | None = None
     annotations_sent: int | None = None
     annotations_dropped: Mapping[str, int] = field(default_factory=dict)
+    policy_ignored: bool = False
 
 
 class CurrentView:

@@ -17,7 +17,7 @@ from tests.support.processes import SidecarProcess, run_cli
 RULES = sorted((DEPLOY / "rules").glob("*.yaml"))
 NAMES = {
     "CalibrationDecay", "LatencyModelDrift", "PredictedGainNotRealised", "PolicyFlapping", "PolicyStale", "SidecarDown",
-    "EngineDetached", "ObservationsDropped", "StuckInFallback", "PluginNotLoaded",
+    "EngineDetached", "ObservationsDropped", "StuckInFallback", "PluginNotLoaded", "PolicyIgnored",
 }  # fmt: skip
 
 

@@ -172,7 +172,7 @@ def test_bad_ring_and_bad_profile_folder_are_reported_in_one_line(runtime_dir: P
     path.write_bytes(data)
     result = run_cli("sidecar", "--runtime-dir", runtime_dir, "--profile-dir", profiles, "--port", "0")
     assert result.returncode == 2
-    assert result.stderr.splitlines()[-1].endswith("records.ring: layout version: must be 1, got 2")
+    assert result.stderr.splitlines()[-1].endswith("records.ring: layout version: must be 2, got 3")
     assert "Traceback" not in result.stderr
     result = run_cli("sidecar", "--runtime-dir", runtime_dir, "--profile-dir", path / "x", "--port", "0")
     assert_one_line(result, "profile_dir", "records.ring/x", "Not a directory", "must be a writable folder")

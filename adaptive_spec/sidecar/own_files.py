@@ -1,0 +1,132 @@
+"""What the sidecar keeps in its runtime folder while it runs, beside the policy page: its role, its address and the control
+token.
+
+What is lost is made again: cleaners of temporary files delete such folders, and people do.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import secrets
+from pathlib import Path
+
+from adaptive_spec.client.sidecar import ADDRESS_NAME, TOKEN_NAME, own_token
+from adaptive_spec.engine_side.tap import PAGE_NAME
+from adaptive_spec.errors import BadInput
+from adaptive_spec.regular_file import read_regular_file
+from adaptive_spec.runtime_folder import RoleLock, make_runtime_dir, remove_temporary_files
+from adaptive_spec.storage.archive import write_atomically
+
+CHECKPOINT_NAME = "checkpoint.npz"
+LARGEST_TOKEN = 1 << 14
+
+log = logging.getLogger(__name__)
+
+
+class OwnFiles:
+    """The role `sidecar` in a folder, held until `close`; then the address and the token in it.
+
+    token: what `ctl` must send. A file that cannot be written is logged once, and tried again by `keep`: a full disk must not
+    keep a sidecar from running.
+    """
+
+    def __init__(self, folder: Path, token_file: Path | None) -> None:
+        """Take the role. token_file: holds the token; None: one in the folder, made at the first start and kept.
+
+        Raises BadInput when the folder is not this user's alone or has a sidecar, and when the token file cannot be read.
+        """
+        self.folder = folder
+        self._role = _take_role(folder)
+        self._url = ""
+        self._failed = ""
+        try:
+            # Of a sidecar that was killed: another program may use its port now.
+            (folder / ADDRESS_NAME).unlink(missing_ok=True)
+            remove_temporary_files(folder, (PAGE_NAME, CHECKPOINT_NAME, ADDRESS_NAME, TOKEN_NAME))
+            self._own_token = token_file is None
+            self.token = _read_token(token_file) if token_file else own_token(folder / TOKEN_NAME) or secrets.token_urlsafe(32)
+            self._write()
+        except BaseException:
+            self._role.release()
+            raise
+
+    def announce(self, url: str) -> None:
+        """Write the address, for `ctl` and others on this host."""
+        self._url = url
+        self._write()
+
+    def keep(self) -> None:
+        """Make again what was deleted or damaged. Raises BadInput when another sidecar has taken the folder meanwhile.
+
+        Any other failure is logged once; the next call tries again.
+        """
+        if not self._role.in_place:
+            self._role.release()
+            try:
+                make_runtime_dir(self.folder)
+                self._role = RoleLock.acquire(self.folder, "sidecar")
+            except BlockingIOError as error:
+                raise BadInput(f"runtime_dir: '{self.folder}': {error.strerror}") from error
+            except OSError as error:
+                self._log_failure(error)
+                return
+            log.warning("runtime_dir '%s': was deleted or emptied, and is made again", self.folder)
+        self._write()
+
+    def close(self) -> None:
+        """Delete the address and give the role up. Raises nothing."""
+        try:
+            if self._role.in_place:
+                (self.folder / ADDRESS_NAME).unlink(missing_ok=True)
+        except OSError:
+            pass
+        self._role.release()
+
+    def _write(self) -> None:
+        try:
+            if self._own_token and own_token(self.folder / TOKEN_NAME) != self.token:
+                write_atomically(self.folder / TOKEN_NAME, self.token.encode() + b"\n")
+            address = json.dumps({"url": self._url, "pid": os.getpid()}).encode()
+            if self._url and not _holds(self.folder / ADDRESS_NAME, address):
+                write_atomically(self.folder / ADDRESS_NAME, address)
+        except OSError as error:
+            self._log_failure(error)
+        else:
+            self._failed = ""
+
+    def _log_failure(self, error: OSError) -> None:
+        if self._failed != str(error):
+            self._failed = str(error)
+            log.error("runtime_dir '%s': cannot be written, ctl cannot find this sidecar: %s", self.folder, error.strerror)
+
+
+def _take_role(folder: Path) -> RoleLock:
+    """Make the folder and take the role `sidecar` in it. Raises BadInput when it is not ours alone, or has a sidecar."""
+    try:
+        make_runtime_dir(folder)
+        return RoleLock.acquire(folder, "sidecar")
+    except BlockingIOError as error:
+        raise BadInput(f"runtime_dir: '{folder}': {error.strerror}; must be a folder of one engine and one sidecar") from error
+    except OSError as error:
+        wanted = "" if "must be" in (error.strerror or "") else "; must be a writable folder"
+        raise BadInput(f"runtime_dir: '{folder}': {error.strerror}{wanted}") from error
+
+
+def _read_token(path: Path) -> str:
+    try:
+        token = read_regular_file(path, LARGEST_TOKEN, follow_links=True).data.decode().strip()
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not a text file"
+        raise BadInput(f"control_token_file: '{path}': {reason}") from error
+    if not token:
+        raise BadInput(f"control_token_file: '{path}': file is empty; must contain a token")
+    return token
+
+
+def _holds(path: Path, data: bytes) -> bool:
+    try:
+        return read_regular_file(path, len(data)).data == data
+    except OSError:
+        return False

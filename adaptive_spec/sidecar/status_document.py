@@ -114,7 +114,7 @@ def explain_document(view: View, batch_size: int | None, now_s: float) -> dict[s
     if s.mode is not Mode.ACTIVE:
         note = f"mode {s.mode.value} ({s.reason}): the last decision does not set K"
     elif in_force not in (None, e.wanted):
-        note = f"K {in_force} is in force until min_dwell_s after the last swap"
+        note = f"K {in_force} stays in force until enough time has passed since the last swap (min_dwell_s)"
     return {
         "batch_size": e.batch_size, "mode": s.mode.value, "k": e.wanted, "k_before": e.before, "k_in_force": in_force,
         "note": note, "launch_k": s.launch_k, "decided_age_s": round(now_s - e.time_s, 1),

@@ -56,10 +56,10 @@ function showK(status) {
 let explained = null;
 const PLAN_COLUMNS = [
   ["K", (p) => p.k], ["tokens", (p) => number(p.expected_tokens, 2)], ["step ms", (p) => number(p.step_ms, 2)],
-  ["of it", (p) => Object.entries(p.stage_ms).map(([name, ms]) => `${name} ${number(ms, 2)}`).join(", ")],
   ["tokens/s", (p) => `${number(p.goodput_tokens_per_s)} ± ${number(p.goodput_error_tokens_per_s)}`],
   ["K changes", (p) => number(-p.k_switches_tokens_per_s, 1)], ["gain", (p) => signed(p.gain)],
   ["hurdle", (p) => number(100 * p.hurdle, 1, " %")], ["decided by", (p) => p.verdict],
+  ["step ms by stage", (p) => Object.entries(p.stage_ms).map(([name, ms]) => `${name} ${number(ms, 2)}`).join(", ")],
 ];
 
 async function explain(batch) {

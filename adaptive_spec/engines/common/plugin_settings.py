@@ -9,7 +9,8 @@
 | | /dev/shm/adaptive-spec-USER-PORT, with the user's number and the server's port |
 | ADAPTIVE_SPEC_FALLBACK | who chooses K while no policy acts: stock (default, SGLang's own adaptive policy), launch (launch K); |
 | | takes precedence over the configuration |
-| ADAPTIVE_SPEC_BATCH_SCORES | step choice from the batch's own scores: auto (default), on, off; never with several ranks |
+| ADAPTIVE_SPEC_BATCH_SCORES | step choice from the batch's own scores: auto (default), on, off; never with several ranks of |
+| | SGLang; with vLLM: a verify length for each request |
 | ADAPTIVE_SPEC_CONFIDENCES | draft confidences of EAGLE: on, off; takes precedence over the configuration, whose default is on |
 | ADAPTIVE_SPEC_RANKS_TIMEOUT_S | seconds that rank 0 allows the others to answer, outside the steps, 1..3600, default 60 |
 | ADAPTIVE_SPEC_UNTESTED_SGLANG | 1: also attach to an untested SGLang version if all hook targets are found |

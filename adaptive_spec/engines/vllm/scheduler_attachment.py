@@ -50,9 +50,6 @@ from adaptive_spec.wire.slot import MAX_BATCH_LIMIT
 
 _FALLBACK, _TRIAL = int(StepFlag.FALLBACK), int(StepFlag.TRIAL)
 _CENSORED, _DISTURBED = int(StepFlag.CENSORED), int(StepFlag.DISTURBED)
-PLAIN_MODES = (Mode.PINNED, Mode.SWEEP)
-"""Modes in which drafts are not cut for requests without confidences: K is to be measured as it is."""
-
 log = logging.getLogger("vllm.adaptive_spec")
 
 
@@ -143,7 +140,8 @@ class SchedulerAttachment:
             gpu=device_name(torch.device(str(config.device_config.device_type))),
             tp=int(config.parallel_config.tensor_parallel_size), launch_k=launch_k,
             candidates=candidates_of(lookup, launch_k) if lookup else (largest,),
-            max_batch=min(int(config.scheduler_config.max_num_seqs), MAX_BATCH_LIMIT), granularity=Granularity.REQUEST,
+            max_batch=min(int(config.scheduler_config.max_num_seqs), MAX_BATCH_LIMIT),
+            granularity=Granularity.BATCH if self._settings.batch_scores == "off" else Granularity.REQUEST,
             holds_batch=False, pid=os.getpid(),
         )  # fmt: skip
 
@@ -173,10 +171,10 @@ class SchedulerAttachment:
         policy = tap.planner.policy
         if not requests or waiting.k == 0 or policy is None or self._history is None:
             return
+        if (policy.verify_all or policy.mode is Mode.SWEEP) and not tap.planner.trial_tokens:
+            return  # K is to be measured, or was pinned, as it is
         ids = [request.request_id for request in requests]
         confidences = self._notes.confidences(waiting.number, ids, waiting.k)
-        if policy.mode in PLAIN_MODES and not tap.planner.trial_tokens:
-            return
         chances = self._history.conditional([request_number(i) for i in ids])
         expected = np.cumprod(chances[:, : waiting.k], axis=1, dtype=np.float64)
         for request, length in zip(requests, tap.verify_lengths(confidences, expected).tolist(), strict=True):
@@ -236,7 +234,7 @@ class SchedulerAttachment:
         step.verify_len = np.array(verified, np.uint8)
         step.num_tokens = len(rows) + sum(verified)
         step.padded_tokens = self._padded(step.num_tokens)
-        if self._notes.come and not self._notes.lost:
+        if self._notes.come and contract.STAGE_TIMES not in self._notes.lost:
             step.stages["draft"] = (NotedTime(self._notes, before.number, "draft"),) * 2
             step.stages["verify"] = (NotedTime(self._notes, self._number, "verify"),) * 2
             step.drafts_next = (NotedTime(self._notes, self._number, "draft"),) * 2

@@ -151,6 +151,8 @@ class WorkerAttachment:
             from adaptive_spec.engines.vllm.draft_logits import DraftLogits
 
             self._tap = self._guard.part("greedy", DraftLogits, runner.device)
+            if self._tap is None:
+                self._guard.lose(contract.CONFIDENCES, "they could not be set up")
 
     def _now(self) -> Moment:
         return (self._clock or HostClock()).now()

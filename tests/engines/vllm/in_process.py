@@ -128,6 +128,7 @@ def main(asked: dict[str, Any]) -> dict[str, Any]:
         force_async()
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
+    from vllm.sampling_params import StructuredOutputsParams
 
     models = str(asked.get("models", "models"))
     arguments: dict[str, Any] = {
@@ -145,7 +146,10 @@ def main(asked: dict[str, Any]) -> dict[str, Any]:
         for _ in range(int(asked.get("requests", 24)))
     ]
     prompts = [{"prompt_token_ids": prompt.ids(length)} for prompt, length, _ in jobs]
-    sampling = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True, **asked.get("sampling", {})) for _, _, n in jobs]
+    more = dict(asked.get("sampling", {}))
+    if "structured_outputs" in more:
+        more["structured_outputs"] = StructuredOutputsParams(**more["structured_outputs"])
+    sampling = [SamplingParams(**{"temperature": 0, "max_tokens": n, "ignore_eos": True, **more}) for _, _, n in jobs]
     lora = LoRARequest("small", 1, str(kit.home / models / "lora")) if asked.get("lora") else None
     attached = (runtime_dir / RING_NAME).exists()
     records = Records(runtime_dir / RING_NAME) if attached else None

@@ -81,6 +81,7 @@ def test_without_a_sidecar_the_launch_schedule_decides(vllm_kit: CpuKit) -> None
 @pytest.mark.parametrize("sampling", [{"logprobs": 2}, {"structured_outputs": {"choice": ["a0 a1", "b5 b6"]}}])
 def test_log_probabilities_and_structured_output_disturb(vllm_kit: CpuKit, sampling: dict[str, Any]) -> None:
     found = in_process(vllm_kit, method="eagle", sampling=sampling, requests=6)
+    assert found["records"] > 0
     assert found["disturbed"] == found["records"]
     assert found["invalid"] == []
 
@@ -88,7 +89,8 @@ def test_log_probabilities_and_structured_output_disturb(vllm_kit: CpuKit, sampl
 @pytest.mark.nightly
 @pytest.mark.server
 def test_lora(vllm_kit: CpuKit) -> None:
-    agrees(in_process(vllm_kit, method="eagle", lora=True))
+    """With a stand-alone draft: with EAGLE vLLM's LoRA for the CPU fails, without the plugin too."""
+    agrees(in_process(vllm_kit, method="draft_model", lora=True))
 
 
 @pytest.mark.nightly

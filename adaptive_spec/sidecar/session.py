@@ -26,7 +26,7 @@ from adaptive_spec.runtime_folder import role_is_held
 from adaptive_spec.sidecar.swap_reasons import SwapReasons
 from adaptive_spec.sidecar.view import View
 from adaptive_spec.storage.archive import ArchiveError, load_archive, save_archive
-from adaptive_spec.storage.profile import Profile, identity, load_profile, save_profile, written_s
+from adaptive_spec.storage.profile import Profile, difference_of, identity, identity_meta, load_profile, save_profile, written_s
 from adaptive_spec.storage.profile_store import StoredProfile
 from adaptive_spec.wire.liveness import process_alive
 from adaptive_spec.wire.policy_page import PolicyPage, payload_bytes
@@ -221,7 +221,7 @@ class Session:
     def checkpoint(self) -> bool:
         """Write the checkpoint. False: it failed; the failure is counted and logged."""
         meta = {
-            "engine": identity(self.info),
+            **identity_meta(self.info),
             "generation": str(self.ring.generation),  # text: not every JSON reader keeps 64-bit integers exact
             "position": self.ring.position,
         }
@@ -404,8 +404,8 @@ def _from_checkpoint(settings: SidecarSettings, ring: RingReader) -> tuple[Contr
     controller = Controller(settings.controller, ring.info)
     try:
         archive = load_archive(path, CHECKPOINT)
-        if archive.meta["engine"] != identity(ring.info):
-            raise ArchiveError(f"{path.name} belongs to another engine: {archive.meta['engine']}")
+        if difference := difference_of(archive.meta, ring.info):
+            raise ArchiveError(f"{path.name} belongs to another engine: {difference}")
         controller.restore(archive.arrays)
         position = int(archive.meta["position"]) if archive.meta["generation"] == str(ring.generation) else None
     except FileNotFoundError:

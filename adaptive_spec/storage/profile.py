@@ -7,6 +7,7 @@ Each file is written atomically and has a version and a checksum.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import re
@@ -20,11 +21,16 @@ from adaptive_spec.domain.engine_info import EngineInfo
 from adaptive_spec.domain.policy import Granularity
 from adaptive_spec.errors import BadInput, one_line
 from adaptive_spec.regular_file import read_regular_file
+from adaptive_spec.runtime_folder import remove_temporary_files
 from adaptive_spec.storage.archive import ArchiveError, load_archive, save_archive, write_atomically
 
 LATENCY_MODEL = "latency_model"
 CALIBRATION = "calibration"
 POLICY_VERSION = 1
+LONGEST_SHOWN = 120
+PROFILE_FILES = (f"{LATENCY_MODEL}.npz", f"{CALIBRATION}.npz", "policy.json")
+TEMPORARY_AGE_S = 3600.0
+"""Several sidecars may share a profile folder: a temporary file of this age is nobody's. Writing one takes milliseconds."""
 LARGEST_POLICY_BYTES = 4 << 20
 """The table of a server with 1024 requests is about 100 KB."""
 
@@ -41,13 +47,19 @@ class ProfileError(ValueError):
 
 
 def check_writable(profile_dir: Path) -> None:
-    """Create the profile folder if it is missing. Raises BadInput when it is not writable."""
+    """Create the profile folder if it is missing, and delete what a killed process left there.
+
+    Raises BadInput when it is not writable. A full disk is no reason: there may be space when a profile is written.
+    """
     try:
         profile_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=profile_dir):
             pass
     except OSError as error:
-        raise BadInput(f"profile_dir: '{profile_dir}': {error.strerror}; must be a writable folder") from error
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise BadInput(f"profile_dir: '{profile_dir}': {error.strerror}; must be a writable folder") from error
+    for folder in (profile_dir, *(path for path in profile_dir.glob("*") if path.is_dir() and not path.is_symlink())):
+        remove_temporary_files(folder, PROFILE_FILES, TEMPORARY_AGE_S)
 
 
 def load_profile(folder: Path, info: EngineInfo) -> Profile | None:
@@ -62,8 +74,8 @@ def load_profile(folder: Path, info: EngineInfo) -> Profile | None:
             raise ProfileError(f"{kind}.npz is missing") from error
         except ArchiveError as error:
             raise ProfileError(str(error)) from error
-        if archive.meta.get("engine") != identity(info):
-            raise ProfileError(f"{kind}.npz is of another engine: {archive.meta.get('engine', 'unknown')}")
+        if difference := difference_of(archive.meta, info):
+            raise ProfileError(f"{kind}.npz is of another engine: {difference}")
         arrays.append(archive.arrays)
     _check_policy_file(folder / "policy.json")
     return Profile(*arrays)
@@ -80,7 +92,7 @@ def written_s(folder: Path) -> float:
 def save_profile(folder: Path, info: EngineInfo, profile: Profile, policy: Mapping[str, Any]) -> None:
     """Write a profile, file by file. policy: the JSON form of the policy, with `candidates` and `table`. Raises OSError."""
     (folder / "plots").mkdir(parents=True, exist_ok=True)
-    meta = {"engine": identity(info)}
+    meta = identity_meta(info)
     save_archive(folder / f"{LATENCY_MODEL}.npz", LATENCY_MODEL, profile.latency, meta)
     save_archive(folder / f"{CALIBRATION}.npz", CALIBRATION, profile.calibration, meta)
     content = {"format_version": POLICY_VERSION, "engine": identity(info), "policy": policy}
@@ -108,6 +120,28 @@ def profiled_engine(folder: Path) -> EngineInfo:
 def identity(info: EngineInfo) -> str:
     """What models and engine must have in common: engine name, model, GPU and TP degree."""
     return f"{info.name} {info.model} {info.gpu} tp{info.tp}"
+
+
+def identity_meta(info: EngineInfo) -> dict[str, Any]:
+    """Return what an archive's meta data says of the engine whose models are in it."""
+    return {"engine": identity(info), "fingerprint": dict(info.fingerprint)}
+
+
+def difference_of(meta: Mapping[str, Any], info: EngineInfo) -> str:
+    """Return in which field the engine of an archive is not this one, one line; "" when they are the same."""
+    if meta.get("engine") != identity(info):
+        return _short(meta.get("engine", "unknown"))
+    stated, own = meta.get("fingerprint", {}), dict(info.fingerprint)
+    if not isinstance(stated, dict):
+        return "its fingerprint is damaged"
+    for field in sorted({*map(str, stated), *own}):
+        if stated.get(field) != own.get(field):
+            return f"{_short(field)}: must be {_short(own.get(field))}, got {_short(stated.get(field))}"
+    return ""
+
+
+def _short(value: object) -> str:
+    return str(value)[:LONGEST_SHOWN] if str(value).isprintable() else ascii(value)[:LONGEST_SHOWN]
 
 
 def _check_policy_file(path: Path) -> None:

@@ -22,7 +22,7 @@ from adaptive_spec.domain.engine_info import EngineInfo
 from adaptive_spec.errors import BadInput, one_line
 from adaptive_spec.regular_file import read_regular_file
 from adaptive_spec.storage.archive import ArchiveError, archive_bytes, parse_archive, write_atomically
-from adaptive_spec.storage.profile import CALIBRATION, LATENCY_MODEL, Profile, ProfileError, identity
+from adaptive_spec.storage.profile import CALIBRATION, LATENCY_MODEL, Profile, ProfileError, difference_of, identity_meta
 from adaptive_spec.storage.signature import check_signature, signed
 
 KIND = "profile"
@@ -82,7 +82,7 @@ class ProfileStore:
 
     def save(self, info: EngineInfo, profile: Profile, now_s: float) -> str:
         """Add a profile and remove those beyond the newest KEPT. now_s: Unix seconds. Returns its path. Raises OSError."""
-        data = archive_bytes(KIND, _flat(profile), {"engine": identity(info)})
+        data = archive_bytes(KIND, _flat(profile), identity_meta(info))
         folder = f"{self._root}/{info.profile_name}"
         host = re.sub(r"[^A-Za-z0-9.-]+", "-", socket.gethostname())[:63]
         path = f"{folder}/{int(1000 * now_s):013d}-{host}-{secrets.token_hex(4)}.npz"
@@ -127,8 +127,8 @@ class ProfileStore:
         if self._key is not None:
             check_signature(data, _name(path), self._key)
         archive = parse_archive(data, KIND, _name(path))
-        if archive.meta.get("engine") != identity(info):
-            raise ProfileError(f"it is of another engine: {archive.meta.get('engine', 'unknown')}")
+        if difference := difference_of(archive.meta, info):
+            raise ProfileError(f"it is of another engine: {difference}")
         return _unflat(archive.arrays)
 
     def _content(self, path: str) -> bytes:

@@ -29,6 +29,7 @@ from adaptive_spec.domain.policy import Granularity, Mode
 from adaptive_spec.domain.step_record import StepFlag
 from adaptive_spec.engine_side.tap import BegunStep, EngineTap
 from adaptive_spec.engines.common.hook_guard import Guard
+from adaptive_spec.engines.common.identity import config_hash, fingerprint, model_name
 from adaptive_spec.engines.common.plugin_settings import PluginSettings
 from adaptive_spec.engines.common.report_writer import ReportWriter
 from adaptive_spec.engines.common.stage_clock import HostClock
@@ -135,14 +136,23 @@ class SchedulerAttachment:
 
         largest, lookup = int(scheduler.num_spec_tokens), self._launch_lookup
         launch_k = int(lookup[1]) if len(lookup) > 1 else largest
+        model, speculative = config.model_config, config.speculative_config
+        path, draft_path = str(model.model), getattr(speculative, "model", None)
         return EngineInfo(
-            name="vllm", model=os.path.basename(str(config.model_config.model).rstrip("/")),
+            name="vllm", model=model_name(path, getattr(model, "served_model_name", None)),
             gpu=device_name(torch.device(str(config.device_config.device_type))),
             tp=int(config.parallel_config.tensor_parallel_size), launch_k=launch_k,
             candidates=candidates_of(lookup, launch_k) if lookup else (largest,),
             max_batch=min(int(config.scheduler_config.max_num_seqs), MAX_BATCH_LIMIT),
             granularity=Granularity.BATCH if self._settings.batch_scores == "off" else Granularity.REQUEST,
             holds_batch=False, pid=os.getpid(),
+            fingerprint=fingerprint(
+                engine=self._engine, target=config_hash(path, getattr(model, "hf_config", None)),
+                draft=config_hash(draft_path) if draft_path else None, target_path=path, draft_path=draft_path,
+                quantization=getattr(model, "quantization", None), dtype=str(getattr(model, "dtype", "")),
+                kv_cache_dtype=getattr(getattr(config, "cache_config", None), "cache_dtype", None),
+                method=getattr(speculative, "method", None),
+            ),
         )  # fmt: skip
 
     # -- every step ----------------------------------------------------------------------------------------------------

@@ -156,7 +156,9 @@ def test_buttons(sidecar: SidecarProcess, engine: RunningEngine, runtime_dir: Pa
     page.page.reload()
     expect(page.page.locator("#token")).to_have_value(token)
     page.page.click("text='Resume'")
-    expect(page.page.locator("#said")).to_have_text("resume: done, mode active")
+    expect(page.page.locator("#said")).to_have_text("resume: done, mode pinned")
+    page.page.click("text='Unpin'")
+    expect(page.page.locator("#said")).to_have_text("unpin: done, mode active")
     assert _samples(sidecar)["mode", "active"] == 1
     texts = page.page.eval_on_selector_all("#events li", "items => items.map(i => i.innerText)")
     assert any("pinned → paused" in text for text in texts)

@@ -71,6 +71,7 @@ def test_doctor_looks_at_every_hook(kit: CpuKit, tmp_path: Path) -> None:
     assert result.returncode == 1
 
 
+@pytest.mark.nightly
 def test_the_demonstration_on_a_real_server(kit: CpuKit, tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     command = ["demo", "--engine", "sglang", "--duration", "16", "--port", "0", "--json", str(out)]

@@ -13,7 +13,7 @@ from adaptive_spec.engines.sglang import contract
 from adaptive_spec.engines.sglang.cpu_kit import CpuKit
 from tests.engines.sglang.server import SglangServer, some_prompts, trace
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.nightly]
 
 STEPPING = [need.hook for group in contract.LEVELS for need in contract.hooks_of(group) if need.hook not in ONCE | {"switch"}]
 """Called in every step; `switch` is called at a switch of K only."""

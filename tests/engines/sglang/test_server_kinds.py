@@ -15,6 +15,7 @@ from tests.support.processes import run_cli
 pytestmark = pytest.mark.server
 
 
+@pytest.mark.nightly
 def test_eagle3(kit: CpuKit, tmp_path: Path) -> None:
     with SglangServer(tmp_path, algorithm="EAGLE3") as server:
         server.wait_status(lambda s: s["engine_attached"], "the sidecar to attach")
@@ -28,6 +29,7 @@ def test_eagle3(kit: CpuKit, tmp_path: Path) -> None:
         assert not any(record.flags & 8 for record in records)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("algorithm", ["STANDALONE", "NGRAM"])
 def test_sglang_says_why_not(kit: CpuKit, tmp_path: Path, algorithm: str) -> None:
     with SglangServer(tmp_path, algorithm=algorithm) as server:
@@ -43,6 +45,7 @@ def test_sglang_says_why_not(kit: CpuKit, tmp_path: Path, algorithm: str) -> Non
         assert f"K is not decided here: {report.reason}" in server.log.read_text(errors="replace")
 
 
+@pytest.mark.nightly
 def test_one_k_can_be_watched(kit: CpuKit, tmp_path: Path) -> None:
     with SglangServer(tmp_path, adaptive=None) as server:
         server.wait_status(lambda s: s["engine_attached"], "the sidecar to attach")

@@ -13,7 +13,7 @@ import pytest
 from adaptive_spec.engines.sglang.cpu_kit import CpuKit
 from tests.engines.sglang.server import SglangServer, beside, some_prompts, trace
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.nightly]
 
 START_S = 500.0
 """Both ranks import SGLang and load the models, on the cores of one machine."""

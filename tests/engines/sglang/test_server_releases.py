@@ -12,7 +12,7 @@ from adaptive_spec.engines.sglang.cpu_kit import CpuKit
 from tests.engines.release_matrix import cache_folder, cached_wheel
 from tests.engines.sglang.server import SglangServer, some_prompts, trace
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.nightly]
 
 OTHERS = sorted({*contract.SUPPORTED_RELEASES, *contract.CHECKED_RELEASES} - {"0.5.23"})
 """All but the one that the kit installs, which every other test runs."""

@@ -153,7 +153,7 @@ def _runtime_folder(folder: Path) -> Iterator[Finding]:
 
 def _profile_folder(folder: Path) -> Iterator[Finding]:
     place = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    profiles = sorted(p.parent.name for p in folder.glob("*/latency_model.npz"))
+    profiles = sorted(p.parent.name for p in folder.glob("*/latency_model.npz") if not p.parent.is_symlink())
     if place.is_dir() and os.access(place, os.W_OK | os.X_OK):
         yield Finding("ok", "profile folder", f"{folder}: writable, profiles: {', '.join(profiles) or 'none'}")
     else:

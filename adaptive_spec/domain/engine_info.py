@@ -71,12 +71,15 @@ class EngineInfo:
         `_` and the first digits of a hash follow where that alone could be another engine's name: with a fingerprint, and
         where the model's name was changed.
         """
-        model = _file_name(self.model)
-        parts = [model, _file_name(self.gpu), f"tp{self.tp}"]
-        if self.fingerprint or model != self.model:
-            whole = json.dumps([self.name, self.model, self.gpu, self.tp, self.fingerprint]).encode()
-            parts.append(hashlib.sha256(whole).hexdigest()[:DIGEST_DIGITS])
-        return "_".join(parts)
+        if not self.fingerprint and _file_name(self.model) == self.model:
+            return self.readable_name
+        whole = json.dumps([self.name, self.model, self.gpu, self.tp, self.fingerprint]).encode()
+        return f"{self.readable_name}_{hashlib.sha256(whole).hexdigest()[:DIGEST_DIGITS]}"
+
+    @property
+    def readable_name(self) -> str:
+        """`{model}_{gpu}_tp{N}`, which several engines may share."""
+        return f"{_file_name(self.model)}_{_file_name(self.gpu)}_tp{self.tp}"
 
     def checked(self) -> EngineInfo:
         """Return this. Raises ValueError (field, what is allowed, value) for a value of the wrong type or out of range."""

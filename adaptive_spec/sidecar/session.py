@@ -26,7 +26,16 @@ from adaptive_spec.runtime_folder import role_is_held
 from adaptive_spec.sidecar.swap_reasons import SwapReasons
 from adaptive_spec.sidecar.view import View
 from adaptive_spec.storage.archive import ArchiveError, load_archive, save_archive
-from adaptive_spec.storage.profile import Profile, difference_of, identity, identity_meta, load_profile, save_profile, written_s
+from adaptive_spec.storage.profile import (
+    Profile,
+    difference_of,
+    identity,
+    identity_meta,
+    load_profile,
+    other_profiles,
+    save_profile,
+    written_s,
+)
 from adaptive_spec.storage.profile_store import StoredProfile
 from adaptive_spec.wire.liveness import process_alive
 from adaptive_spec.wire.policy_page import PolicyPage, payload_bytes
@@ -377,6 +386,8 @@ def _from_folder(settings: SidecarSettings, info: EngineInfo, folder: Path) -> t
     try:
         profile = load_profile(folder, info)
         if profile is None:
+            for other in other_profiles(folder, info):
+                log.info("not this engine's profile: %s", other)
             return None
         controller.restore_profile(profile.latency, profile.calibration)
     except Exception as error:  # whatever its files hold

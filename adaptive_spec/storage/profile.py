@@ -8,16 +8,19 @@ Each file is written atomically and has a version and a checksum.
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import json
+import os
 import re
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from adaptive_spec.domain.arrays import AnyArray
-from adaptive_spec.domain.engine_info import EngineInfo
+from adaptive_spec.domain.engine_info import EngineInfo, fingerprint_of
 from adaptive_spec.domain.policy import Granularity
 from adaptive_spec.errors import BadInput, one_line
 from adaptive_spec.regular_file import read_regular_file
@@ -31,6 +34,7 @@ LONGEST_SHOWN = 120
 PROFILE_FILES = (f"{LATENCY_MODEL}.npz", f"{CALIBRATION}.npz", "policy.json")
 TEMPORARY_AGE_S = 3600.0
 """Several sidecars may share a profile folder: a temporary file of this age is nobody's. Writing one takes milliseconds."""
+MOST_OTHERS = 8
 LARGEST_POLICY_BYTES = 4 << 20
 """The table of a server with 1024 requests is about 100 KB."""
 
@@ -95,9 +99,38 @@ def save_profile(folder: Path, info: EngineInfo, profile: Profile, policy: Mappi
     meta = identity_meta(info)
     save_archive(folder / f"{LATENCY_MODEL}.npz", LATENCY_MODEL, profile.latency, meta)
     save_archive(folder / f"{CALIBRATION}.npz", CALIBRATION, profile.calibration, meta)
-    content = {"format_version": POLICY_VERSION, "engine": identity(info), "policy": policy}
+    content = {"format_version": POLICY_VERSION, **meta, "policy": policy}
     document = {**content, "sha256": _checksum(content)}
     write_atomically(folder / "policy.json", (json.dumps(document, indent=1) + "\n").encode())
+    _link(folder, info.readable_name)
+
+
+def other_profiles(folder: Path, info: EngineInfo) -> list[str]:
+    """Say of each profile beside `folder` that has the engine's model, GPU and TP degree in its name why it is not the engine's.
+
+    At most MOST_OTHERS, for the log. Raises nothing.
+    """
+    found: list[str] = []
+    for path in sorted(folder.parent.glob(f"{glob.escape(info.readable_name)}*")):
+        if path == folder or path.is_symlink() or len(found) == MOST_OTHERS:
+            continue
+        with suppress(Exception):  # whatever lies there
+            _check_policy_file(path / "policy.json")
+            found.append(f"{path.name}: {difference_of(json.loads(_policy_text(path / 'policy.json')), info)}")
+    return found
+
+
+def _link(folder: Path, name: str) -> None:
+    """Let `name`, without the hash, lead to the newest profile of it, unless it is a folder of its own. Raises nothing."""
+    link = folder.parent / name
+    if link == folder or (os.path.lexists(link) and not link.is_symlink()):
+        return
+    with suppress(OSError):  # a file system without links
+        if not link.is_symlink() or os.readlink(link) != folder.name:
+            temporary = link.with_name(f".{name}.{os.getpid()}.tmp")
+            temporary.unlink(missing_ok=True)
+            temporary.symlink_to(folder.name)
+            os.replace(temporary, link)
 
 
 def profiled_engine(folder: Path) -> EngineInfo:
@@ -114,7 +147,12 @@ def profiled_engine(folder: Path) -> EngineInfo:
         raise ProfileError(f"policy.json is damaged: engine {document['engine']!r}")
     # The identity has no mark between model and GPU. Cut anywhere, it is the same identity again.
     model, _, gpu = found[2].partition(" ")
-    return EngineInfo(found[1], model, gpu, int(found[3]), candidates[0], candidates, max_batch, Granularity.BATCH, False, 0)
+    parts = document.get("fingerprint", {})
+    fingerprint = fingerprint_of(parts) if isinstance(parts, dict) else ()
+    return EngineInfo(
+        found[1], model, gpu, int(found[3]), candidates[0], candidates, max_batch, Granularity.BATCH, False, 0,
+        fingerprint=fingerprint,
+    )  # fmt: skip
 
 
 def identity(info: EngineInfo) -> str:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,10 +9,19 @@ import numpy as np
 import pytest
 
 from adaptive_spec.control.controller import Controller
+from adaptive_spec.domain.engine_info import fingerprint_of
 from adaptive_spec.domain.policy import Granularity, Mode
 from adaptive_spec.errors import BadInput
 from adaptive_spec.sidecar.profile_plots import start_plots
-from adaptive_spec.storage.profile import Profile, ProfileError, check_writable, load_profile, save_profile
+from adaptive_spec.storage.profile import (
+    Profile,
+    ProfileError,
+    check_writable,
+    load_profile,
+    other_profiles,
+    profiled_engine,
+    save_profile,
+)
 from tests.support.simulated_server import SimulatedServer, engine_info, staircase
 
 
@@ -70,6 +80,34 @@ def test_damaged_or_missing(folder: Path, server: SimulatedServer, name: str) ->
 def test_foreign(folder: Path, server: SimulatedServer) -> None:
     with pytest.raises(ProfileError, match="another engine: simulated toy none tp1"):
         load_profile(folder, replace(server.info, tp=2))
+
+
+def test_a_profile_with_a_fingerprint_knows_its_engine_and_names_what_differs(folder: Path, server: SimulatedServer) -> None:
+    profile = load_profile(folder, server.info)
+    assert profile is not None
+    infos = [replace(server.info, fingerprint=fingerprint_of({"dtype": "bf16", "version": version})) for version in ("1", "2")]
+    places = [folder.parent / info.profile_name for info in infos]
+    for info, place in zip(infos, places, strict=True):
+        save_profile(place, info, profile, {"candidates": [0, 1], "table": [[0], [0]]})
+        assert load_profile(place, profiled_engine(place)) is not None
+    assert len({folder, *places}) == 3
+    assert any("version: must be 2, got 1" in words for words in other_profiles(places[1], infos[1]))
+
+
+def test_the_name_without_the_hash_leads_to_the_newest_profile(folder: Path, server: SimulatedServer, tmp_path: Path) -> None:
+    profile = load_profile(folder, server.info)
+    assert profile is not None
+    infos = [replace(server.info, fingerprint=fingerprint_of({"dtype": dtype})) for dtype in ("fp8", "bf16")]
+    for info in infos:
+        save_profile(tmp_path / "p" / info.profile_name, info, profile, {"candidates": [0, 1], "table": [[0], [0]]})
+        link = tmp_path / "p" / info.readable_name
+        assert os.readlink(link) == info.profile_name
+        assert load_profile(link, info) is not None
+    plain = tmp_path / "q" / infos[0].readable_name
+    plain.mkdir(parents=True)
+    save_profile(tmp_path / "q" / infos[0].profile_name, infos[0], profile, {"candidates": [0, 1], "table": [[0], [0]]})
+    assert not plain.is_symlink(), "a folder is never replaced"
+    assert sorted(path.name for path in (tmp_path / "q").iterdir()) == sorted([plain.name, infos[0].profile_name])
 
 
 def test_policy_file(folder: Path, server: SimulatedServer) -> None:

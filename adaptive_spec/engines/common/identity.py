@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,11 @@ LARGEST_CONFIG_BYTES = 4 << 20
 HUB_PREFIX = "models--"
 _NO_IDENTITY = ("_name_or_path", "transformers_version", "_commit_hash")
 """Keys of a model's configuration that change with the place it is loaded from, or the library that loads it."""
+
+
+def known(source: object, names: Iterable[str]) -> dict[str, Any]:
+    """Return attributes of a server's arguments by name; None for one that a release lacks."""
+    return {name: getattr(source, name, None) for name in names}
 
 
 def model_name(path: str, served: object = None) -> str:

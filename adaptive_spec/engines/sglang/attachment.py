@@ -25,7 +25,7 @@ from adaptive_spec.domain.engine_info import EngineInfo
 from adaptive_spec.domain.policy import Granularity, Policy
 from adaptive_spec.engine_side.tap import EngineTap
 from adaptive_spec.engines.common.hook_guard import Guard
-from adaptive_spec.engines.common.identity import config_hash, fingerprint, model_name
+from adaptive_spec.engines.common.identity import config_hash, fingerprint, known, model_name
 from adaptive_spec.engines.common.plugin_settings import PluginSettings
 from adaptive_spec.engines.common.stage_clock import HostClock, StageClock
 from adaptive_spec.engines.common.steps_in_flight import FinishedStep, OpenStep, StepsInFlight
@@ -158,19 +158,20 @@ class Attachment:
         self, worker: Any, place: Place, launch_k: int, candidates: tuple[int, ...], granularity: Granularity,
         allowed_from: tuple[tuple[int, tuple[int, ...]], ...] = (),
     ) -> EngineInfo:  # fmt: skip
-        arguments = worker.server_args
-        path, draft_path = str(arguments.model_path), getattr(arguments, "speculative_draft_model_path", None)
+        names = ("quantization", "dtype", "kv_cache_dtype", "attention_backend", "speculative_algorithm")
+        options = known(worker.server_args, names)
+        paths = known(worker.server_args, ("served_model_name", "speculative_draft_model_path"))
+        path, draft_path = str(worker.server_args.model_path), paths["speculative_draft_model_path"]
         runner = getattr(getattr(worker, "_target_worker", None), "model_runner", None)
         loaded = getattr(getattr(runner, "model_config", None), "hf_config", None)
-        names = ("quantization", "dtype", "kv_cache_dtype", "attention_backend", "speculative_algorithm")
         return EngineInfo(
-            name="sglang", model=model_name(path, getattr(arguments, "served_model_name", None)),
+            name="sglang", model=model_name(path, paths["served_model_name"]),
             gpu=_device_name(str(worker.device)),
             tp=place.ranks, launch_k=launch_k, candidates=candidates, max_batch=max_batch(worker), granularity=granularity,
             holds_batch=False, pid=os.getpid(), allowed_from=allowed_from,
             fingerprint=fingerprint(
                 engine=self._engine, target=config_hash(path, loaded), draft=config_hash(draft_path) if draft_path else None,
-                target_path=path, draft_path=draft_path, **{name: getattr(arguments, name, None) for name in names},
+                target_path=path, draft_path=draft_path, **options,
             ),
         )  # fmt: skip
 

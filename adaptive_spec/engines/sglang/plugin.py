@@ -16,6 +16,7 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from adaptive_spec.engines.common.hook_guard import Guard
+from adaptive_spec.engines.common.identity import known
 from adaptive_spec.engines.common.plugin_settings import PluginSettings, plugin_settings
 from adaptive_spec.engines.releases import version_refusal
 from adaptive_spec.engines.sglang import contract
@@ -88,7 +89,7 @@ def _install(settings: PluginSettings, engine: str) -> None:
     def worker(note: None, worker_class: Any, algorithm: Any, server_args: Any) -> None:
         nonlocal folder_of
         if not made:
-            port = getattr(server_args, "port", None)
+            port = known(server_args, ("port",))["port"]
             folder_of = settings.of_server(port) if isinstance(port, int) else settings
             made.append(_attachment(folder_of, guard, engine, algorithm))
             attach(made[0], guard, engine, worker_class, algorithm, server_args)

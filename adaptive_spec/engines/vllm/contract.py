@@ -56,7 +56,9 @@ NEEDS = (
         "speculative_config", "parallel_config", "scheduler_config", "model_config", "device_config", "compilation_config",
         "use_v2_model_runner",
     )),
-    Need(OBSERVE, "vllm.config.parallel.ParallelConfig", attributes=("data_parallel_size", "tensor_parallel_size")),
+    Need(OBSERVE, "vllm.config.parallel.ParallelConfig", attributes=(
+        "data_parallel_size", "data_parallel_index", "tensor_parallel_size",
+    )),
     Need(OBSERVE, "vllm.config.scheduler.SchedulerConfig", attributes=("max_num_seqs",)),
     Need(OBSERVE, "vllm.config.model.ModelConfig", attributes=("model", "enforce_eager")),
     Need(OBSERVE, "vllm.config.device.DeviceConfig", attributes=("device_type",)),

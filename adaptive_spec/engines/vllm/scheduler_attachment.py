@@ -45,7 +45,7 @@ from adaptive_spec.engines.vllm.step_notes import (
     NotedTime,
     StepNotes,
 )
-from adaptive_spec.engines.vllm.supported_servers import observe_only, refusal
+from adaptive_spec.engines.vllm.supported_servers import observe_only, process_title, refusal
 from adaptive_spec.wire.engine_report import EngineReport, State
 from adaptive_spec.wire.slot import MAX_BATCH_LIMIT
 
@@ -106,7 +106,7 @@ class SchedulerAttachment:
     def attach_after(self, note: None, result: None, scheduler: Any, *args: Any, **kwargs: Any) -> None:
         """vLLM's scheduler was made: find out what is possible, publish it and open the tap."""
         config, version = scheduler.vllm_config, self._engine.partition(" ")[2]
-        reason = refusal(config, version)
+        reason = refusal(config, version, process_title())
         if reason is not None:
             log.error("adaptive-spec: not attached: %s", reason)
             self._guard.closed = reason

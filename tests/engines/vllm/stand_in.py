@@ -48,7 +48,7 @@ class Result:
 def config(**changes: Any) -> Any:
     whole = {
         "speculative_config": SimpleNamespace(num_speculative_tokens=K, enable_adaptive_verification=False),
-        "parallel_config": SimpleNamespace(data_parallel_size=1, tensor_parallel_size=1),
+        "parallel_config": SimpleNamespace(data_parallel_size=1, data_parallel_index=0, tensor_parallel_size=1),
         "scheduler_config": SimpleNamespace(max_num_seqs=8),
         "model_config": SimpleNamespace(model="/models/tiny", enforce_eager=True),
         "device_config": SimpleNamespace(device_type="cpu"),

@@ -16,7 +16,8 @@ from tests.support.engine_uses import imports, paths
 SOURCES = sorted(p for p in Path(contract.__file__).parent.glob("*.py") if p.name not in ("contract.py", "cpu_kit.py"))
 ATTACHMENTS = ("scheduler_attachment.py", "worker_attachment.py", "supported_servers.py", "cost_curves.py", "draft_logits.py")
 OBJECTS = {
-    "scheduler", "request", "r", "output", "result", "config", "runner", "proposer", "worker", "manager", "known", "sampling",
+    "scheduler", "request", "r", "output", "parallel", "result", "config", "runner", "proposer", "worker", "manager", "known",
+    "sampling",
     "stats",
 }  # fmt: skip
 """Variables of the plugin that hold objects of vLLM."""

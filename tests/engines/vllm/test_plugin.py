@@ -120,6 +120,11 @@ def test_the_v2_runner_before_it_takes_notice_of_k(version: str, v2: bool, refus
     assert reason is None or "V2 model runner" in reason
 
 
+def test_data_parallelism_of_a_dense_model_is_known_by_the_title_of_the_process() -> None:
+    assert "data parallelism" in str(refusal(config(), "0.32.0", "VLLM::EngineCore_DP0"))
+    assert refusal(config(), "0.32.0", "VLLM::EngineCore") is None
+
+
 def test_observed_servers() -> None:
     assert observe_only(config(), [0, 5]) is None
     assert "no schedule of K" in str(observe_only(config(), None))

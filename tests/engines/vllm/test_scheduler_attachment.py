@@ -281,10 +281,15 @@ def test_a_step_with_nothing_scheduled_is_no_step(folder: Path) -> None:
     run(vllm, 2)
 
 
+def _parallel(size: int, index: int) -> SimpleNamespace:
+    return SimpleNamespace(data_parallel_size=size, data_parallel_index=index, tensor_parallel_size=1)
+
+
 @pytest.mark.parametrize(
     ("changes", "state", "words"),
     [
-        ({"parallel_config": SimpleNamespace(data_parallel_size=2, tensor_parallel_size=1)}, "refused", "data parallelism"),
+        ({"parallel_config": _parallel(2, 0)}, "refused", "data parallelism"),
+        ({"parallel_config": _parallel(1, 1)}, "refused", "data parallelism"),
         ({"speculative_config": None}, "refused", "does not speculate"),
         ({"lookup": []}, "observing", "no schedule of K"),
         ({"speculative_config": SimpleNamespace(enable_adaptive_verification=True)}, "observing", "adaptive verification"),

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from adaptive_spec.domain.policy import Granularity, Mode
+from adaptive_spec.offline.draft_length_choice import BatchRange, Choice, schedule_document
 from adaptive_spec.storage.profile import Profile, save_profile
 from tests.support.processes import assert_one_line, run_cli
 from tests.support.simulated_server import SimulatedServer, engine_info, staircase
@@ -51,3 +52,13 @@ def test_bad_input_is_one_line(folder: Path, tmp_path: Path) -> None:
     assert_one_line(run_cli("candidates", folder, "--out", tmp_path / "no" / "such" / "file"), "--out", "No such file")
     (tmp_path / "policy.json").write_text("{}")
     assert_one_line(run_cli("candidates", tmp_path), "PROFILE", "damaged")
+
+
+def test_vllms_schedule_has_every_k_of_the_choice() -> None:
+    ranges = (BatchRange(1, 3, (1, 5)), BatchRange(4, 20, (0, 3)))
+    schedule = schedule_document(Choice((0, 1, 3, 5), 0.0, ranges, {}))
+    assert {k for _, _, k in schedule} == {0, 1, 3, 5}
+    assert schedule[0][0] == 1
+    assert schedule[-1][1] == 20
+    assert [first for first, _, _ in schedule[1:]] == [last + 1 for _, last, _ in schedule[:-1]]
+    assert schedule[0] == [1, 3, 5]

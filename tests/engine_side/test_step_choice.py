@@ -231,3 +231,17 @@ def test_a_k_chosen_for_a_step_stays_for_the_dwell() -> None:
     free, costly = chosen(0.0), chosen(0.2)
     assert changes(free) > 25
     assert changes(costly) <= 60 / dwell_steps(replace(_policy(), switch_s=0.2), 2.0)
+
+
+def test_positions_that_were_cut_off_fade_towards_all_requests() -> None:
+    """A request that is cut to nothing is tried again in time; verified to the full, it is not forgotten."""
+    cut, kept = AcceptanceHistory(4, 8), AcceptanceHistory(4, 8)
+    for history in (cut, kept):
+        for _ in range(30):
+            history.observe([1, 2], np.array([4, 0], np.uint8), 4)
+    assert cut.conditional([2])[0, 0] < 0.5
+    for _ in range(200):
+        cut.observe([1, 2], np.array([4, 0], np.uint8), np.array([4, 0], np.uint8))
+        kept.observe([1, 2], np.array([4, 0], np.uint8), np.array([4, 4], np.uint8))
+    assert cut.conditional([2])[0, 0] > 0.8
+    assert kept.conditional([2])[0, 0] < 0.3

@@ -200,7 +200,8 @@ class Session:
         if replace(ring.info, pid=0) != replace(self.info, pid=0):
             ring.close()
             return False
-        log.info("engine restarted (pid %d), continuing with the same models", ring.info.pid)
+        what = "made its ring again" if ring.info.pid == self.info.pid else "restarted"
+        log.info("engine %s (pid %d), continuing with the same models", what, ring.info.pid)
         self.ring.close()
         self.ring = ring
         self._dropped.clear()

@@ -23,7 +23,7 @@ GROUP_ELEMENTS = 1 << 18
 """Logits a CPU thread handles at a time: their softmax (1 MiB) stays in the cache. Four times more or less costs the same, all
 at once 2 to 4 times as much, most of it page faults (`make bench ARGS=confidences`)."""
 
-log = logging.getLogger("sglang.adaptive_spec")
+log = logging.getLogger(__name__)
 
 
 def max_probability(logits: Tensor) -> Tensor:

@@ -11,7 +11,8 @@ Groups, each with what is lost without it:
 | counts and K | accepted counts per step, the choice of K and of verify lengths |
 | stage times | draft and verify time: only whole steps are timed |
 | confidences | the draft's confidences: acceptance is learnt from counts, lengths are chosen from each request's history |
-| adaptive verification | replacing the step times of vLLM's own adaptive verification (DSpark, V2 model runner) |
+| adaptive verification | where vLLM's own adaptive verification is on (DSpark, V2 model runner): replacing its step times, and |
+| | how many tokens it verified |
 """
 
 from __future__ import annotations
@@ -81,6 +82,7 @@ NEEDS = (
     Need(COUNTS_AND_K, "vllm.sampling_params.SamplingParams", attributes=("logprobs", "prompt_logprobs")),
     Need(COUNTS_AND_K, _OUTPUT, attributes=(
         "num_scheduled_tokens", "total_num_scheduled_tokens", "scheduled_spec_decode_tokens", "num_spec_tokens_to_schedule",
+        "preempted_req_ids",
     ), extensible=True),
     Need(COUNTS_AND_K, _RESULT, attributes=("req_id_to_index", "sampled_token_ids", "cudagraph_stats"), extensible=True),
     Need(COUNTS_AND_K, "vllm.compilation.cuda_graph.CUDAGraphStat", attributes=("num_padded_tokens",)),
@@ -97,6 +99,7 @@ NEEDS = (
     Need(
         ADAPTIVE_VERIFICATION, "vllm.v1.worker.gpu_worker.Worker.execute_model", ("self", "scheduler_output"), hook="curves",
     ),
+    Need(ADAPTIVE_VERIFICATION, "vllm.v1.worker.gpu_worker.Worker.sample_tokens", ("self",), hook="outcome"),
     Need(ADAPTIVE_VERIFICATION, "vllm.v1.worker.gpu_worker.Worker", attributes=("model_runner",)),
     Need(ADAPTIVE_VERIFICATION, _V2 + "model_runner.GPUModelRunner", attributes=("adaptive_verification",)),
     Need(
@@ -104,7 +107,9 @@ NEEDS = (
         _VERIFICATION + ".set_cost_curves",
         ("self", "draft_curve", "verify_curve"), called=True,
     ),
+    Need(ADAPTIVE_VERIFICATION, _VERIFICATION + ".get_num_tokens", ("self",), hook="budget"),
     Need(ADAPTIVE_VERIFICATION, _VERIFICATION, attributes=("cost_tables",)),
+    Need(ADAPTIVE_VERIFICATION, _V2 + "async_utils.AsyncOutput", attributes=("model_runner_output",)),
     Need(ADAPTIVE_VERIFICATION, "vllm.config.speculative.SpeculativeConfig", attributes=("enable_adaptive_verification",)),
 )  # fmt: skip
 

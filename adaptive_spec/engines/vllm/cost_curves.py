@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from adaptive_spec.domain.policy import Policy
+from adaptive_spec.domain.policy import Mode, Policy
 
 MOST_POINTS = 512
 """Most points of the verify curve: it is pickled to every rank. vLLM takes the next larger point's time for what lies between."""
@@ -22,13 +22,17 @@ RESTORE: Curves = ([], [])
 
 
 class CostCurves:
-    """Which curves are due. The first policy and every later version is sent once; without a policy, `RESTORE` is, once."""
+    """Which curves are due. Every version of a policy is sent once; without one, or before step times were measured, `RESTORE`
+    is sent once.
+    """
 
     def __init__(self) -> None:
         self._sent: int = 0
 
     def due(self, policy: Policy | None, max_batch: int) -> Curves | None:
         """The curves to send with this step, None for none. policy: None where none acts."""
+        if policy is not None and (policy.mode is Mode.SWEEP or not policy.fixed_s.any()):
+            policy = None
         version = policy.version if policy is not None else 0
         if version == self._sent:
             return None

@@ -90,6 +90,8 @@ class SchedulerAttachment:
         self._written_k: int | None = None
         """K that stands at every batch size of vLLM's list; None: the launch schedule does."""
         self._steers = False
+        self._trims = False
+        """Whether vLLM's own adaptive verification is on: the worker, not the scheduler, chooses which drafts are verified."""
         self._curves: CostCurves | None = None
         self._history: AcceptanceHistory | None = None
         self._notes = StepNotes()
@@ -100,6 +102,7 @@ class SchedulerAttachment:
         self._running: dict[int, Running] = {}
         self._graph_tokens: list[int] = []
         self.cut_steps = self.preemptions = 0
+        """Steps in which drafts were cut; requests that vLLM preempted."""
 
     # -- once ----------------------------------------------------------------------------------------------------------
 
@@ -117,7 +120,8 @@ class SchedulerAttachment:
         self._scheduler, self._launch_lookup = scheduler, list(lookup or ())
         info = self._info(config, scheduler)
         self._steers = reason is None and self._settings.mode == "active"
-        if bool(getattr(config.speculative_config, "enable_adaptive_verification", False)) and self._settings.mode == "active":
+        self._trims = bool(getattr(config.speculative_config, "enable_adaptive_verification", False))
+        if self._trims and self._settings.mode == "active":
             self._curves = CostCurves()
         sizes = config.compilation_config.cudagraph_capture_sizes
         self._graph_tokens = [] if config.model_config.enforce_eager else sorted(sizes or ())
@@ -205,6 +209,7 @@ class SchedulerAttachment:
             return
         decoding, begun, started = note
         self._number += 1
+        self.preemptions += len(output.preempted_req_ids or ())
         scheduled, drafts = output.num_scheduled_tokens, output.scheduled_spec_decode_tokens
         rows = [request for request in decoding if request.request_id in scheduled]
         ids = [request.request_id for request in rows]
@@ -273,6 +278,8 @@ class SchedulerAttachment:
 
     def _finish(self, scheduler: Any, running: Running, step: OpenStep, result: Any) -> None:
         step.ended = self._clock.now()
+        if self._trims:
+            self._trimmed(step, running)
         stats = result.cudagraph_stats
         if stats is not None and not step.flags & _DISTURBED:
             step.padded_tokens = max(int(stats.num_padded_tokens), step.num_tokens or 0)
@@ -291,6 +298,15 @@ class SchedulerAttachment:
         if self._history is not None and rows.any() and not step.flags & _CENSORED:
             numbers = step.request_ids[rows].tolist()
             self._history.observe(numbers, np.array(accepted, np.int64)[rows].clip(0, verified[rows]), verified[rows])
+
+    def _trimmed(self, step: OpenStep, running: Running) -> None:
+        """vLLM verified the most promising drafts only: how many tokens the worker tells, of which requests nobody does."""
+        tokens = self._notes.tokens(running.number)
+        step.flags |= _CENSORED
+        if tokens is not None:
+            step.num_tokens, step.padded_tokens = tokens, self._padded(tokens)
+        elif any(running.verified):
+            step.flags |= _DISTURBED
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
@@ -323,6 +339,7 @@ class SchedulerAttachment:
         counters: dict[str, int] = {}
         if self._tap is not None:
             counters = {**self._tap.counters._asdict(), "steps_lost": self._book.lost, "cut_steps": self.cut_steps}
+            counters["preemptions"] = self.preemptions
         failures = {**self._notes.failures}
         for hook, count in self._guard.failures.items():
             failures[hook] = failures.get(hook, 0) + count

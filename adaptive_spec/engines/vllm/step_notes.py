@@ -26,7 +26,8 @@ MOST_NOTES = 64
 
 Note = dict[str, Any]
 """step: its number. verify, draft: seconds; draft is missing in a step that drafted nothing. confidences: by request id, lists of
-K. failures: by hook, where there are any. lost: groups that the worker no longer measures."""
+K. failures: by hook, where there are any. lost: groups that the worker no longer measures. Where vLLM's own adaptive verification
+is on, a note has step and tokens alone: tokens of the verification, which vLLM chose in the worker."""
 
 
 class StepNotes:
@@ -34,19 +35,27 @@ class StepNotes:
 
     def __init__(self) -> None:
         self._notes: dict[int, Note] = {}
+        self._tokens: dict[int, int] = {}
         self.failures: dict[str, int] = {}
         self.lost: frozenset[str] = frozenset()
         self.come = False
-        """Whether the worker sends any."""
+        """Whether the worker sends any that measure stages."""
 
     def take(self, notes: list[Note]) -> None:
         for note in notes:
+            if "tokens" in note:
+                self._tokens = {note["step"]: int(note["tokens"])}
+                continue
             self.come = True
             self._notes[note["step"]] = note
             if "failures" in note:
                 self.failures, self.lost = dict(note["failures"]), frozenset(note["lost"])
         while len(self._notes) > MOST_NOTES:
             self._notes.pop(next(iter(self._notes)))
+
+    def tokens(self, step: int) -> int | None:
+        """Tokens verified in a step whose result has just come, where vLLM chose them in the worker; None where not known."""
+        return self._tokens.get(step)
 
     def seconds(self, step: int, stage: str) -> float | None:
         """Seconds of a stage; 0.0 where the step did not have it, None while there is no note."""

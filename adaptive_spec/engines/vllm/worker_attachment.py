@@ -74,6 +74,8 @@ class WorkerAttachment:
         self._step: MeasuredStep | None = None
         self._pending: deque[MeasuredStep] = deque()
         self._live = LiveCurves()
+        self._budget: Note | None = None
+        """Note of a step in which vLLM itself chooses what is verified."""
         self._told: tuple[int, int] | None = None
 
     # -- stage times ---------------------------------------------------------------------------------------------------
@@ -136,10 +138,23 @@ class WorkerAttachment:
     # -- vLLM's own adaptive verification ------------------------------------------------------------------------------
 
     def curves_before(self, worker: Any, output: Any, *args: Any, **kwargs: Any) -> None:
+        number = output.__dict__.get(STEP_ATTRIBUTE)
+        manager = getattr(worker.model_runner, "adaptive_verification", None) if number is not None else None
+        self._budget = {"step": int(number)} if manager is not None else None
         curves = output.__dict__.get(CURVES_ATTRIBUTE)
-        manager = getattr(worker.model_runner, "adaptive_verification", None) if curves is not None else None
-        if manager is not None:
+        if manager is not None and curves is not None:
             self._live.put(manager, curves)
+
+    def budget_after(self, note: None, tokens: int, *args: Any, **kwargs: Any) -> None:
+        """vLLM has chosen how many tokens are verified in this step."""
+        if self._budget is not None:
+            self._budget["tokens"] = int(tokens)
+
+    def outcome_after(self, note: None, result: Any, *args: Any, **kwargs: Any) -> None:
+        budget, self._budget = self._budget, None
+        inner = getattr(result, "model_runner_output", result)  # `AsyncOutput` of the V2 model runner wraps it
+        if budget is not None and "tokens" in budget and hasattr(inner, "sampled_token_ids"):
+            inner.__dict__[NOTES_ATTRIBUTE] = [budget]
 
     # -- inside --------------------------------------------------------------------------------------------------------
 

@@ -25,6 +25,7 @@ from adaptive_spec.engines.sglang.cpu_kit import CpuKit
 from adaptive_spec.wire.engine_report import EngineReport, read_report
 from adaptive_spec.wire.ring import RingReader
 from tests.support.models_anew import metrics_of
+from tests.support.ring_trace import RingTrace
 
 START_PATIENCE_S = 600.0
 PATIENCE_S = 120.0
@@ -199,39 +200,10 @@ class SglangServer:
         return "\n".join(line[:300] for line in lines[-40:])
 
 
-class RingTrace:
-    """Every record an engine writes, read beside the sidecar in a thread. oldest: begin with what the ring still holds."""
-
-    def __init__(self, server: SglangServer, oldest: bool = False) -> None:
-        self.ring = RingReader.open(server.runtime_dir / RING_NAME, "oldest" if oldest else "newest")
-        self.records: list[StepRecord] = []
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._follow)
-        self._thread.start()
-
-    def _follow(self) -> None:
-        while True:
-            last = self._stop.is_set()
-            self.records.extend(self.ring.poll(256))
-            if last:
-                return
-            self._stop.wait(0.02)
-
-    def end(self) -> list[StepRecord]:
-        """Whatever was written until now, complete. Can be asked for again."""
-        if not self._stop.is_set():
-            time.sleep(0.2)
-            self._stop.set()
-            self._thread.join()
-            assert (self.ring.lost, self.ring.torn, self.ring.invalid) == (0, 0, 0)
-            self.ring.close()
-        return self.records
-
-
 @contextlib.contextmanager
 def trace(server: SglangServer) -> Iterator[list[StepRecord]]:
     """Every record the engine writes meanwhile."""
-    traced = RingTrace(server)
+    traced = RingTrace(server.runtime_dir)
     try:
         yield traced.records
     finally:

@@ -23,9 +23,10 @@ from adaptive_spec.domain.step_record import StepFlag, StepRecord
 from adaptive_spec.engine_side.tap import PAGE_NAME
 from adaptive_spec.engines.sglang.cpu_kit import CpuKit
 from adaptive_spec.wire.policy_page import PolicyPageReader
-from tests.engines.sglang.server import RingTrace, SglangServer, beside, some_prompts, trace
+from tests.engines.sglang.server import SglangServer, beside, some_prompts, trace
 from tests.support.models_anew import NAMES, fits, models_anew, same_models, thinned
 from tests.support.processes import assert_one_line, run_cli
+from tests.support.ring_trace import RingTrace
 
 pytestmark = pytest.mark.server
 
@@ -42,7 +43,7 @@ def server(kit: CpuKit, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sg
 @pytest.fixture(scope="module")
 def whole(server: SglangServer) -> Iterator[RingTrace]:
     """All records from the server's first on, until it is stopped."""
-    traced = RingTrace(server, oldest=True)
+    traced = RingTrace(server.runtime_dir, oldest=True)
     yield traced
     traced.end()
 

@@ -24,7 +24,7 @@ from adaptive_spec.engines.vllm.cpu_kit import MODEL, SERVER_MODULE, CpuKit
 from adaptive_spec.errors import BadInput
 from adaptive_spec.wire.engine_report import EngineReport, read_report
 from adaptive_spec.wire.ring import RingReader
-from tests.support.models_anew import metrics_of
+from tests.support.models_anew import Metrics, metrics_of
 
 START_PATIENCE_S = 600.0
 PATIENCE_S = 120.0
@@ -112,13 +112,24 @@ class VllmServer:
         assert found is not None
         return found
 
+    def settled(self) -> dict[str, Any]:
+        """The sidecar's status once it has counted every record of an idle server."""
+        client = self.sidecar()
+
+        def counted() -> dict[str, Any] | None:
+            with self.ring() as ring:
+                status = client.status()
+                return status if status["decode_steps"] == ring.cursor > 0 else None
+
+        found: dict[str, Any] = self.wait(counted, "all records to be counted")
+        return found
+
     def ring(self) -> RingReader:
         return RingReader.open(self.runtime_dir / RING_NAME)
 
-    def metrics(self) -> dict[str, Any]:
-        """Sidecar's metrics."""
-        page = urllib.request.urlopen(self.sidecar().url + "/metrics", timeout=10.0).read().decode()
-        return dict(metrics_of(page))
+    def metrics(self) -> Metrics:
+        """The sidecar's metrics."""
+        return metrics_of(urllib.request.urlopen(self.sidecar().url + "/metrics", timeout=10.0).read().decode())
 
     def own_counter(self, name: str) -> float:
         """The sum of one of vLLM's own counters."""

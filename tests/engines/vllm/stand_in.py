@@ -34,6 +34,7 @@ class Output:
     def __init__(self, tokens: dict[str, int], drafts: dict[str, list[int]], k: int) -> None:
         self.num_scheduled_tokens, self.scheduled_spec_decode_tokens = tokens, drafts
         self.total_num_scheduled_tokens, self.num_spec_tokens_to_schedule = sum(tokens.values()), k
+        self.preempted_req_ids: set[str] | None = None
 
 
 class Result:
@@ -92,6 +93,8 @@ class Engine:
         self.accepts: dict[str, int] = {}
         """Draft tokens that the target would accept; 0 for others."""
         self.drafts = True
+        self.trims: int | None = None
+        """Tokens that vLLM's own adaptive verification verifies in a step."""
 
     def schedule(self) -> Output:
         output: Output = self._schedule(lambda s: s.schedule(), self.scheduler)
@@ -109,7 +112,7 @@ class Engine:
                 width = output.num_spec_tokens_to_schedule
                 note["draft"] = 0.001 * width
                 note["confidences"] = {r: [self.confidences.get(r, 0.5)] * width for r in sampled}
-            result.__dict__[NOTES_ATTRIBUTE] = [note]
+            result.__dict__[NOTES_ATTRIBUTE] = [note] if self.trims is None else [{"step": note["step"], "tokens": self.trims}]
         self._update(lambda s, o, m: None, self.scheduler, output, result)
 
     def draft(self, output: Output, placeholder: bool = False) -> None:

@@ -272,6 +272,36 @@ def test_a_worker_that_measures_nothing_leaves_whole_steps(folder: Path) -> None
     assert report.level == 1
 
 
+def test_where_vllm_trims_drafts_itself_the_tokens_are_those_it_verified(folder: Path) -> None:
+    vllm = engine(folder, speculative_config=SimpleNamespace(enable_adaptive_verification=True))
+    ring = RingReader.open(folder / RING_NAME)
+    vllm.trims = 7
+    run(vllm, 3)
+    vllm.trims = None
+    vllm.step(noted=False)
+    found = ring.poll(10)
+    vllm.step(noted=False)
+    found += ring.poll(10)
+    wanted = int(StepFlag.CENSORED | StepFlag.WHOLE | StepFlag.FALLBACK)
+    assert [(r.num_tokens, r.flags) for r in found[:2]] == [(7, wanted)] * 2, "not the 18 that were scheduled"
+    assert found[-1].flags & StepFlag.DISTURBED, "how many were verified is not known"
+    assert all(r.invalid_reason() is None for r in found)
+
+
+def test_preempted_requests_are_counted(folder: Path) -> None:
+    vllm = engine(folder)
+    schedule = vllm.scheduler.schedule
+
+    def preempting() -> Output:
+        output = schedule()
+        output.preempted_req_ids = {"r8", "r9"}
+        return output
+
+    vllm.scheduler.schedule = preempting  # type: ignore[method-assign]  # one step's schedule, as vLLM returns it
+    run(vllm, 2)
+    assert vllm.attachment.preemptions == 4
+
+
 def test_a_step_with_nothing_scheduled_is_no_step(folder: Path) -> None:
     vllm = engine(folder)
     run(vllm, 2)

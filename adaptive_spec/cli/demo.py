@@ -43,7 +43,11 @@ WORKERS = {
 
 @dataclass(frozen=True)
 class DemoOptions:
-    """The options of `adaptive-spec demo`. duration_s None: until Ctrl-C. profile_dir None: a new one for every run."""
+    """The options of `adaptive-spec demo`.
+
+    duration_s None: until Ctrl-C, or until the rounds are done. profile_dir None: a new one for every run. rounds: alternating
+    rounds of an SGLang or vLLM server, None: none.
+    """
 
     duration_s: float | None
     host: str
@@ -53,6 +57,7 @@ class DemoOptions:
     seed: int
     profile_dir: Path | None
     engine: str = "embedded"
+    rounds: int | None = None
 
 
 def run_demo(options: DemoOptions) -> int:
@@ -99,6 +104,13 @@ def result_document(state: DemoState) -> dict[str, Any]:
         "compare": engine.get("compare") or {},
         "lossless_checked": engine.get("lossless_checked", 0),
         "compare_blocks": engine.get("compare_blocks", 0),
+        "rounds_planned": engine.get("rounds_planned"),
+        "rounds": engine.get("rounds", []),
+        "arms": engine.get("arms", {}),
+        "rounds_repeated": engine.get("rounds_repeated", 0),
+        "ratios": engine.get("ratios", {}),
+        "k_switches": engine.get("k_switches"),
+        "steps_not_as_asked": engine.get("steps_not_as_asked"),
         "acceptance": engine.get("acceptance", {}),
         "k_by_batch_size": sidecar.get("k_by_batch_size", {}),
         "jump_ratios": sidecar.get("jump_ratios", []),
@@ -136,6 +148,8 @@ class _Demo:
             arguments += ["--duration", str(options.duration_s)]
         if options.compare:
             arguments.append("--compare")
+        if options.rounds is not None:
+            arguments += ["--rounds", str(options.rounds)]
         self._engine = self._start(WORKERS[options.engine], arguments, "engine.log")
         self.view = DemoView(self._client.url if self._client else "")
 

@@ -42,7 +42,7 @@ class DemoView:
         self._live = Live(console=self._console, auto_refresh=False) if self._console.is_terminal else None
         self._next_line_s = 0.0
         self._shown: set[tuple[float, str]] = set()
-        self._restarts = 0
+        self._restarts = self._rounds = 0
 
     def __enter__(self) -> Self:
         if self._live:
@@ -69,7 +69,9 @@ class DemoView:
 
     def conclude(self, document: dict[str, Any], state: DemoState) -> None:
         """Print the summary of the run."""
-        if document["compare"]:
+        if document.get("rounds"):
+            self._console.print(rounds_table(document["rounds"], document["ratios"]))
+        elif document["compare"]:
             self._console.print(compare_table(document["compare"]))
         drift, checked = document["drift_events"], document["lossless_checked"]
         rows = {
@@ -82,6 +84,14 @@ class DemoView:
             "calibration": f"ECE {number(document['calibration_error'], '.3f')}",
             "lossless": f"{'yes' if document['lossless'] else 'NO'}, {checked} outputs compared with the target model alone",
         }
+        if document.get("steps_not_as_asked") is not None:
+            steps, limited = document["decode_steps"], document["steps_not_as_asked"]
+            share = f" ({limited / steps:.2%})" if steps else ""
+            rows["not as asked"] = f"{limited:,} of {steps:,} steps ran another K than was asked for{share}"
+            rows["K switches"] = f"{document['k_switches']:,}"
+        planned = document.get("rounds_planned")
+        if planned and len(document["rounds"]) < planned:
+            rows["rounds"] = f"{len(document['rounds'])} of {planned} done"
         if state.sidecar_restarts:
             rows["sidecar"] = f"restarted {state.sidecar_restarts} {'time' if state.sidecar_restarts == 1 else 'times'}"
         table = Table(show_header=False, box=None, pad_edge=False)
@@ -90,8 +100,12 @@ class DemoView:
         self._console.print(table)
 
     def _new_events(self, state: DemoState) -> list[str]:
-        """Return a line for each event since the last call."""
+        """Return a line for each event and each finished round since the last call."""
         lines = []
+        rounds = state.engine.get("rounds", [])
+        for number_, found in enumerate(rounds[self._rounds :], self._rounds + 1):
+            lines.append(f"  round {number_}: " + ", ".join(f"{name} {rate:,.0f}" for name, rate in found.items()) + " tokens/s")
+        self._rounds = len(rounds)
         if state.sidecar_restarts > self._restarts:
             self._restarts = state.sidecar_restarts
             lines.append("  sidecar restarted; the engine kept running")
@@ -111,8 +125,9 @@ def plain_line(state: DemoState) -> str:
     phase = engine["phase"]
     mode = sidecar.get("mode", "-") if state.sidecar_answers else "no sidecar"
     boundaries = ", ".join(map(str, sidecar.get("boundaries", []))) or "-"
+    arm = f"{stage(engine)}: " if engine.get("arm") else ""
     return (
-        f"{engine['elapsed_s']:6.1f} s  {mode:8s} {phase['kind']} x{phase['concurrency']}  K {engine['k']}"
+        f"{engine['elapsed_s']:6.1f} s  {mode:8s} {arm}{phase['kind']} x{phase['concurrency']}  K {engine['k']}"
         f"  {engine['goodput_tokens_per_s']:,.0f} tokens/s  boundaries {boundaries}"
         f"  policy {sidecar.get('policy_version', 0)}  K by batch {k_ranges(sidecar.get('k_by_batch_size', {}))}"
     )
@@ -134,7 +149,7 @@ def live_view(state: DemoState, url: str) -> RenderableType:
         bar = Table.grid(padding=(0, 1))
         bar.add_row(ProgressBar(total=1.0, completed=sweep["progress"], width=40), f"{sweep['steps']} steps")
         grid.add_row("sweep", bar)
-    grid.add_row("traffic", f"{phase['kind']}, {phase['concurrency']} concurrent requests ({engine['stage']})")
+    grid.add_row("traffic", f"{phase['kind']}, {phase['concurrency']} concurrent requests ({stage(engine)})")
     grid.add_row("now", f"K {engine['k']} at batch {engine['batch_size']}, {engine['goodput_tokens_per_s']:,.0f} tokens/s")
     grid.add_row("K by batch size", k_strip(sidecar.get("k_by_batch_size", {})))
     boundaries = sidecar.get("boundaries", [])
@@ -153,7 +168,9 @@ def live_view(state: DemoState, url: str) -> RenderableType:
     gained = "" if gain is None else f", {gain:+.1%} over the launch K (estimate)"
     grid.add_row("policy", f"version {sidecar.get('policy_version', 0)}, {swaps} swaps{gained}")
     parts: list[RenderableType] = [grid]
-    if engine.get("compare"):
+    if engine.get("rounds"):
+        parts += [Text(), rounds_table(engine["rounds"], engine["ratios"])]
+    elif engine.get("compare"):
         parts += [Text(), compare_table(engine["compare"])]
     events = sidecar.get("events", [])[-EVENTS_SHOWN:]
     if events:
@@ -191,6 +208,25 @@ def staircase(points: list[list[float]], boundaries: list[int], width: int = 64)
             text.append("╎", style="red")
     text.append(f"  {low:.2f} to {high:.2f} ms")
     return text
+
+
+def stage(engine: dict[str, Any]) -> str:
+    """What the run does now; during rounds with round and arm."""
+    return f"round {engine['round']}, {engine['arm']}" if engine.get("arm") else str(engine["stage"])
+
+
+def rounds_table(rounds: list[dict[str, float]], ratios: dict[str, dict[str, Any]]) -> Table:
+    """Return goodput of every arm by round, and adaptive over each other arm with its median."""
+    table = Table("round", box=None, pad_edge=False)
+    for name in rounds[0]:
+        table.add_column(f"{name} tokens/s", justify="right")
+    for name in ratios:
+        table.add_column(f"adaptive / {name}", justify="right")
+    for index, found in enumerate(rounds):
+        row = [f"{rate:,.0f}" for rate in found.values()] + [f"{ratio['by_round'][index]:.3f}" for ratio in ratios.values()]
+        table.add_row(str(index + 1), *row)
+    table.add_row("median", *("" for _ in rounds[0]), *(f"{ratio['median']:.3f}" for ratio in ratios.values()), style="bold")
+    return table
 
 
 def compare_table(compare: dict[str, float]) -> Table:

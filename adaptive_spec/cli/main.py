@@ -278,14 +278,23 @@ def doctor(runtime_dir: Path | None, profile_dir: Path, host: str, port: int, as
 @click.option(
     "--engine", type=click.Choice(["embedded", "sglang", "vllm"]), default="embedded", show_default=True, help="Engine to run."
 )
+@click.option(
+    "--rounds",
+    type=click.IntRange(1, 1000),
+    help="sglang, vllm: alternating rounds on the same prompts against the server's own policy, if it has one, and the launch K. "
+    "Without --duration the run ends after them.  [default: 8 for sglang]",
+)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed for the order of the prompts.")
 @click.option("--profile-dir", type=PATH, help="Folder to keep the profile in for the next run.  [default: not kept]")
 def demo(
-    duration: float | None, host: str, port: int, json_file: Path | None, compare: bool, engine: str, seed: int,
-    profile_dir: Path | None,
+    duration: float | None, host: str, port: int, json_file: Path | None, compare: bool, engine: str, rounds: int | None,
+    seed: int, profile_dir: Path | None,
 ) -> None:  # fmt: skip
     """Run an engine and a sidecar on real text. Shows what the sidecar learns and decides."""
+    if engine == "embedded" and rounds is not None:
+        raise BadInput(f"--rounds: must be with --engine sglang or vllm, got {rounds} with 'embedded'")
     if engine == "sglang":
+        rounds = rounds or 8
         from adaptive_spec.engines.sglang.cpu_kit import CpuKit
 
         CpuKit().install()  # before the live view starts: the first installation takes minutes
@@ -295,7 +304,7 @@ def demo(
         VllmCpuKit().install()
     from adaptive_spec.cli.demo import DemoOptions, run_demo
 
-    if status := run_demo(DemoOptions(duration, host, port, json_file, compare, seed, profile_dir, engine)):
+    if status := run_demo(DemoOptions(duration, host, port, json_file, compare, seed, profile_dir, engine, rounds)):
         raise click.exceptions.Exit(status)
 
 

@@ -94,6 +94,36 @@ def test_events_are_printed_once() -> None:
     assert console.export_text().count("K 3 to 5 at batch 2") == 1
 
 
+ROUNDS: dict[str, Any] = {
+    "rounds": [{"adaptive": 120.0, "sglang-own": 100.0}, {"adaptive": 110.0, "sglang-own": 100.0}], "rounds_planned": 8,
+    "ratios": {"sglang-own": {"by_round": [1.2, 1.1], "median": 1.15, "quartiles": [1.125, 1.175]}}, "round": 3,
+    "arm": "sglang-own", "steps_not_as_asked": 1, "k_switches": 12, "arms": {"adaptive": {"steps": 50}}, "rounds_repeated": 0,
+}  # fmt: skip
+
+
+def test_rounds_against_other_policies_are_shown() -> None:
+    state = DemoState(None, ENGINE | ROUNDS, SIDECAR, True)
+    document = result_document(state)
+    assert {name: document[name] for name in ROUNDS if name not in ("round", "arm")} == {
+        name: value for name, value in ROUNDS.items() if name not in ("round", "arm")
+    }
+    assert "active   round 3, sglang-own: prose x4" in plain_line(state)
+    assert "adaptive / sglang-own" in _text(live_view(state, ""))
+    console = Console(width=160, record=True, file=open(os.devnull, "w"), force_terminal=False)  # noqa: SIM115 - below
+    with console.file, DemoView("http://x", console) as view:
+        view.show(state)
+        view.show(state)
+        view.conclude(document, state)
+    text = console.export_text()
+    assert text.count("round 2: adaptive 110, sglang-own 100 tokens/s") == 1
+    for words in ("1.150", "1 of 100 steps ran another K than was asked for (1.00%)", "2 of 8 done"):
+        assert words in text, words
+
+
+def test_rounds_are_for_servers() -> None:
+    assert_one_line(run_cli("demo", "--rounds", "2"), "--rounds", "2", "sglang or vllm")
+
+
 def test_compare_table_names_the_best_fixed_k() -> None:
     text = _text(compare_table(ENGINE["compare"]))
     assert "static-2 (best fixed)" in text

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from adaptive_spec.domain.step_record import StepRecord
+from adaptive_spec.domain.engine_info import EngineInfo
+from adaptive_spec.domain.step_record import StepFlag, StepRecord
 from adaptive_spec.engine_side.tap import RING_NAME
 from adaptive_spec.wire.ring import RingReader
 
@@ -18,8 +20,29 @@ POLL_S = 0.02
 WINDOW_STEPS = 512
 
 
+@dataclass
+class Steps:
+    """Steps of one way of choosing K. policy: a policy of the sidecar acted. by_k: steps by K."""
+
+    steps: int = 0
+    policy: int = 0
+    trials: int = 0
+    k_switches: int = 0
+    by_k: Counter[int] = field(default_factory=Counter)
+
+    def add(self, record: StepRecord, switched: bool) -> None:
+        self.steps += 1
+        self.policy += not record.flags & StepFlag.FALLBACK
+        self.trials += bool(record.flags & StepFlag.TRIAL)
+        self.k_switches += switched
+        self.by_k[record.k] += 1
+
+
 class RingFollower:
-    """Follows a ring in a thread. kind: of the current traffic, one of `kinds`; acceptance is counted by kind."""
+    """Follows a ring in a thread. kind: of the current traffic, one of `kinds`; acceptance is counted by kind.
+
+    arm: the way of choosing K now; steps are counted by it, except for "".
+    """
 
     def __init__(self, runtime_dir: Path, kinds: Iterable[str]) -> None:
         self._path = runtime_dir / RING_NAME
@@ -28,13 +51,17 @@ class RingFollower:
         self._ring: RingReader | None = None
         self._counts: dict[str, list[list[int]]] = {kind: [] for kind in kinds}
         self._window: deque[tuple[int, float]] = deque(maxlen=WINDOW_STEPS)
-        self.kind = next(iter(self._counts))
-        self.k = self.batch_size = self.steps = self.output_tokens = self.switches = 0
+        self.kind, self.arm = next(iter(self._counts)), ""
+        self._arms: dict[str, Steps] = {}
+        self.k = self.batch_size = self.steps = self.output_tokens = self.switches = self.not_as_asked = 0
         self.decode_s = 0.0
 
     @property
-    def candidates(self) -> tuple[int, ...]:
-        return self._ring.info.candidates if self._ring is not None else ()
+    def info(self) -> EngineInfo:
+        """The engine's. Raises ValueError before `start`."""
+        if self._ring is None:
+            raise ValueError("the ring is not open")
+        return self._ring.info
 
     def start(self) -> None:
         """Open the engine's ring and start the thread. Raises OSError and ValueError for a missing or damaged ring."""
@@ -56,6 +83,7 @@ class RingFollower:
             "pid": info.pid if info else None, "model": info.model if info else "", "gpu": info.gpu if info else "",
             "k": self.k, "batch_size": self.batch_size, "decode_steps": self.steps, "output_tokens": self.output_tokens,
             "decode_s": round(self.decode_s, 6), "k_switches": self.switches,
+            "steps_not_as_asked": self.not_as_asked, "arms": {name: asdict(steps) for name, steps in list(self._arms.items())},
             "goodput_tokens_per_s": sum(n for n, _ in window) / seconds if seconds else 0.0,
             "acceptance": {kind: [round(a / v, 4) if v else None for v, a in rows] for kind, rows in self._counts.items()},
         }  # fmt: skip
@@ -75,9 +103,13 @@ class RingFollower:
                 self._stop.wait(POLL_S)
 
     def _add(self, record: StepRecord) -> None:
-        self.switches += self.steps > 0 and record.k != self.k
+        switched = self.steps > 0 and record.k != self.k
+        self.switches += switched
+        if arm := self.arm:
+            self._arms.setdefault(arm, Steps()).add(record, switched)
         self.k, self.batch_size = record.k, record.batch_size
         self.steps += 1
+        self.not_as_asked += bool(record.flags & StepFlag.LIMITED)
         self.output_tokens += record.output_tokens
         self.decode_s += record.step_s
         self._window.append((record.output_tokens, record.step_s))

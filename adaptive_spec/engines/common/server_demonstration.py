@@ -1,8 +1,8 @@
 """The demonstration on a real server of any engine: traffic whose acceptance changes, checked outputs, and fixed K beside it.
 
 Requests go through the server's HTTP API, and every output is compared with the target model's output, which is known. Half-way
-the prompts change from high to low acceptance. To compare, blocks of the same prompts alternate between the adaptive K and every
-K of the server, pinned. The duration counts from the first request.
+the prompts change from high to low acceptance. To compare, alternating rounds of the same prompts (`rounds`) run with the
+adaptive K, the server's own policy and pinned K. The duration counts from the first request.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import os
 import random
 import signal
 import socket
+import statistics
 import subprocess
 import threading
 import time
@@ -29,6 +30,7 @@ import click
 from adaptive_spec.client.server import LlmServer
 from adaptive_spec.client.sidecar import ControlClient
 from adaptive_spec.engines.common.ring_follower import RingFollower
+from adaptive_spec.engines.common.rounds import ADAPTIVE, Arm, Rounds
 from adaptive_spec.errors import BadInput
 from adaptive_spec.sidecar.supervisor import end_with_parent
 
@@ -38,10 +40,14 @@ CONCURRENCIES = (1, 4, 8, 2)
 PHASE_S, KIND_S = 4.0, 30.0
 TOKENS = (60, 160)
 START_TIMEOUT_S = 180.0
-SWEEP_TIMEOUT_S = 30.0
+SWEEP_TIMEOUT_S = 60.0
 STATUS_INTERVAL_S = 0.5
-BLOCK_REQUESTS = 3
-"""Requests of a comparison's block, times its concurrency."""
+REQUESTS = (1.0, 3.0)
+"""Fewest and most requests of a round's phase, times its concurrency."""
+PASS_S = 10.0
+"""Seconds of one arm in one round, without a duration: long enough that every phase has some tens of steps on an idle machine."""
+LEAST_ROUNDS = 2
+"""Rounds that a run with a duration and no number of rounds leaves time for."""
 
 
 REGIONS = "abcdef"
@@ -139,76 +145,77 @@ class DemoServer:
                 self._process.wait()
 
 
-class Arms:
-    """Adaptive K against every captured K on the same prompts, by pinning; tokens and seconds of whole blocks."""
+class Phase(NamedTuple):
+    """Traffic of one kind, so many requests at once."""
 
-    def __init__(self, client: ControlClient, candidates: Sequence[int]) -> None:
-        self._client = client
-        self._names = {"adaptive": None, **{f"static-{k}": k for k in candidates}}
-        self._tokens = dict.fromkeys(self._names, 0)
-        self._seconds = dict.fromkeys(self._names, 0.0)
-        self.blocks = 0
+    kind: str
+    concurrency: int
+    prompts: list[tuple[Prompt, int]]
 
-    def goodput(self) -> dict[str, float]:
-        return {name: self._tokens[name] / s for name, s in self._seconds.items() if s > 0.0} if self.blocks else {}
 
-    def block(self, traffic: Traffic, prompts: list[tuple[Prompt, int]], concurrency: int, stopping: threading.Event) -> None:
-        """Run one block on every arm, in rotated order; an interrupted block is not counted."""
-        names = list(self._names)
-        order = names[self.blocks % len(names) :] + names[: self.blocks % len(names)]
-        found: dict[str, tuple[int, float]] = {}
-        for name in order:
-            if stopping.is_set():
-                return
-            k = self._names[name]
-            self._client.send("unpin") if k is None else self._client.send("pin", k)
-            begun_s = time.perf_counter()
-            with ThreadPoolExecutor(concurrency) as pool:
-                tokens = sum(pool.map(lambda one: traffic.one(*one), prompts))
-            found[name] = (tokens, time.perf_counter() - begun_s)
-        for name, (tokens, seconds) in found.items():
-            self._tokens[name] += tokens
-            self._seconds[name] += seconds
-        self.blocks += 1
+class DemoPlan(NamedTuple):
+    """What a run does.
+
+    duration_s: None: until it is stopped, or until its rounds are done. rounds: alternating rounds before traffic goes on; None:
+    none, or with `compare` as many as fit. compare: rounds with every K that the server runs at each batch size of the traffic,
+    not the launch K alone.
+    """
+
+    duration_s: float | None
+    seed: int
+    rounds: int | None
+    compare: bool
 
 
 class Demonstration:
-    """One run. Times are seconds since the first request."""
+    """One run. Times are seconds since the first request. own: name and command of the server's own policy, if it has one."""
 
-    def __init__(self, server: DemoServer, runtime_dir: Path, status_file: Path, duration_s: float | None, seed: int) -> None:
-        self._server, self._runtime_dir, self._status_file, self._duration_s = server, runtime_dir, status_file, duration_s
-        self._traffic = Traffic(server.api, seed)
+    def __init__(self, server: DemoServer, runtime_dir: Path, status_file: Path, plan: DemoPlan, own: Arm | None) -> None:
+        self._server, self._runtime_dir, self._status_file, self._plan, self._own = server, runtime_dir, status_file, plan, own
+        self._duration_s = plan.duration_s
+        self._traffic = Traffic(server.api, plan.seed)
         self._follower = RingFollower(runtime_dir, KINDS)
-        self._arms: Arms | None = None
+        self._rounds: Rounds | None = None
         self._stage, self._kind, self._concurrency = "traffic", next(iter(KINDS)), 0
-        self._started_s = time.monotonic()
+        self._started_s, self._tokens_per_s = time.monotonic(), 0.0
         self.stopping = threading.Event()
 
     @property
     def elapsed_s(self) -> float:
         return time.monotonic() - self._started_s
 
-    def run(self, compare: bool) -> None:
+    def run(self) -> None:
         writer = threading.Thread(target=self._report, daemon=True)
         try:
             self._server.wait(self.stopping)
             self._started_s = time.monotonic()
             self._follower.start()
             writer.start()
-            if compare:
-                self._compare()
-            else:
-                for index, concurrency in enumerate(itertools.cycle(CONCURRENCIES)):
-                    if self._over():
-                        break
-                    kind = int(index * PHASE_S / (self._duration_s / 2.0 if self._duration_s else KIND_S))
-                    self._serve(list(KINDS)[min(kind, 1) if self._duration_s else kind % 2], concurrency, (index + 1) * PHASE_S)
+            if self._plan.rounds or self._plan.compare:
+                self._sweep()
+                self._alternate()
+            if self._duration_s is not None or not self._rounds:
+                self._go_on()
             time.sleep(0.1)
             self._follower.stop()
             self._write_status(done=True)
         finally:
             self.stopping.set()
             self._server.end()
+
+    def _go_on(self) -> None:
+        """Traffic until the end; its kind changes half-way."""
+        self._stage, began_s = "traffic", self.elapsed_s
+        for index, concurrency in enumerate(itertools.cycle(CONCURRENCIES)):
+            if self._over():
+                return
+            since_s = self.elapsed_s - began_s
+            kind = int(since_s / ((self._duration_s - began_s) / 2.0 if self._duration_s is not None else KIND_S))
+            self._serve(
+                list(KINDS)[min(kind, 1) if self._duration_s is not None else kind % 2],
+                concurrency,
+                began_s + (index + 1) * PHASE_S,
+            )
 
     def _over(self) -> bool:
         self._server.check()
@@ -227,29 +234,64 @@ class Demonstration:
         with ThreadPoolExecutor(concurrency) as pool:
             list(pool.map(one_after_another, range(concurrency)))
 
-    def _compare(self) -> None:
-        client = ControlClient.find(self._runtime_dir, None, None)
+    def _sweep(self) -> None:
+        """Traffic of every kind and concurrency until the sidecar has swept, for a quarter of the duration at most."""
         self._stage = "sweep"
-        limit_s = self._duration_s / 4.0 if self._duration_s is not None else SWEEP_TIMEOUT_S
-        for index, kind in enumerate(itertools.cycle(KINDS)):
-            if self.elapsed_s >= limit_s or self._over():
+        limit_s = min(self._duration_s / 4.0, SWEEP_TIMEOUT_S) if self._duration_s is not None else SWEEP_TIMEOUT_S
+        turns = [(kind, concurrency) for concurrency in CONCURRENCIES for kind in KINDS]
+        for index, (kind, concurrency) in enumerate(itertools.cycle(turns)):
+            if self.elapsed_s >= limit_s or self._over() or (index >= len(turns) and not self._sweeping()):
                 break
-            self._serve(kind, CONCURRENCIES[index % len(CONCURRENCIES)], self.elapsed_s + 1.0)
-        self._stage = "compare"
-        self._arms = Arms(client, self._follower.candidates)
-        began_s = self.elapsed_s
-        for block, concurrency in enumerate(itertools.cycle(CONCURRENCIES)):
-            if self._over():
-                break
-            half_s = (self._duration_s - began_s) / 2.0 if self._duration_s is not None else None
-            late = self.elapsed_s - began_s > half_s if half_s is not None else block // len(CONCURRENCIES) % 2
-            self._kind, self._concurrency = list(KINDS)[int(late)], concurrency
-            self._follower.kind = self._kind
-            self._arms.block(
-                self._traffic, self._traffic.prompts(self._kind, BLOCK_REQUESTS * concurrency), concurrency, self.stopping
-            )
+            self._serve(kind, concurrency, self.elapsed_s + limit_s / (4 * len(turns)))
+        self._tokens_per_s = self._follower.output_tokens / max(self.elapsed_s, 1e-3)
+
+    def _sweeping(self) -> bool:
         with contextlib.suppress(BadInput):
-            client.send("unpin")
+            return bool(self._sidecar().status()["mode"] == "sweep")
+        return True
+
+    def _sidecar(self) -> ControlClient:
+        return ControlClient.find(self._runtime_dir, None, None)
+
+    def _alternate(self) -> None:
+        """The rounds; those of a run with a duration are as long as fits."""
+        info, plan = self._follower.info, self._plan
+        everywhere = set.intersection(*(set(info.allowed_k(batch_size)) for batch_size in CONCURRENCIES))
+        fixed = sorted(everywhere) if plan.compare else [info.launch_k]
+        arms = [Arm(ADAPTIVE, "active"), *([self._own] if self._own else []), *map(Arm.fixed, fixed)]
+        self._rounds = rounds = Rounds(self._sidecar, arms, self.stopping)
+        self._stage = "rounds"
+        while not self._over() and (plan.rounds is None or len(rounds.found) < plan.rounds):
+            rounds.run(self._phases(self._requests(len(arms))), self._send)
+        self._follower.arm = ""
+        rounds.release()
+
+    def _requests(self, arms: int) -> float:
+        """Requests of a phase, times its concurrency."""
+        pass_s = PASS_S
+        if self._duration_s is not None:
+            assert self._rounds is not None  # made before the first round
+            left = max((self._plan.rounds or LEAST_ROUNDS) - len(self._rounds.found), 1)
+            pass_s = (self._duration_s - self.elapsed_s) / left / arms
+        fewest, most = REQUESTS
+        once_tokens = statistics.mean(TOKENS) * sum(CONCURRENCIES) * len(KINDS)
+        return min(max(self._tokens_per_s * pass_s / once_tokens, fewest), most)
+
+    def _phases(self, requests: float) -> list[Phase]:
+        return [
+            Phase(kind, concurrency, self._traffic.prompts(kind, int(requests * concurrency)))
+            for kind in KINDS
+            for concurrency in CONCURRENCIES
+        ]
+
+    def _send(self, phase: Phase) -> tuple[int, float]:
+        """Tokens received, and seconds."""
+        self._kind, self._concurrency = phase.kind, phase.concurrency
+        self._follower.kind, self._follower.arm = phase.kind, self._rounds.arm if self._rounds else ""
+        begun_s = time.perf_counter()
+        with ThreadPoolExecutor(phase.concurrency) as pool:
+            tokens = sum(pool.map(lambda one: self._traffic.one(*one), phase.prompts))
+        return tokens, time.perf_counter() - begun_s
 
     def _report(self) -> None:
         while not self.stopping.wait(STATUS_INTERVAL_S):
@@ -261,7 +303,7 @@ class Demonstration:
             **self._follower.figures(), "engine": self._server.engine.lower(), "done": done,
             "elapsed_s": round(self.elapsed_s, 3),
             "stage": self._stage, "phase": {"kind": self._kind, "concurrency": self._concurrency},
-            "compare": self._arms.goodput() if self._arms else {}, "compare_blocks": self._arms.blocks if self._arms else 0,
+            **(self._rounds.figures() if self._rounds else {}), "rounds_planned": self._plan.rounds,
             "lossless": traffic.checked > 0 and traffic.wrong == 0 and traffic.failed == 0,
             "lossless_checked": traffic.checked, "lossless_ties": 0, "failed_requests": traffic.failed,
         }  # fmt: skip
@@ -282,15 +324,13 @@ def free_port() -> int:
         return int(free.getsockname()[1])
 
 
-def demonstrate(
-    server: DemoServer, runtime_dir: Path, status_file: Path, duration_s: float | None, seed: int, compare: bool
-) -> None:
-    """Run until the duration is over, or SIGTERM or SIGINT. Raises BadInput when the server fails."""
-    demonstration = Demonstration(server, runtime_dir, status_file, duration_s, seed)
+def demonstrate(server: DemoServer, runtime_dir: Path, status_file: Path, plan: DemoPlan, own: Arm | None = None) -> None:
+    """Run until the duration is over, the rounds are done, or SIGTERM or SIGINT. Raises BadInput when the server fails."""
+    demonstration = Demonstration(server, runtime_dir, status_file, plan, own)
 
     def stop(_signal: int, _frame: FrameType | None) -> None:
         demonstration.stopping.set()
 
     signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, stop)
-    demonstration.run(compare)
+    demonstration.run()

@@ -1,9 +1,9 @@
 """The engine process of `demo --engine vllm`: a real vLLM server on the CPU kit, and traffic whose acceptance changes.
 
-    python -m adaptive_spec.engines.vllm.demo_worker --runtime-dir DIR --status FILE [--duration S] [--compare]
+    python -m adaptive_spec.engines.vllm.demo_worker --runtime-dir DIR --status FILE [--duration S] [--rounds N] [--compare]
 
 The server is started with the plugin and ends with this process; the rest is in `common.server_demonstration`. It ends after
---duration, or on SIGTERM or SIGINT, and then writes a last status.
+--duration or --rounds, or on SIGTERM or SIGINT, and then writes a last status.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 import click
 
 from adaptive_spec.client.vllm import ServerApi
-from adaptive_spec.engines.common.server_demonstration import DemoServer, demonstrate, free_port
+from adaptive_spec.engines.common.server_demonstration import DemoPlan, DemoServer, demonstrate, free_port
 from adaptive_spec.engines.vllm.cpu_kit import MODEL, SERVER_MODULE, CpuKit
 from adaptive_spec.errors import BadInput
 
@@ -31,12 +31,15 @@ def demo_server(runtime_dir: Path, log: Path) -> DemoServer:
 @click.option("--runtime-dir", type=click.Path(path_type=Path), required=True, help="folder shared with the sidecar")
 @click.option("--status", "status_file", type=click.Path(path_type=Path), required=True, help="JSON file written every 0.5 s")
 @click.option("--duration", type=click.FloatRange(min=0.0, min_open=True), help="seconds; default: until a signal")
-@click.option("--compare", is_flag=True, help="run every captured K on the same prompts too, in alternating blocks")
+@click.option("--rounds", type=click.IntRange(min=1), help="alternating rounds against other ways of choosing K")
+@click.option(
+    "--compare", is_flag=True, help="rounds with every K that the server runs at each batch size, not the launch K alone"
+)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="of the traffic")
-def main(runtime_dir: Path, status_file: Path, duration: float | None, compare: bool, seed: int) -> None:
+def main(runtime_dir: Path, status_file: Path, duration: float | None, rounds: int | None, compare: bool, seed: int) -> None:
     try:
         server = demo_server(runtime_dir, status_file.with_name("server.log"))
-        demonstrate(server, runtime_dir, status_file, duration, seed, compare)
+        demonstrate(server, runtime_dir, status_file, DemoPlan(duration, seed, rounds, compare))
     except BadInput as error:
         click.echo(str(error), err=True)
         sys.exit(1)

@@ -36,11 +36,15 @@ class HistogramData:
 
 @dataclass(frozen=True)
 class Event:
-    """An event for the operator. time_s: on the controller's clock. kind: swap, drift or mode. text: one line."""
+    """An event for the operator. time_s: on the controller's clock. kind: swap, drift or mode. text: one line.
+
+    id: 1, 2, ... in the order of the events; numbers of a controller's life are never used again, a warm restart included.
+    """
 
     time_s: float
     kind: str
     text: str
+    id: int = 0
 
 
 class Histogram:
@@ -87,6 +91,7 @@ class Counters:
         self.stages = {stage: Histogram() for stage in STAGES}
         self.refits: dict[str, Histogram] = {}
         self.events: deque[Event] = deque(maxlen=MAX_EVENTS)
+        self.last_event_id = 0
         self.window: deque[tuple[int, float, float, float]] = deque(maxlen=WINDOW_STEPS)
         """(output tokens, step seconds, forecast goodput of the step's K and of the launch K) of ordinary steps."""
 
@@ -137,7 +142,8 @@ class Counters:
         self.event(now_s, "swap", text)
 
     def event(self, now_s: float, kind: str, text: str) -> None:
-        self.events.append(Event(now_s, kind, text))
+        self.last_event_id += 1
+        self.events.append(Event(now_s, kind, text, self.last_event_id))
 
     def goodput(self) -> float | None:
         """Measured goodput over the window, tokens/s; None before there is one."""
@@ -165,7 +171,7 @@ class Counters:
             "scalars": {name: getattr(self, name) for name in _SCALARS},
             "drift": dict(self.drift), "swaps": dict(self.swaps), "dropped": dict(self.dropped),
             "k_switches": dict(self.k_switches), "limited_steps": self.limited_steps,
-            "requests": dict(self.requests),
+            "requests": dict(self.requests), "last_event_id": self.last_event_id,
             "stages": {name: [h.counts, h.sum_s] for name, h in self.stages.items()},
             "refits": {name: [h.counts, h.sum_s] for name, h in self.refits.items()},
         }  # fmt: skip
@@ -180,6 +186,7 @@ class Counters:
             tallies["k_switches"] = Counter({reason: int(state.get("k_switches", {}).get(reason, 0)) for reason in REASONS})
             tallies["requests"] = Counter({name: int(state.get("requests", {}).get(name, 0)) for name in self.requests})
             scalars["limited_steps"] = int(state.get("limited_steps", 0))
+            scalars["last_event_id"] = int(state.get("last_event_id", 0))
             histograms = {name: {s: _histogram(*h) for s, h in state[name].items()} for name in ("stages", "refits")}
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"counters are damaged: {error}") from error

@@ -22,23 +22,32 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from adaptive_spec.config.settings import GrafanaSettings
-from adaptive_spec.control.counters import Event
 from adaptive_spec.control.snapshot import Snapshot
 from adaptive_spec.domain.engine_info import EngineInfo
 from adaptive_spec.errors import BadInput
+from adaptive_spec.regular_file import read_regular_file
 
 TAG = "adaptive-spec"
 FOLDER_UID = "adaptive-spec"
 ATTEMPTS = 3
 FIRST_PAUSE_S = 0.5
 MARKED_KINDS = ("swap", "drift")
+LARGEST_TOKEN_FILE = 4096
+"""Bytes of a token file at most."""
 
 log = logging.getLogger(__name__)
 Document = dict[str, Any]
 
 
 class GrafanaError(Exception):
-    """Grafana refused, failed or did not answer. The message is one line and never contains the token."""
+    """Grafana refused, failed or did not answer. The message is one line and never contains the token.
+
+    status: HTTP status of a refusal, 4xx; 0 for anything else.
+    """
+
+    def __init__(self, line: str, status: int = 0) -> None:
+        super().__init__(line)
+        self.status = status
 
 
 class Grafana:
@@ -46,12 +55,13 @@ class Grafana:
 
     url: "http://host:port/prefix". token: of a service account. timeout_s: of one attempt, > 0. attempts: >= 1; connection
     errors, timeouts and 5xx answers are retried after 0.5, 1, 2 ... s, 4xx answers are not. sleep: called with the pause in
-    seconds. Raises BadInput for an invalid URL and when grafana-api is not installed.
+    seconds. newest_token: called before every call for the token to use from then on, so that a rotated one is used at once; what
+    it raises leaves the token as it was. Raises BadInput for an invalid URL and when grafana-api is not installed.
     """
 
     def __init__(
         self, url: str, token: str, timeout_s: float = 10.0, attempts: int = ATTEMPTS,
-        sleep: Callable[[float], object] = time.sleep,
+        sleep: Callable[[float], object] = time.sleep, newest_token: Callable[[], str] | None = None,
     ) -> None:  # fmt: skip
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
@@ -70,22 +80,42 @@ class Grafana:
         prefix = parts.path.strip("/")
         host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
         self.url = url.rstrip("/")
-        self._token, self._attempts, self._sleep = token, attempts, sleep
-        self._face = GrafanaFace(
-            auth=token,
-            host=host,
-            port=port,
-            protocol=parts.scheme,
-            url_path_prefix=f"{prefix}/" if prefix else "",
-            timeout=timeout_s,
-        )
+        self._token, self._attempts, self._sleep, self._newest_token = token, attempts, sleep, newest_token
 
-    def ensure_folder(self, title: str, uid: str = FOLDER_UID) -> bool:
-        """Create the folder if it does not exist; returns whether it was created. Raises GrafanaError."""
-        if self._ask("read the folder", lambda: self._face.folder.get_folder(uid), missing=True) is not None:
-            return False
-        self._ask("create the folder", lambda: self._face.folder.create_folder(title, uid))
-        return True
+        def face(token: str) -> Any:
+            return GrafanaFace(
+                auth=token,
+                host=host,
+                port=port,
+                protocol=parts.scheme,
+                url_path_prefix=f"{prefix}/" if prefix else "",
+                timeout=timeout_s,
+            )
+
+        self._face_of = face
+        self._face = face(token)
+
+    def ensure_folder(self, title: str, uid: str = FOLDER_UID) -> str:
+        """Return the uid of the folder: the one with this title, else the one with `uid`, else a new one. Raises GrafanaError."""
+        found = self._find_folder(title, uid)
+        if found is not None:
+            return found
+        try:
+            self._ask("create the folder", lambda: self._face.folder.create_folder(title, uid))
+        except GrafanaError as error:
+            # 409, of older servers 412: somebody has created it since.
+            if error.status not in (409, 412) or (found := self._find_folder(title, uid)) is None:
+                raise
+            return found
+        return uid
+
+    def _find_folder(self, title: str, uid: str) -> str | None:
+        ours = self._ask("read the folder", lambda: self._face.folder.get_folder(uid), missing=True)
+        if ours is not None and ours["title"] == title:
+            return uid
+        folders = self._ask("list the folders", lambda: self._face.folder.get_all_folders(), missing=True) or ()
+        titled = next((str(folder["uid"]) for folder in folders if folder["title"] == title), None)
+        return titled or (uid if ours is not None else None)
 
     def dashboard(self, uid: str) -> Document | None:
         """Return the dashboard as Grafana has it, None when it has none with this uid. Raises GrafanaError."""
@@ -106,13 +136,15 @@ class Grafana:
         import requests
         from grafana_api.grafana_api import GrafanaClientError, GrafanaException
 
+        self._follow_token()
         for attempt in range(1, self._attempts + 1):
             try:
                 return call()
             except GrafanaClientError as error:
                 if missing and error.status_code == 404:
                     return None
-                raise GrafanaError(self._line(what, _refusal(error.status_code, str(error.message)))) from None
+                reason = _refusal(error.status_code, error.response, str(error.message))
+                raise GrafanaError(self._line(what, reason), error.status_code) from None
             except GrafanaException as error:
                 reason = f"the server failed with status {error.status_code}"
             except requests.exceptions.Timeout:
@@ -125,16 +157,37 @@ class Grafana:
                 self._sleep(FIRST_PAUSE_S * 2 ** (attempt - 1))
         raise GrafanaError(self._line(what, f"{reason} ({self._attempts} attempts)"))
 
+    def _follow_token(self) -> None:
+        if self._newest_token is None:
+            return
+        try:
+            token = self._newest_token()
+        except BadInput:  # in the middle of being replaced, or gone: the one at hand may still be good
+            return
+        if token != self._token:
+            self._token, self._face = token, self._face_of(token)
+
     def _line(self, what: str, reason: str) -> str:
         line = " ".join(f"{self.url}: cannot {what}: {reason}".split())
         return line.replace(self._token, "(token)") if self._token else line
 
 
-def _refusal(status: int, message: str) -> str:
+def _refusal(status: int, response: object, message: str) -> str:
+    """Why Grafana refused, and what to do. response: its answer, in which `status` names the kind of a 409 or 412."""
+    kind = response.get("status") if isinstance(response, Mapping) else None
+    if status in (409, 412) and kind == "plugin-dashboard":
+        return f"it belongs to a plugin ({status}): copy it under another uid"
+    if status in (409, 412) and kind != "version-mismatch":
+        # With "overwrite", as we write, a conflict is one of names: trying again cannot help.
+        return (
+            f"the folder has another one of the same title ({status}): delete or rename that one, or choose another folder "
+            f"with --folder; Grafana says: {message[:200]}"
+        )
     known = {
         401: "token not accepted (401): use one of a service account with the role Editor",
         403: "permission denied (403): the token's service account needs the role Editor",
         404: "not found (404): check that this is Grafana and that its path prefix is in the URL",
+        409: "changed by someone else at the same time (409): try again",
         412: "changed by someone else at the same time (412): try again",
     }
     return known.get(status, f"refused with status {status}: {message[:200]}")
@@ -175,12 +228,12 @@ def check_dashboards(grafana: Grafana) -> list[Finding]:
 
 def push_dashboards(grafana: Grafana, folder: str, message: str) -> list[Finding]:
     """Write the missing and different dashboards to the folder; returns the state before. Raises GrafanaError."""
-    grafana.ensure_folder(folder)
+    uid = grafana.ensure_folder(folder)
     findings = check_dashboards(grafana)
     shipped = shipped_dashboards()
     for finding in findings:
         if finding.state != "current":
-            grafana.put_dashboard(shipped[finding.name], FOLDER_UID, message)
+            grafana.put_dashboard(shipped[finding.name], uid, message)
     return findings
 
 
@@ -194,17 +247,20 @@ def _comparable(dashboard: Mapping[str, Any]) -> Document:
 
 @dataclass
 class AnnotationCounts:
-    """Annotations written to Grafana, and those dropped by reason: "queue_full", "refused" or "closed"."""
+    """Annotations written to Grafana, and those dropped by reason: the queue was full, Grafana did not take it, or the sidecar
+    ended.
+    """
 
     sent: int = 0
-    dropped: Counter[str] = field(default_factory=Counter)
+    dropped: Counter[str] = field(default_factory=lambda: Counter(queue_full=0, refused=0, closed=0))
 
 
 class Annotator:
     """Writes swaps and drift events to Grafana as annotations, tagged adaptive-spec, kind, model and gpu.
 
-    The sidecar's loop calls `offer`, which queues the new events of a snapshot and returns at once. A full queue drops its oldest
-    event. One thread sends; a failure drops the event.
+    The sidecar's loop calls `offer`, which queues the new events of a snapshot and returns at once. Every event is queued once:
+    its id is larger than those before it. A full queue drops its oldest event. One thread sends; a failure drops the event. Call
+    `begin` for every controller.
     """
 
     def __init__(self, grafana: Grafana, queue_length: int, unix_s: Callable[[], float] = time.time) -> None:
@@ -214,7 +270,7 @@ class Annotator:
         self._length = queue_length
         self._change = threading.Condition()
         self._closing = self._failed = False
-        self._last: Event | None = None
+        self._last_id = 0
         self._thread = threading.Thread(target=self._send, name="grafana", daemon=True)
         self._thread.start()
 
@@ -223,22 +279,27 @@ class Annotator:
         """Return the annotator that the settings ask for, None without a Grafana URL. Raises BadInput."""
         if settings.url is None:
             return None
-        token = read_token(settings.token_file, "grafana.token_file") if settings.token_file else ""
-        return cls(Grafana(settings.url, token, settings.timeout_s, attempts=2), settings.queue_length)
+        path, name = settings.token_file, "grafana.token_file"
+        if path is None:
+            return cls(Grafana(settings.url, "", settings.timeout_s, attempts=2), settings.queue_length)
+        grafana = Grafana(
+            settings.url, read_token(path, name), settings.timeout_s, attempts=2, newest_token=lambda: read_token(path, name)
+        )
+        return cls(grafana, settings.queue_length)
+
+    def begin(self) -> None:
+        """The events of another controller follow: their ids begin anew."""
+        self._last_id = 0
 
     def offer(self, snapshot: Snapshot, info: EngineInfo, now_s: float) -> None:
         """Queue the new events. now_s: on the clock of the events. Never waits, never raises."""
-        fresh: list[Event] = []
-        for event in reversed(snapshot.events):
-            if event is self._last:
-                break
-            fresh.append(event)
+        fresh = [event for event in snapshot.events if event.id > self._last_id]
         if not fresh:
             return
-        self._last = fresh[0]
+        self._last_id = fresh[-1].id
         unix_s = self._unix_s()
         with self._change:
-            for event in reversed(fresh):
+            for event in fresh:
                 if event.kind in MARKED_KINDS:
                     time_ms = round(1e3 * (unix_s - (now_s - event.time_s)))
                     self._queue.append((time_ms, [TAG, event.kind, info.model, info.gpu], event.text))
@@ -278,8 +339,8 @@ class Annotator:
 def read_token(path: Path, name: str) -> str:
     """Read a token file. name: the option or setting that names it. Raises BadInput."""
     try:
-        token = path.read_text().strip()
-    except (OSError, UnicodeDecodeError) as error:
+        token = read_regular_file(path, LARGEST_TOKEN_FILE, follow_links=True).data.decode().strip()
+    except (OSError, ValueError) as error:
         raise BadInput(f"{name}: '{path}': cannot be read; must be a file with a token") from error
     if not token or not token.isascii() or len(token.split()) != 1:
         raise BadInput(f"{name}: '{path}': no token in it; must be one line of text")

@@ -118,6 +118,8 @@ class Sidecar:
         if self._session:
             if self._store:
                 self._store.forget()
+            if self._annotator:
+                self._annotator.begin()
             self._history = History()
             self._swept = self._session.origin in ("profile", "store")
             self._next["checkpoint"] = now_s + self.settings.checkpoint_interval_s

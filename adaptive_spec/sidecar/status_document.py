@@ -91,7 +91,10 @@ def status_document(view: View, heartbeat_s: float, now_s: float) -> dict[str, A
         "dropped": dict(s.dropped),
         "sweep": {"steps": s.sweep_steps, "progress": s.sweep_progress, "duration_s": s.sweep_s},
         "probe_share": s.probe_share,
-        "events": [{"time_s": e.time_s, "age_s": round(now_s - e.time_s, 1), "kind": e.kind, "text": e.text} for e in s.events],
+        "events": [
+            {"id": e.id, "time_s": e.time_s, "age_s": round(now_s - e.time_s, 1), "kind": e.kind, "text": e.text}
+            for e in s.events
+        ],
     }  # fmt: skip
     return document
 

@@ -88,12 +88,34 @@ def test_a_wrong_token_is_reported_but_not_shown(server: GrafanaServer, tmp_path
     assert "wrong-secret" not in result.stderr
 
 
-@pytest.mark.parametrize(("status", "words"), [(403, "role Editor"), (404, "path prefix"), (412, "try again"), (418, "told so")])
+@pytest.mark.parametrize(("status", "words"), [(403, "role Editor"), (404, "path prefix"), (418, "told so")])
 def test_refusals_are_not_retried(server: GrafanaServer, status: int, words: str) -> None:
     server.status = status
     with pytest.raises(GrafanaError, match=words):
         client(server).annotate(0, [], "")
     assert len(server.requests) == 1
+
+
+def test_a_folder_is_found_by_its_title_too(server: GrafanaServer) -> None:
+    server.folders["made-by-hand"] = "Inference"
+    push_dashboards(client(server), "Inference", "test")
+    assert server.folders == {"made-by-hand": "Inference"}, "no second folder of that title"
+    assert {b["folderUid"] for _, path, b in server.requests if path.endswith("/dashboards/db")} == {"made-by-hand"}
+
+
+@pytest.mark.parametrize("status", [409, 412])
+def test_a_folder_that_somebody_creates_at_the_same_time_is_used(server: GrafanaServer, status: int) -> None:
+    server.folder_made_meanwhile, server.folder_conflict = "theirs", status
+    push_dashboards(client(server), "Inference", "test")
+    assert {b["folderUid"] for _, path, b in server.requests if path.endswith("/dashboards/db")} == {"theirs"}
+
+
+def test_a_dashboard_of_the_same_title_is_named_as_what_it_is(server: GrafanaServer, token_file: Path) -> None:
+    title = shipped_dashboards()["health"]["title"]
+    server.dashboards["by-hand"] = {"uid": "by-hand", "title": title}
+    result = dashboards("push", server, token_file)
+    assert_one_line(result, "write dashboard adaptive-spec-health", "same title (412)", "rename", "--folder")
+    assert "try again" not in result.stderr
 
 
 def test_a_missing_prefix_is_no_missing_dashboard(server: GrafanaServer, token_file: Path) -> None:
@@ -155,7 +177,11 @@ def test_bad_input(tmp_path: Path, token_file: Path) -> None:
 
 
 def test_every_swap_and_drift_event_becomes_one_annotation(server: GrafanaServer) -> None:
-    events = [Event(100.0, "mode", "sweep → active"), Event(101.0, "swap", "K 3→5 at batch 4"), Event(102.5, "drift", "latency")]
+    events = [
+        Event(100.0, "mode", "sweep → active", 1),
+        Event(101.0, "swap", "K 3→5 at batch 4", 2),
+        Event(102.5, "drift", "latency", 3),
+    ]
     annotator = Annotator(client(server), 64, unix_s=lambda: 1_000_000.0)
     for count in (2, 2, 3, 3):
         annotator.offer(replace(SNAPSHOT, events=tuple(events[:count])), engine_info(), 103.0)
@@ -174,7 +200,7 @@ def test_a_slow_grafana_does_not_block_and_drops_are_counted(server: GrafanaServ
     events: list[Event] = []
     begun_s = time.monotonic()
     for i in range(50):
-        events.append(Event(float(i), "swap", f"swap {i}"))
+        events.append(Event(float(i), "swap", f"swap {i}", i + 1))
         annotator.offer(replace(SNAPSHOT, events=tuple(events)), engine_info(), float(i))
     assert time.monotonic() - begun_s < 5.0, "offer does not wait for the server"
     assert annotator.counts.sent == 0
@@ -187,13 +213,44 @@ def test_a_slow_grafana_does_not_block_and_drops_are_counted(server: GrafanaServ
 def test_refusals_are_counted_and_logged_once(server: GrafanaServer, caplog: pytest.LogCaptureFixture) -> None:
     server.status = 401
     annotator = Annotator(client(server), 64)
-    events = tuple(Event(float(i), "swap", f"swap {i}") for i in range(5))
+    events = tuple(Event(float(i), "swap", f"swap {i}", i + 1) for i in range(5))
     annotator.offer(replace(SNAPSHOT, events=events), engine_info(), 9.0)
     wait_for(lambda: annotator.counts.dropped["refused"] == 5, "five refusals")
     assert len(caplog.records) == 1
     server.status = 0
-    annotator.offer(replace(SNAPSHOT, events=(*events, Event(6.0, "drift", "x"))), engine_info(), 9.0)
+    annotator.offer(replace(SNAPSHOT, events=(*events, Event(6.0, "drift", "x", 6))), engine_info(), 9.0)
     wait_for(lambda: annotator.counts.sent == 1, "the annotation after the refusals")
+    annotator.close()
+
+
+def test_events_of_equal_content_made_anew_for_every_view_are_sent_once(server: GrafanaServer) -> None:
+    """The reasons of a swap are added to a copy of its event, a new one four times a second."""
+    annotator = Annotator(client(server), 64)
+    for _ in range(20):
+        events = (Event(1.0, "drift", "latency", 7), Event(1.0, "swap", "K 3→5", 8))
+        annotator.offer(replace(SNAPSHOT, events=events), engine_info(), 9.0)
+    wait_for(lambda: annotator.counts.sent == 2, "two annotations")
+    annotator.offer(replace(SNAPSHOT, events=(Event(2.0, "swap", "K 5→3", 9),)), engine_info(), 9.0)
+    wait_for(lambda: annotator.counts.sent == 3, "the next one")
+    annotator.begin()  # another engine's controller
+    annotator.offer(replace(SNAPSHOT, events=(Event(3.0, "swap", "K 1→2", 1),)), engine_info(), 9.0)
+    wait_for(lambda: annotator.counts.sent == 4, "the one of another controller")
+    assert [a["text"] for a in server.annotations] == ["latency", "K 3→5", "K 5→3", "K 1→2"]
+    annotator.close()
+
+
+def test_a_rotated_token_is_used_at_once(server: GrafanaServer, token_file: Path) -> None:
+    annotator = Annotator.of(GrafanaSettings(url=server.url, token_file=token_file))
+    assert annotator is not None
+    annotator.offer(replace(SNAPSHOT, events=(Event(1.0, "swap", "before", 1),)), engine_info(), 9.0)
+    wait_for(lambda: annotator.counts.sent == 1, "the annotation with the first token")
+    server.token = "glsa_next-token"
+    token_file.write_text("")  # in the middle of being replaced: the token at hand is used, and refused
+    annotator.offer(replace(SNAPSHOT, events=(Event(2.0, "swap", "between", 2),)), engine_info(), 9.0)
+    wait_for(lambda: annotator.counts.dropped["refused"] == 1, "the refusal")
+    token_file.write_text("glsa_next-token\n")
+    annotator.offer(replace(SNAPSHOT, events=(Event(3.0, "swap", "after", 3),)), engine_info(), 9.0)
+    wait_for(lambda: annotator.counts.sent == 2, "the annotation with the next token")
     annotator.close()
 
 
@@ -224,5 +281,15 @@ def test_a_sidecar_annotates(server: GrafanaServer, tmp_path: Path, token_file: 
         assert abs(first["time"] / 1e3 - time.time()) < 60
         assert first["text"].startswith("K ")
         log = sidecar.stop()
-    engine.close()
     assert TOKEN not in log
+    with SidecarProcess(runtime_dir, tmp_path / "profiles", "--config", str(config)) as sidecar:
+        told = sidecar.wait_status(lambda s: s["origin"] == "checkpoint", "the restarted sidecar")["events"]
+        for _ in range(10):
+            engine.run(0.2)
+            wait_for(lambda: sidecar.status()["loop_age_s"] < 1.0, "a living loop")
+        told = sidecar.status()["events"]
+        sent = [(a["time"], a["text"]) for a in server.annotations]
+        assert len(sent) == len(set(sent)), "each event once, over a restart too"
+        sidecar.stop()
+    engine.close()
+    assert all(event["id"] > 1 for event in told), "ids go on after a restart"

@@ -14,7 +14,8 @@ class GrafanaServer:
     """Folders, dashboards and annotations in memory, under /grafana/api; `requests` holds (method, path, body) in order.
 
     failures: so many of the next requests get status 500. status: all requests get it. hangs: requests wait until the end.
-    html: a page in place of JSON, like a login page of something else.
+    token: the one it takes. folder_made_meanwhile: uid of a folder that somebody else creates just before ours, answered with
+    folder_conflict. html: a page in place of JSON, like a login page of something else.
     """
 
     def __init__(self) -> None:
@@ -22,6 +23,9 @@ class GrafanaServer:
         self.dashboards: dict[str, dict[str, Any]] = {}
         self.annotations: list[dict[str, Any]] = []
         self.requests: list[tuple[str, str, Any]] = []
+        self.token = TOKEN
+        self.folder_made_meanwhile = ""
+        self.folder_conflict = 409
         self.failures = self.status = 0
         self.hangs = self.html = False
         self.over = threading.Event()
@@ -71,7 +75,7 @@ class GrafanaServer:
             return 500, {"message": "database is locked"}
         if self.status:
             return self.status, {"message": "told so"}
-        if handler.headers.get("Authorization") != f"Bearer {TOKEN}":
+        if handler.headers.get("Authorization") != f"Bearer {self.token}":
             # As Grafana does not, a careless proxy may: the header comes back in the answer.
             return 401, {"message": f"invalid API key {handler.headers.get('Authorization')}"}
         path = handler.path.removeprefix("/grafana/api")
@@ -81,6 +85,12 @@ class GrafanaServer:
             uid = path.rpartition("/")[2]
             return (200, {"uid": uid, "title": self.folders[uid]}) if uid in self.folders else (404, {"message": "no folder"})
         if path == "/folders":
+            if handler.command == "GET":
+                return 200, [{"uid": uid, "title": title} for uid, title in self.folders.items()]
+            if self.folder_made_meanwhile:
+                self.folders[self.folder_made_meanwhile] = body["title"]
+            if body["title"] in self.folders.values() or body["uid"] in self.folders:
+                return self.folder_conflict, {"message": "a folder with the same name already exists", "status": "name-exists"}
             self.folders[body["uid"]] = body["title"]
             return 200, body
         if handler.command == "GET" and path.startswith("/dashboards/uid/"):
@@ -96,6 +106,8 @@ class GrafanaServer:
     def _save(self, body: Any) -> tuple[int, Any]:
         dashboard = dict(body["dashboard"])
         before = self.dashboards.get(dashboard["uid"])
+        if any(d["title"] == dashboard["title"] and d["uid"] != dashboard["uid"] for d in self.dashboards.values()):
+            return 412, {"message": "A dashboard with the same name in the folder already exists", "status": "name-exists"}
         if before and not body["overwrite"]:
             return 412, {"message": "The dashboard has been changed by someone else", "status": "version-mismatch"}
         if body["folderUid"] not in self.folders:

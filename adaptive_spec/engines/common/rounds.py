@@ -1,8 +1,9 @@
 """Alternating rounds of a demonstration: each way of choosing K gets the same prompts, on one server, by commands to the sidecar.
 
-One pass of an arm is all phases of a round in order, so within a pass kind and concurrency of the traffic change. The order of
-the arms rotates from round to round. A rate is output tokens over wall time at the client, prefills and HTTP included. A round
-in which the sidecar was restarted is not counted.
+A round has several phases of traffic. In each, all arms get the phase's prompts one after another, so that what else the machine
+does meanwhile meets all arms alike; which arm is first, and has to follow the change of traffic, rotates from phase to phase. A
+rate is output tokens of the round over wall time at the client, prefills and HTTP included. A round in which the sidecar was
+restarted is not counted.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class Rounds:
         self._sidecar, self.arms, self._stopping = sidecar, tuple(arms), stopping
         self.found: list[dict[str, float]] = []
         self._totals: dict[str, list[float]] = {arm.name: [0.0, 0.0] for arm in self.arms}
-        self.round, self.arm, self.repeated = 0, "", 0
+        self.round, self.arm, self.repeated, self._phases = 0, "", 0, 0
 
     def run(self, phases: Sequence[Phase], send: Callable[[Phase], tuple[int, float]]) -> None:
         """Run one round: all phases on every arm. Counts nothing when it is stopped meanwhile.
@@ -69,19 +70,22 @@ class Rounds:
         send: sends a phase's prompts, returns the number of tokens received and the seconds until the last one.
         """
         self.round += 1
-        first = len(self.found) % len(self.arms)
-        totals: dict[str, list[float]] = {}
+        totals = {arm.name: [0.0, 0.0] for arm in self.arms}
+        pids: set[int | None] = set()
         try:
-            for arm in self.arms[first:] + self.arms[:first]:
-                pid = self._choose(arm)
-                self.arm, totals[arm.name] = arm.name, [0.0, 0.0]
-                for phase in phases:
-                    if self._stopping.is_set():
-                        return
+            for phase in phases:
+                first = self._phases % len(self.arms)
+                self._phases += 1
+                for arm in self.arms[first:] + self.arms[:first]:
+                    pids.add(self._choose(arm))
+                    self.arm = arm.name
                     received, seconds = send(phase)
                     totals[arm.name][0] += received
                     totals[arm.name][1] += seconds
-                if self._pid() != pid:
+                    if self._stopping.is_set():
+                        return
+                    pids.add(self._pid())
+                if len(pids) > 1:
                     raise SidecarGoneError
         except SidecarGoneError:
             self.repeated += not self._stopping.is_set()
@@ -111,7 +115,10 @@ class Rounds:
         }  # fmt: skip
 
     def _choose(self, arm: Arm) -> int:
-        """Give the arm's command, to a sidecar that answers; its process id. Raises SidecarGoneError if none does."""
+        """Give the arm's command, to a sidecar that answers; its process id. Raises SidecarGoneError if none does.
+
+        The server is idle meanwhile, so its next step follows the policy that the command made.
+        """
         deadline_s = time.monotonic() + SIDECAR_TIMEOUT_S
         while not self._stopping.is_set() and time.monotonic() < deadline_s:
             with contextlib.suppress(BadInput):

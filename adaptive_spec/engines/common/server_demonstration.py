@@ -45,7 +45,7 @@ STATUS_INTERVAL_S = 0.5
 REQUESTS = (1.0, 3.0)
 """Fewest and most requests of a round's phase, times its concurrency."""
 PASS_S = 10.0
-"""Seconds of one arm in one round, without a duration: long enough that every phase has some tens of steps on an idle machine."""
+"""Seconds of all phases of a round on one arm, without a duration: some tens of steps a phase on an idle machine."""
 LEAST_ROUNDS = 2
 """Rounds that a run with a duration and no number of rounds leaves time for."""
 
@@ -280,8 +280,8 @@ class Demonstration:
     def _phases(self, requests: float) -> list[Phase]:
         return [
             Phase(kind, concurrency, self._traffic.prompts(kind, int(requests * concurrency)))
-            for kind in KINDS
             for concurrency in CONCURRENCIES
+            for kind in KINDS
         ]
 
     def _send(self, phase: Phase) -> tuple[int, float]:

@@ -40,7 +40,7 @@ def _rounds(sidecar: FakeSidecar, *arms: Arm) -> tuple[Rounds, threading.Event]:
     return Rounds(sidecar.find, arms, stopping), stopping
 
 
-def test_every_arm_gets_all_phases_and_the_order_rotates() -> None:
+def test_every_arm_gets_all_phases_and_the_first_rotates() -> None:
     sidecar, sent = FakeSidecar(), []
     rounds, _ = _rounds(sidecar, ADAPTIVE, OWN, FIXED)
 
@@ -50,8 +50,9 @@ def test_every_arm_gets_all_phases_and_the_order_rotates() -> None:
 
     for _ in range(2):
         rounds.run([300, 600], send)
-    order = ["adaptive", "own", "static-3", "own", "static-3", "adaptive"]
-    assert sent == [(name, tokens) for name in order for tokens in (300, 600)]
+    order = ["adaptive", "own", "static-3"]
+    assert [name for name, _ in sent] == [*order, *order[1:], *order[:1], *order[2:], *order[:2], *order]
+    assert [tokens for _, tokens in sent] == [300, 300, 300, 600, 600, 600] * 2
     assert sidecar.sent[:3] == [("active", None), ("shadow", None), ("pin", 3)]
     assert rounds.found == [{"adaptive": pytest.approx(120.0), "own": pytest.approx(100.0), "static-3": pytest.approx(80.0)}] * 2
     assert rounds.goodput() == pytest.approx({"adaptive": 120.0, "own": 100.0, "static-3": 80.0})

@@ -30,6 +30,9 @@ LOCK_ATTEMPTS = 20
 LOCK_PAUSE_S = 0.05
 """A process that is killed may need some time to end, and `role_is_held` holds a lock for microseconds: together 1 s."""
 LONGEST_NOTE = 64
+LONGEST_RANK = 4
+"""Digits of a data-parallel rank."""
+_DP_RANK = "dp-"
 _OPEN = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 
 
@@ -57,6 +60,22 @@ def default_runtime_dirs() -> dict[int, Path]:
             port = path.name.removeprefix(prefix)
             if port.isascii() and port.isdigit():
                 found[int(port)] = path
+    return dict(sorted(found.items()))
+
+
+def dp_rank_dir(folder: Path, rank: int) -> Path:
+    """Return the folder of a data-parallel rank of the server that has a folder."""
+    return folder / f"{_DP_RANK}{rank}"
+
+
+def dp_rank_dirs(folder: Path) -> dict[int, Path]:
+    """Return the existing folders of data-parallel ranks in a server's folder, by rank, ascending. Raises nothing."""
+    found: dict[int, Path] = {}
+    with suppress(OSError):
+        for path in folder.glob(f"{_DP_RANK}*"):
+            rank = path.name.removeprefix(_DP_RANK)
+            if rank.isascii() and rank.isdigit() and len(rank) <= LONGEST_RANK:
+                found[int(rank)] = path
     return dict(sorted(found.items()))
 
 

@@ -21,7 +21,7 @@ FAULT_VARIABLE = "ADAPTIVE_SPEC_INJECT_FAULT"
 """For tests: comma-separated hooks that raise, such as `draft` or `draft/after`, or `draft:3` to raise three times. `@FILE`: read
 them from a file, which may change."""
 
-ONCE = frozenset({"worker", "controller", "attach"})
+ONCE = frozenset({"scheduler", "worker", "controller", "attach"})
 """Hooks that run once, while the server starts. One failure there detaches the plugin: it cannot be attached in part."""
 
 

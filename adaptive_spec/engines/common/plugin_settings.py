@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Literal, cast
 
 from adaptive_spec.errors import BadInput
-from adaptive_spec.runtime_folder import default_runtime_dir
+from adaptive_spec.runtime_folder import default_runtime_dir, dp_rank_dir
 
 PREFIX = "ADAPTIVE_SPEC_"
 MODES = ("off", "shadow", "active")
@@ -57,6 +57,10 @@ class PluginSettings:
         by its port.
         """
         return replace(self, runtime_dir=default_runtime_dir(port)) if self.default_folder else self
+
+    def of_dp_rank(self, rank: int | None) -> PluginSettings:
+        """Return these settings for a data-parallel rank, which has a folder of its own in the server's; None: without one."""
+        return self if rank is None else replace(self, runtime_dir=dp_rank_dir(self.runtime_dir, rank))
 
 
 def plugin_settings(environment: Mapping[str, str]) -> PluginSettings:

@@ -8,6 +8,7 @@ Loaded by SGLang's processes. They import numpy and the standard library only, t
     attachment            what all algorithms share: start-up, the tap, the ranks, results, the engine report
     eagle_attachment      the hooks of an EAGLE server, which decide K of each step
     dspark_attachment     the hooks of a DSPARK server, which decide how many draft tokens are verified
+    watched_attachment    the hooks of servers that are only observed: NGRAM, multi-layer EAGLE, no speculation
     eagle_draft_policy    gives K to SGLang's AdaptiveController by its protocol `AdaptiveSpecPolicy`
     dspark_swap           turns a policy into DSpark's SPS cost table and temperatures, and swaps them in the running planner
     supported_servers     which server arguments the plugin can decide for, observe only, or must refuse

@@ -13,7 +13,8 @@ import logging
 import os
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, NamedTuple
 
@@ -23,6 +24,7 @@ from numpy.typing import NDArray
 from adaptive_spec import __version__
 from adaptive_spec.domain.engine_info import EngineInfo
 from adaptive_spec.domain.policy import Granularity, Policy
+from adaptive_spec.domain.step_record import StepFlag
 from adaptive_spec.engine_side.tap import EngineTap
 from adaptive_spec.engines.common.hook_guard import Guard
 from adaptive_spec.engines.common.identity import config_hash, fingerprint, known, model_name
@@ -39,15 +41,26 @@ STEP_ATTRIBUTE = "adaptive_spec_step"
 """Attribute of SGLang's result object that holds its step."""
 REPORT_INTERVAL_S = 1.0
 
+_DISTURBED = int(StepFlag.DISTURBED)
+
 log = logging.getLogger("sglang.adaptive_spec")
 
 
 class Place(NamedTuple):
-    """The place of this process among `ranks` tensor-parallel ranks. first: global rank of the first of them."""
+    """The place of this process among `ranks` tensor-parallel ranks. first: global rank of the first of them.
+
+    attention_dp: ranks whose attention is data-parallel, 1 without. Then `rank` counts within the ranks that share batches.
+    """
 
     rank: int
     ranks: int
     first: int = 0
+    attention_dp: int = 1
+
+    @property
+    def agree(self) -> bool:
+        """Whether several ranks must decide alike. With attention DP, SGLang changes K on none of them."""
+        return self.ranks > 1 and self.attention_dp == 1
 
 
 class Attachment:
@@ -97,11 +110,11 @@ class Attachment:
         self._guard.closed = reason
         self.report("refused", reason)
 
-    def attach(self, original: Callable[..., None], worker: Any) -> None:
+    def attach(self, original: Callable[..., None], worker: Any, *args: Any, **kwargs: Any) -> None:
         """Around the capture of all states. Catches its own exceptions: rank 0 must learn of those of the others."""
         guard = self._guard
         well = guard.closed is None and self._guarded("attach", self._before_capture, worker)
-        original(worker)
+        original(worker, *args, **kwargs)
         if self._refused:
             return
         try:
@@ -110,7 +123,7 @@ class Attachment:
             guard.failed("attach")
             return
         well = well and self._guarded("attach/after", self._begin, worker, place)
-        if place.ranks > 1 and self._settings.mode == "active" and (not well or self._may_steer()):
+        if place.agree and self._settings.mode == "active" and (not well or self._may_steer()):
             self._join_ranks(place, well)
 
     def _guarded(self, name: str, call: Callable[..., None], *args: Any) -> bool:
@@ -152,7 +165,10 @@ class Attachment:
         from sglang.srt.runtime_context import get_parallel
 
         parallel = get_parallel()
-        return Place(int(parallel.tp_rank), int(parallel.tp_size), int(parallel.tp_group.first_rank))
+        rank, ranks, attention_dp = int(parallel.tp_rank), int(parallel.tp_size), rank_of(parallel, "attn_dp_size") or 1
+        if attention_dp > 1:
+            rank %= max(ranks // attention_dp, 1)  # SGLang numbers the ranks of one batch in a row
+        return Place(rank, ranks, int(parallel.tp_group.first_rank), attention_dp)
 
     def _info(
         self, worker: Any, place: Place, launch_k: int, candidates: tuple[int, ...], granularity: Granularity,
@@ -162,8 +178,7 @@ class Attachment:
         options = known(worker.server_args, names)
         paths = known(worker.server_args, ("served_model_name", "speculative_draft_model_path"))
         path, draft_path = str(worker.server_args.model_path), paths["speculative_draft_model_path"]
-        runner = getattr(getattr(worker, "_target_worker", None), "model_runner", None)
-        loaded = getattr(getattr(runner, "model_config", None), "hf_config", None)
+        loaded = getattr(getattr(_target_runner(worker), "model_config", None), "hf_config", None)
         return EngineInfo(
             name="sglang", model=model_name(path, paths["served_model_name"]),
             gpu=_device_name(str(worker.device)),
@@ -177,8 +192,10 @@ class Attachment:
 
     def _open_tap(self, info: EngineInfo, place: Place) -> EngineTap:
         settings = self._settings
-        if place.ranks == 1:
-            return EngineTap.open(settings.runtime_dir, info, settings.max_age_s)
+        if not place.agree:
+            if place.rank == 0:
+                return EngineTap.open(settings.runtime_dir, info, settings.max_age_s)
+            return EngineTap(settings.runtime_dir, info, None, settings.max_age_s)
         self._steering = Steering(place.rank, settings.ranks_timeout_s, self._follow)
         self._steering.on_leave = self._ranks_left
         # Rank 0 alone writes the ring and reads the page; of its opened tap only the ring is kept.
@@ -374,6 +391,15 @@ class Attachment:
             self._report_at_s = time.monotonic() + 60.0
 
 
+def rank_of(parallel: Any, name: str) -> int | None:
+    """A rank or a width that SGLang may not have set, by the name of the attribute."""
+    try:
+        value = getattr(parallel, name)
+    except Exception:  # SGLang raises various kinds for what is not set
+        return None
+    return int(value) if value is not None else None
+
+
 def decodes(batch: Any) -> bool:
     """Whether a batch is a decode step: no prefill is in it, and it is not idle."""
     return not (batch.forward_mode.is_extend() or batch.is_extend_in_batch or batch.forward_mode.is_idle())
@@ -390,8 +416,34 @@ def kv_tokens_of(batch: Any) -> int:
     return sum(len(request.origin_input_ids) + len(request.output_ids) for request in batch.reqs)
 
 
+def waits_on_the_host(batch: Any) -> int:
+    """DISTURBED for a batch whose verify stage does work that the latency model does not cover, else 0.
+
+    Grammars: verify waits for the drafted tokens on the host and computes the mask there. Log-probabilities: verify computes
+    them over the vocabulary for every accepted token.
+    """
+    return _DISTURBED if batch.has_grammar or batch.return_logprob else 0
+
+
+def _target_runner(worker: Any) -> Any:
+    """The target's model runner, of a speculative worker or of the target's own."""
+    return getattr(worker, "_target_worker", worker).model_runner
+
+
 def max_batch(worker: Any) -> int:
-    return min(int(worker._target_worker.model_runner.max_running_requests), MAX_BATCH_LIMIT)
+    return min(int(_target_runner(worker).max_running_requests), MAX_BATCH_LIMIT)
+
+
+def graph_rows(worker: Any) -> list[int]:
+    """Batch sizes of the target's captured graphs, ascending; empty without graphs."""
+    sizes = getattr(getattr(_target_runner(worker), "decode_cuda_graph_runner", None), "capture_bs", None)
+    return sorted(int(size) for size in sizes or ())
+
+
+def padded_rows(graphs: Sequence[int], rows: int) -> int:
+    """Requests after padding to the next graph size; a batch beyond all graphs runs as it is."""
+    at = bisect_left(graphs, rows)
+    return graphs[at] if at < len(graphs) else rows
 
 
 def _device_name(device: str) -> str:

@@ -4,7 +4,8 @@ Read by `make sglang-matrix` for the wheels of several releases, by `doctor` and
 module imports the standard library alone, and nothing of SGLang. A name of SGLang that the plugin uses must be listed
 here; `tests/engines/sglang/test_contract.py` fails for one that is not.
 
-Groups, each with what is lost without it; a server needs those of its algorithm (`EAGLE_GROUPS`, `DSPARK_GROUPS`):
+Groups, each with what is lost without it; a server needs those of its algorithm (`EAGLE_GROUPS`, `DSPARK_GROUPS`,
+and one of `WATCHED_GROUPS` where it is only watched):
 
 | group | lost without it |
 |---|---|
@@ -14,6 +15,9 @@ Groups, each with what is lost without it; a server needs those of its algorithm
 | confidences | the draft's confidences: acceptance is learnt from counts alone |
 | ranks | more than one tensor-parallel rank |
 | dspark | DSPARK servers; EAGLE ones are not concerned |
+| ngram | NGRAM servers |
+| multi-layer | EAGLE servers with a draft layer for each position |
+| no speculation | servers without speculation, and the reason why an algorithm of another plugin is refused |
 """
 
 from __future__ import annotations
@@ -28,12 +32,16 @@ STAGE_TIMES = "stage times"
 CONFIDENCES = "confidences"
 RANKS = "ranks"
 DSPARK = "dspark"
+NGRAM = "ngram"
+MULTI_LAYER = "multi-layer"
+PLAIN = "no speculation"
 
 LEVELS = (OBSERVE, COUNTS_AND_K, STAGE_TIMES, CONFIDENCES)
 """Level 0 to 3 of an EAGLE server: each needs those before it."""
 EAGLE_GROUPS = (*LEVELS, RANKS)
 DSPARK_GROUPS = (OBSERVE, RANKS, DSPARK)
-GROUPS = (*EAGLE_GROUPS, DSPARK)
+WATCHED_GROUPS = (NGRAM, MULTI_LAYER, PLAIN)
+GROUPS = (*EAGLE_GROUPS, DSPARK, *WATCHED_GROUPS)
 
 SUPPORTED_RELEASES = {"0.5.20": EAGLE_GROUPS, "0.5.21": EAGLE_GROUPS, "0.5.22": EAGLE_GROUPS, "0.5.23": GROUPS}
 """Releases the plugin hooks into, oldest first, and the groups that must be met there. A release is added when the CPU kit has
@@ -53,10 +61,22 @@ _RESULT = _SRT + "managers.utils.GenerationBatchResult"
 _BATCH = _SRT + "managers.schedule_batch.ScheduleBatch"
 _PROCESSOR = _SRT + "managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor"
 _MODEL_RUNNER = _SRT + "model_executor.model_runner.ModelRunner"
+_NGRAM = _SPECULATIVE + "ngram_worker.NGRAMWorker"
+_MULTI_LAYER = _SPECULATIVE + "multi_layer_eagle_worker_v2.MultiLayerEagleWorkerV2"
+_PLAIN = _SRT + "managers.tp_worker.TpModelWorker"
 _DSPARK = _SPECULATIVE + "dspark_components."
 _PLANNER = _DSPARK + "dspark_planner.DSparkVerifyPlanner"
 _DSPARK_WORKER = _DSPARK + "dspark_worker_v2.DSparkWorkerV2"
 _VERIFY = _DSPARK + "dspark_verify.TargetVerifyExecutor"
+
+_WATCHED = (
+    (_PLAIN, ("model_runner",), False),
+    (_MODEL_RUNNER, ("max_running_requests",), False),
+    (_BATCH, ("reqs", "forward_mode", "is_extend_in_batch", "seq_lens_sum", "has_grammar", "return_logprob"), False),
+    (_SRT + "managers.schedule_batch.Req", ("rid", "origin_input_ids", "output_ids", "is_retracted", "finished"), False),
+    (_RESULT, ("num_correct_drafts_per_req_cpu",), True),
+)
+"""What every server that is only watched needs: path, attributes, whether the plugin adds attributes of its own."""
 
 NEEDS = (
     # -- observe: SGLang's plugin seam, and what it says of its configuration ------------------------------------------
@@ -65,10 +85,15 @@ NEEDS = (
     Need(OBSERVE, _SRT + "plugins.hook_registry.HookRegistry.apply_hooks"),
     Need(OBSERVE, _SRT + "plugins.hook_registry.HookType", attributes=("AROUND",)),
     Need(OBSERVE, _SPECULATIVE + "spec_info.SpeculativeAlgorithm.create_worker", ("self", "server_args"), hook="worker"),
-    Need(OBSERVE, _SPECULATIVE + "spec_info.SpeculativeAlgorithm", attributes=("is_dspark",)),
+    Need(OBSERVE, _SPECULATIVE + "spec_info.SpeculativeAlgorithm", attributes=("is_dspark", "from_string")),
     Need(OBSERVE, _SPECULATIVE + "adaptive_spec_params.adaptive_unsupported_reason", ("server_args",), called=True),
     Need(OBSERVE, _SRT + "arg_groups.overrides.resolving_view", ("server_args",), called=True),
-    Need(OBSERVE, _FIELDS + "spec.Spec", attributes=("speculative_use_rejection_sampling", "speculative_adaptive")),
+    Need(OBSERVE, _FIELDS + "spec.Spec", attributes=(
+        "speculative_use_rejection_sampling", "speculative_adaptive", "speculative_algorithm", "speculative_num_steps",
+        "speculative_num_draft_tokens",
+    )),
+    Need(OBSERVE, _FIELDS + "device.Device", attributes=("device",)),
+    Need(OBSERVE, _FIELDS + "disagg.Disagg", attributes=("disaggregation_mode",)),
     Need(OBSERVE, _FIELDS + "parallel.Parallel", attributes=("pp_size", "dp_size")),
     Need(OBSERVE, _FIELDS + "model.Model", attributes=("model_path",)),
     Need(OBSERVE, _SRT + "runtime_context.get_parallel", called=True),
@@ -94,7 +119,8 @@ NEEDS = (
     Need(COUNTS_AND_K, _SRT + "runtime_context.RuntimeContext", attributes=("_overrides_log",)),
     Need(COUNTS_AND_K, _WORKER + ".__init__", calls=("AdaptiveController",)),
     Need(COUNTS_AND_K, _WORKER, attributes=(
-        "adaptive_controller", "speculative_num_steps", "device", "server_args", "_target_worker", "_draft_worker",
+        "adaptive_controller", "speculative_num_steps", "speculative_num_draft_tokens", "topk", "device", "server_args",
+        "_target_worker", "_draft_worker",
     )),
     Need(COUNTS_AND_K, _SRT + "managers.tp_worker.TpModelWorker", attributes=("model_runner",)),
     Need(COUNTS_AND_K, _MODEL_RUNNER, attributes=("max_running_requests",)),
@@ -180,9 +206,28 @@ NEEDS = (
     Need(DSPARK, _SRT + "arg_groups.overrides.resolved_view", ("server_args",), called=True),
     Need(DSPARK, _SRT + "runtime_context.attn_dp_enabled_of", ("cfg",), called=True),
     Need(DSPARK, _SPECULATIVE + "spec_info.SpeculativeAlgorithm", attributes=("DSPARK", "get_platform_worker_cls")),
-    Need(DSPARK, _FIELDS + "device.Device", attributes=("device",)),
-    Need(DSPARK, _FIELDS + "disagg.Disagg", attributes=("disaggregation_mode",)),
-    Need(DSPARK, _FIELDS + "spec.Spec", attributes=("speculative_num_draft_tokens",)),
+    # -- ngram ---------------------------------------------------------------------------------------------------------
+    Need(NGRAM, _NGRAM + ".init_cuda_graphs", ("self",), hook="attach"),
+    Need(NGRAM, _NGRAM + ".forward_batch_generation", ("self", "batch"), hook="step"),
+    Need(NGRAM, _PROCESSOR + "._resolve_spec_v2_tokens", ("self", "result", "batch"), hook="results"),
+    Need(NGRAM, _NGRAM, attributes=("speculative_num_draft_tokens", "device", "server_args", "_target_worker")),
+    *(Need(NGRAM, path, attributes=names, extensible=extensible) for path, names, extensible in _WATCHED),
+    # -- multi-layer ---------------------------------------------------------------------------------------------------
+    Need(MULTI_LAYER, _MULTI_LAYER + ".init_cuda_graphs", ("self",), hook="attach"),
+    Need(MULTI_LAYER, _MULTI_LAYER + ".forward_batch_generation", ("self", "batch"), hook="step"),
+    Need(MULTI_LAYER, _PROCESSOR + "._resolve_spec_v2_tokens", ("self", "result", "batch"), hook="results"),
+    Need(MULTI_LAYER, _MULTI_LAYER, attributes=(
+        "speculative_num_steps", "speculative_num_draft_tokens", "device", "server_args", "_target_worker",
+    )),
+    *(Need(MULTI_LAYER, path, attributes=names, extensible=extensible) for path, names, extensible in _WATCHED),
+    # -- no speculation ------------------------------------------------------------------------------------------------
+    Need(PLAIN, _SRT + "managers.scheduler.Scheduler.maybe_init_draft_worker", ("self",), hook="scheduler"),
+    Need(PLAIN, _SRT + "managers.scheduler.Scheduler", attributes=("spec_algorithm", "server_args")),
+    Need(PLAIN, _SPECULATIVE + "spec_info.SpeculativeAlgorithm", attributes=("is_none",)),
+    Need(PLAIN, _PLAIN + ".init_cuda_graphs", ("self",), hook="attach"),
+    Need(PLAIN, _PLAIN + ".forward_batch_generation", ("self", "batch"), hook="step"),
+    Need(PLAIN, _PLAIN, attributes=("model_runner", "device", "server_args")),
+    *(Need(PLAIN, path, attributes=names, extensible=extensible) for path, names, extensible in _WATCHED),
 )  # fmt: skip
 
 

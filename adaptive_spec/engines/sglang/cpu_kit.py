@@ -44,9 +44,15 @@ class CpuKit:
         adaptive: str | None = "adaptive.json",
         k: int = LAUNCH_K,
         tp: int = 1,
+        topk: int = 1,
+        draft_tokens: int | None = None,
+        dp: int = 1,
+        attention_dp: int = 1,
     ) -> list[str]:
         """SGLang's flags. algorithm: "" for no speculation. models: "models" (tiny) or "models-64m". k: K at launch.
-        tp: tensor-parallel ranks; more than one needs `bound_to_cores` in the server's environment.
+        tp: tensor-parallel ranks; more than one needs `bound_to_cores` in the server's environment, as does dp.
+        topk, draft_tokens: branches and tokens of the tree that is verified, k + 1 tokens without branches. dp: replicas.
+        attention_dp: data-parallel ranks of the attention, among the tp ranks.
 
         adaptive: file of candidate K, in the kit or anywhere; "" for SGLang's default ones; None for one K.
         """
@@ -58,6 +64,8 @@ class CpuKit:
             "--model-path",
             str(folder / "target"),
             *(("--tp", str(tp)) if tp > 1 else ()),
+            *(("--dp", str(dp)) if dp > 1 else ()),
+            *(("--dp", str(attention_dp), "--enable-dp-attention") if attention_dp > 1 else ()),
         ]
         if not algorithm:
             return flags
@@ -69,9 +77,9 @@ class CpuKit:
             "--speculative-num-steps",
             str(k),
             "--speculative-eagle-topk",
-            "1",
+            str(topk),
             "--speculative-num-draft-tokens",
-            str(k + 1),
+            str(draft_tokens or k + 1),
         ]
         if adaptive is not None:
             flags += ["--speculative-adaptive"]

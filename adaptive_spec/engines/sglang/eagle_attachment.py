@@ -26,7 +26,16 @@ from adaptive_spec.engines.common.plugin_settings import PluginSettings
 from adaptive_spec.engines.common.stage_clock import clock_for
 from adaptive_spec.engines.common.steps_in_flight import OpenStep
 from adaptive_spec.engines.sglang import contract
-from adaptive_spec.engines.sglang.attachment import Attachment, Place, kv_tokens_of, max_batch, request_id
+from adaptive_spec.engines.sglang.attachment import (
+    Attachment,
+    Place,
+    graph_rows,
+    kv_tokens_of,
+    max_batch,
+    padded_rows,
+    request_id,
+    waits_on_the_host,
+)
 from adaptive_spec.engines.sglang.eagle_draft_policy import LAUNCH, SidecarDraftPolicy
 from adaptive_spec.engines.sglang.switch_upkeep import SwitchUpkeep, limit_lines
 
@@ -36,7 +45,7 @@ STALE_STEPS = 8
 """Steps with a draft after such a one whose acceptance says nothing about the draft model. The first draft is of zeros; then the
 tokens that were skipped are missing in its cache. At 3 tokens a step, 8 steps put 24 new tokens there, more than most EAGLE heads
 draw on for the next few. An estimate, not measured."""
-_CENSORED, _DISTURBED = int(StepFlag.CENSORED), int(StepFlag.DISTURBED)
+_CENSORED = int(StepFlag.CENSORED)
 _TRIAL, _STEP_CHOICE, _LIMITED = int(StepFlag.TRIAL), int(StepFlag.STEP_CHOICE), int(StepFlag.LIMITED)
 
 log = logging.getLogger("sglang.adaptive_spec")
@@ -63,22 +72,27 @@ class EagleAttachment(Attachment):
         self._upkeep: SwitchUpkeep | None = None
         self._skips_extend = os.environ.get(SKIP_EXTEND_VARIABLE, "").strip().lower() in ("true", "1", "yes", "y")
         self._stale_steps = 0
+        self._tree_tokens = 0
+        """Tokens of each request in a verify forward with topk > 1, 0 for a chain."""
+        self._graph_rows: list[int] = []
+        """Where K cannot change; else the policy knows them."""
 
     # -- once ----------------------------------------------------------------------------------------------------------
 
     def worker_after(self, note: None, worker_class: Any, algorithm: Any, server_args: Any) -> None:
         """SGLang has chosen its speculative worker: find out whether K can be decided for it, and report it if not."""
-        from adaptive_spec.engines.sglang.supported_servers import can_observe, unsupported_reason
+        from adaptive_spec.engines.sglang.supported_servers import refusal, unsupported_reason
 
+        reason = refusal(server_args)
+        if reason is not None:
+            log.warning("adaptive-spec: not attached: %s", reason)
+            self.refuse(reason)
+            return
         reason = unsupported_reason(server_args)
         self._supported = reason is None
-        if reason is None:
-            return
-        log.warning("adaptive-spec: K is not decided here: %s", reason)
-        if can_observe(server_args):
+        if reason is not None:
+            log.warning("adaptive-spec: K is not decided here: %s", reason)
             self.report("refused", reason)
-        else:
-            self.refuse(reason)
 
     def own_hooks(self) -> dict[str, Callable[..., None]]:
         return {**super().own_hooks(), "controller": self.controller}
@@ -111,14 +125,13 @@ class EagleAttachment(Attachment):
 
         device = torch.device(str(worker.device))
         self._clock = clock_for(device.type)
-        if self._settings.confidences == "off":
+        if int(worker.topk) > 1:  # of a tree SGLang keeps the probabilities of all branches, not of one chain
+            self._tree_tokens = int(worker.speculative_num_draft_tokens)
             return
-        from adaptive_spec.engines.sglang.confidences import ConfidenceTap
-
-        captured = self._policy.captured if self._policy is not None else (int(worker.speculative_num_steps),)
-        device = torch.device(str(worker.device))
-        self._clock = clock_for(device.type)
         if self._settings.confidences == "on" and contract.CONFIDENCES not in self._guard.lost:
+            from adaptive_spec.engines.sglang.confidences import ConfidenceTap
+
+            captured = self._policy.captured if self._policy is not None else (int(worker.speculative_num_steps),)
             make = self._guard.part
             self._confidences = make("confidences", ConfidenceTap, worker._draft_worker, max_batch(worker), max(captured), device)
             if self._confidences is None:
@@ -134,6 +147,8 @@ class EagleAttachment(Attachment):
             log.warning("adaptive-spec: K is not decided here: %s", self._reason)
         if self._policy is not None:
             self._policy.captured = candidates
+        else:
+            self._graph_rows = graph_rows(worker)
         allowed_from = self._policy.allowed_from(max_batch(worker)) if self._policy is not None else ()
         info = self._info(worker, place, launch_k, candidates, Granularity.BATCH, allowed_from)
         self._first_rank = place.rank == 0
@@ -190,8 +205,10 @@ class EagleAttachment(Attachment):
             return None
         started = self._clock.now()
         ids = [request_id(request) for request in batch.reqs]
-        padded = policy.padded_rows(begun.batch_size) if policy is not None else begun.batch_size
-        self._step = OpenStep(begun, begun.k, np.array(ids, np.uint32), padded, started, flags=_waits_on_the_host(batch))
+        padded = policy.padded_rows(begun.batch_size) if policy is not None else padded_rows(self._graph_rows, len(ids))
+        self._step = OpenStep(begun, begun.k, np.array(ids, np.uint32), padded, started, flags=waits_on_the_host(batch))
+        if self._tree_tokens:
+            self._step.num_tokens, self._step.padded_tokens = len(ids) * self._tree_tokens, padded * self._tree_tokens
         self._step.staged = contract.STAGE_TIMES not in self._guard.lost
         self._in_flight.begin(self._step)
         return self._step
@@ -293,12 +310,3 @@ class EagleAttachment(Attachment):
         # On a GPU the host would have to wait for the score; there the history alone is used.
         known = first.reshape(-1).numpy() if first is not None and first.device.type == "cpu" and len(first) == len(ids) else None
         return refined_k(self._history, self._tap.planner, ids, known, k, kv_tokens, policy.padded_rows(len(ids)), candidates)
-
-
-def _waits_on_the_host(batch: Any) -> int:
-    """DISTURBED for a batch whose verify stage does work that the latency model does not cover, else 0.
-
-    Grammars: verify waits for the drafted tokens on the host and computes the mask there. Log-probabilities: verify computes
-    them over the vocabulary for every accepted token.
-    """
-    return _DISTURBED if batch.has_grammar or batch.return_logprob else 0

@@ -1,8 +1,8 @@
 """The entry point SGLang calls in each of its processes (group `sglang.srt.plugins`): `register`.
 
 It does nothing unless ADAPTIVE_SPEC_MODE or a configuration enables it (see `plugin_settings`). Then it checks and hooks only
-what lets it see the speculative worker being made. The rest is checked and hooked when that happens: in the scheduler process,
-for the algorithm that SGLang has chosen. SGLang drops exceptions of a plugin, so a reason not to attach is logged once and
+what lets it see the speculative worker being made, or that there is none. The rest is checked and hooked when that happens: in the
+scheduler process, for the algorithm that SGLang has chosen. SGLang drops exceptions of a plugin, so a reason not to attach is logged once and
 written to the engine report; SGLang is then not changed.
 """
 
@@ -22,13 +22,15 @@ from adaptive_spec.engines.releases import version_refusal
 from adaptive_spec.engines.sglang import contract
 from adaptive_spec.engines.static_contract import installed, unmet
 from adaptive_spec.errors import BadInput
-from adaptive_spec.runtime_folder import server_port_of
+from adaptive_spec.runtime_folder import make_runtime_dir, server_port_of
 from adaptive_spec.wire.engine_report import EngineReport, write_report
 
 if TYPE_CHECKING:
     from adaptive_spec.engines.sglang.attachment import Attachment
 
 WAY_OUT = "ADAPTIVE_SPEC_UNTESTED_SGLANG=1"
+BUILT_IN = "SpeculativeAlgorithm"
+"""Class of SGLang's own algorithms. An algorithm that another plugin has registered is an object of another class."""
 MOST_NAMED = 3
 """Names that a reason lists; how many more there are is said."""
 
@@ -91,14 +93,43 @@ def _install(settings: PluginSettings, engine: str) -> None:
         if not made:
             port = known(server_args, ("port",))["port"]
             folder_of = settings.of_server(port) if isinstance(port, int) else settings
-            made.append(_attachment(folder_of, guard, engine, algorithm))
+            dp_rank = _dp_rank()
+            if dp_rank is not None:
+                make_runtime_dir(folder_of.runtime_dir)
+                folder_of = folder_of.of_dp_rank(dp_rank)
+            made.append(_attachment(folder_of, guard, engine, worker_class, algorithm))
             attach(made[0], guard, engine, worker_class, algorithm, server_args)
+
+    def scheduler(scheduler: Any, *args: Any, **kwargs: Any) -> None:
+        """Before SGLang makes a worker. Without speculation, and for another plugin's algorithm, `worker` is not called."""
+        algorithm = scheduler.spec_algorithm
+        if algorithm.is_none() or type(algorithm).__name__ != BUILT_IN:
+            worker(None, None, algorithm, scheduler.server_args)
 
     for need in contract.hooks_of(contract.OBSERVE):
         _register(need.path, guard.around(need.hook, None, worker))
+    if not lacking((contract.PLAIN,)):
+        [need] = [need for need in contract.hooks_of(contract.PLAIN) if need.hook == "scheduler"]
+        _register(need.path, guard.around(need.hook, scheduler, None))
 
 
-def _attachment(settings: PluginSettings, guard: Guard, engine: str, algorithm: Any) -> Attachment:
+def _dp_rank() -> int | None:
+    """The data-parallel rank of this scheduler: of a replica, or of attention DP. None without data parallelism."""
+    from sglang.srt.runtime_context import get_parallel
+
+    from adaptive_spec.engines.sglang.attachment import rank_of
+
+    return rank_of(get_parallel(), "dp_rank")
+
+
+def _attachment(settings: PluginSettings, guard: Guard, engine: str, worker_class: Any, algorithm: Any) -> Attachment:
+    from adaptive_spec.engines.sglang.watched_attachment import OF_WORKER, OtherPluginAttachment, PlainAttachment
+
+    if worker_class is None:
+        return (PlainAttachment if algorithm.is_none() else OtherPluginAttachment)(settings, guard, engine)
+    watched = OF_WORKER.get(known(worker_class, ("__name__",))["__name__"])
+    if watched is not None:
+        return watched(settings, guard, engine)
     if algorithm.is_dspark():
         from adaptive_spec.engines.sglang.dspark_attachment import DSparkAttachment
 
@@ -134,6 +165,8 @@ def attach(attachment: Attachment, guard: Guard, engine: str, worker_class: Any,
     own: Mapping[str, Callable[..., Any]] = attachment.own_hooks()
     for group in hooked:
         for need in contract.hooks_of(group):
+            if need.hook == "scheduler":
+                continue  # hooked from the beginning
             hook = own.get(need.hook)
             if hook is None:
                 parts = (getattr(attachment, f"{need.hook}_{part}", None) for part in ("before", "after", "first"))

@@ -98,7 +98,7 @@ class EagleRank:
         )
         runner = SimpleNamespace(model_runner=SimpleNamespace(max_running_requests=MAX_BATCH))
         self.worker = SimpleNamespace(
-            device="cpu", speculative_num_steps=LAUNCH_K, _draft_worker=draft, _target_worker=runner,
+            device="cpu", speculative_num_steps=LAUNCH_K, topk=1, _draft_worker=draft, _target_worker=runner,
             adaptive_controller=SimpleNamespace(_states=dict.fromkeys(stock.candidate_steps if stock else candidates)),
             server_args=SimpleNamespace(model_path="/m/x"),
         )  # fmt: skip

@@ -105,7 +105,7 @@ def test_a_use_that_is_not_in_the_contract_is_reported() -> None:
 
 def test_every_need_is_in_a_known_group_and_hooks_are_named_once() -> None:
     assert {need.group for need in contract.NEEDS} == set(contract.GROUPS)
-    for groups in (contract.EAGLE_GROUPS, contract.DSPARK_GROUPS):
+    for groups in (contract.EAGLE_GROUPS, contract.DSPARK_GROUPS, *((contract.OBSERVE, one) for one in contract.WATCHED_GROUPS)):
         hooks = Counter(need.hook for need in contract.needs_of(groups) if need.hook)
         assert set(hooks.values()) == {1}
         assert set(hooks) <= {need.hook for group in groups for need in contract.hooks_of(group)}

@@ -15,6 +15,7 @@ from adaptive_spec.engines.common.plugin_settings import PluginSettings
 from adaptive_spec.engines.sglang import contract, plugin
 from adaptive_spec.engines.sglang.eagle_attachment import EagleAttachment
 from adaptive_spec.engines.static_contract import Unmet
+from adaptive_spec.runtime_folder import dp_rank_dirs
 from adaptive_spec.wire.engine_report import read_report
 
 EAGLE = SimpleNamespace(is_dspark=lambda: False)
@@ -26,6 +27,7 @@ class Registry:
     def __init__(self) -> None:
         self.hooked: dict[str, Callable[..., Any]] = {}
         self.applied = 0
+        self.dp_rank: int | None = None
 
     def register(self, target: str, hook: Callable[..., Any], hook_type: Any) -> None:
         self.hooked[target] = hook
@@ -46,6 +48,9 @@ def registry(monkeypatch: pytest.MonkeyPatch) -> Registry:
     for name in ("sglang", "sglang.srt", "sglang.srt.plugins"):
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     monkeypatch.setitem(sys.modules, module.__name__, module)
+    context = ModuleType("sglang.srt.runtime_context")
+    context.get_parallel = lambda: SimpleNamespace(dp_rank=registry.dp_rank)  # type: ignore[attr-defined]  # a stand-in
+    monkeypatch.setitem(sys.modules, context.__name__, context)
     monkeypatch.setattr(EagleAttachment, "worker_after", lambda side, *_: setattr(side, "_supported", True))
     return registry
 
@@ -85,8 +90,8 @@ def test_what_is_lacking_is_one_short_line(monkeypatch: pytest.MonkeyPatch) -> N
 
 def _hook_eagle(registry: Registry, folder: Path) -> None:
     plugin._install(PluginSettings("active", folder), "sglang test")
-    assert registry.names == {"worker"}, "nothing else before SGLang has chosen an algorithm"
-    [worker] = registry.hooked.values()
+    assert registry.names <= {"worker", "scheduler"}, "nothing else before SGLang has chosen an algorithm"
+    [worker] = [hook for path, hook in registry.hooked.items() if path.endswith(".create_worker")]
     assert worker(lambda *_: "its worker", EAGLE, None) == "its worker"
 
 
@@ -94,7 +99,7 @@ def test_the_rest_is_hooked_when_the_worker_is_made(monkeypatch: pytest.MonkeyPa
     _missing(monkeypatch)
     _hook_eagle(registry, tmp_path)
     names = {need.hook for need in contract.needs_of(contract.LEVELS) if need.hook}
-    assert registry.names == names, "that of several ranks only where K is decided for several"
+    assert registry.names - {"scheduler"} == names, "that of several ranks only where K is decided for several"
     assert not any("dspark" in target for target in registry.hooked)
     assert registry.applied == len(registry.hooked)
 
@@ -113,7 +118,7 @@ def test_without_a_level_those_below_are_hooked(
     _missing(monkeypatch, group)
     _hook_eagle(registry, tmp_path)
     kept = set(contract.LEVELS) - lost
-    assert registry.names == {need.hook for need in contract.needs_of(kept) if need.hook}
+    assert registry.names - {"scheduler"} == {need.hook for need in contract.needs_of(kept) if need.hook}
     assert [record.getMessage() for record in caplog.records] == [
         f"adaptive-spec: continues without {group}: sglang test lacks sglang.gone: not there"
     ]
@@ -122,10 +127,25 @@ def test_without_a_level_those_below_are_hooked(
 def test_without_counts_and_k_nothing_is_hooked(monkeypatch: pytest.MonkeyPatch, registry: Registry, tmp_path: Path) -> None:
     _missing(monkeypatch, contract.COUNTS_AND_K)
     _hook_eagle(registry, tmp_path)
-    assert registry.names == {"worker"}
+    assert registry.names == {"worker", "scheduler"}
     report = read_report(tmp_path)
     assert report is not None
     assert (report.state, report.reason, report.level) == ("refused", "sglang test lacks sglang.gone: not there", 0)
+
+
+def test_a_data_parallel_rank_has_its_own_folder(
+    monkeypatch: pytest.MonkeyPatch, registry: Registry, tmp_path: Path
+) -> None:
+    _missing(monkeypatch, contract.COUNTS_AND_K)
+    registry.dp_rank = 3
+    folder = tmp_path / "run"
+    _hook_eagle(registry, folder)
+    assert read_report(folder) is None
+    assert list(dp_rank_dirs(folder)) == [3]
+    report = read_report(folder / "dp-3")
+    assert report is not None
+    assert report.state == "refused"
+    assert [path.stat().st_mode & 0o777 for path in (folder, folder / "dp-3")] == [0o700, 0o700]
 
 
 def test_a_failure_before_there_is_an_attachment_is_reported(

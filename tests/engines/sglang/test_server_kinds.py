@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from adaptive_spec.domain.step_record import StepFlag
 from adaptive_spec.engines.sglang.cpu_kit import CpuKit
 from tests.engines.sglang.server import SglangServer, beside, some_prompts, trace
 from tests.support.processes import run_cli
@@ -30,19 +32,47 @@ def test_eagle3(kit: CpuKit, tmp_path: Path) -> None:
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("algorithm", ["STANDALONE", "NGRAM"])
-def test_sglang_says_why_not(kit: CpuKit, tmp_path: Path, algorithm: str) -> None:
-    with SglangServer(tmp_path, algorithm=algorithm) as server:
-        answers = server.load(some_prompts(12, seed=1), 4)
+@pytest.mark.parametrize(
+    ("flags", "k", "tokens", "staged", "reason"),
+    [
+        ({"algorithm": "STANDALONE"}, 3, 4, True, "speculative_algorithm=STANDALONE (only EAGLE/EAGLE3 are supported)"),
+        ({"algorithm": "NGRAM", "k": 5}, 5, 6, False, "speculative_algorithm=NGRAM (only EAGLE/EAGLE3 are supported)"),
+        ({"topk": 2, "draft_tokens": 6}, 3, 6, True, "speculative_eagle_topk=2 (only topk=1 is supported)"),
+        ({"algorithm": ""}, 0, 1, False, "the server runs without speculation"),
+    ],
+    ids=["standalone", "ngram", "tree", "no-speculation"],
+)
+def test_a_server_whose_k_cannot_change_is_observed(
+    kit: CpuKit, tmp_path: Path, flags: dict[str, Any], k: int, tokens: int, staged: bool, reason: str
+) -> None:
+    """tokens: of a request in a verify forward. staged: whether the stages of a step are timed."""
+    with SglangServer(tmp_path, **flags) as server:
+        server.wait_status(lambda s: s["engine_attached"], "the sidecar to attach")
+        with trace(server) as records:
+            answers = server.load(some_prompts(30, seed=1), 4)
         assert all(answer.exact for answer in answers)
         report = server.report()
         assert report is not None
-        assert report.state == "refused"
-        assert report.reason == f"speculative_algorithm={algorithm} (only EAGLE/EAGLE3 are supported)"
-        status = server.wait_status(lambda s: s.get("engine_report"), "the sidecar to hear of it")
-        assert status["reason"] == report.reason
-        assert server.metrics()["engine_attached"] == {(): 0.0}
-        assert f"K is not decided here: {report.reason}" in server.log.read_text(errors="replace")
+        assert (report.state, report.reason) == ("observing", reason)
+        assert not report.failures
+        assert f"K is not decided here: {reason}" in server.log.read_text(errors="replace")
+        assert {record.k for record in records} == {k}
+        assert {record.num_tokens - record.batch_size * tokens for record in records} == {0}
+        assert max(record.batch_size for record in records) > 1
+        assert {bool(record.flags & StepFlag.WHOLE) for record in records} == {not staged}
+        assert not any(record.flags & StepFlag.DISTURBED for record in records)
+        accepted = sum(int(r.accept_len.sum()) for r in records)
+        assert accepted == sum(a.meta.get("spec_num_correct_drafts", 0) for a in answers)
+        assert (accepted > 0) == (k > 0)
+        status = server.settled()
+        assert status["engine"]["candidates"] == [k]
+        assert status["decode_steps"] == server.metrics()["decode_steps_total"][()]
+        # The first token comes from the prefill; what a last step produced beyond the number asked for is counted too.
+        assert status["output_tokens"] >= sum(a.tokens for a in answers) - len(answers)
+        assert not status["failures"], status["failures"]
+        assert len(status["accepted_tokens"]) == k
+        if k:
+            assert status["accepted_tokens"][0] > 0
 
 
 @pytest.mark.nightly

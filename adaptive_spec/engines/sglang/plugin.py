@@ -1,9 +1,9 @@
 """The entry point SGLang calls in each of its processes (group `sglang.srt.plugins`): `register`.
 
 It does nothing unless ADAPTIVE_SPEC_MODE or a configuration enables it (see `plugin_settings`). Then it checks and hooks only
-what lets it see the speculative worker being made, or that there is none. The rest is checked and hooked when that happens: in the
-scheduler process, for the algorithm that SGLang has chosen. SGLang drops exceptions of a plugin, so a reason not to attach is logged once and
-written to the engine report; SGLang is then not changed.
+what lets it see the speculative worker being made, or that there is none. The rest is checked and hooked when that happens: in
+the scheduler process, for the algorithm that SGLang has chosen. SGLang drops exceptions of a plugin, so a reason not to attach
+is logged once and written to the engine report; SGLang is then not changed.
 """
 
 from __future__ import annotations

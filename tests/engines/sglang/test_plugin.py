@@ -133,9 +133,7 @@ def test_without_counts_and_k_nothing_is_hooked(monkeypatch: pytest.MonkeyPatch,
     assert (report.state, report.reason, report.level) == ("refused", "sglang test lacks sglang.gone: not there", 0)
 
 
-def test_a_data_parallel_rank_has_its_own_folder(
-    monkeypatch: pytest.MonkeyPatch, registry: Registry, tmp_path: Path
-) -> None:
+def test_a_data_parallel_rank_has_its_own_folder(monkeypatch: pytest.MonkeyPatch, registry: Registry, tmp_path: Path) -> None:
     _missing(monkeypatch, contract.COUNTS_AND_K)
     registry.dp_rank = 3
     folder = tmp_path / "run"

@@ -23,7 +23,7 @@ from adaptive_spec.errors import BadInput
 from adaptive_spec.runtime_folder import check_runtime_dir, role_is_held
 from adaptive_spec.sidecar.listening import check_port
 
-LIBRARIES = ("numpy", "pydantic", "PyYAML", "click", "rich", "prometheus-client", "river", "bottle", "waitress", "matplotlib")
+LIBRARIES = ("numpy", "pydantic", "PyYAML", "click", "rich", "prometheus-client", "river", "h11", "matplotlib")
 ENGINE_TIMEOUT_S = 120.0
 RING_BYTES = 32 << 20
 """Size of a large engine's ring, see engine_side/tap.py."""

@@ -32,6 +32,7 @@ _WANTED = {
     "list_type": "a list",
     "dict_type": "a section of keys and values",
     "too_short": "a longer list",
+    "too_long": "a shorter list",
 }
 """What is allowed, by pydantic's type of error."""
 

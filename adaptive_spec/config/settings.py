@@ -206,6 +206,15 @@ class SidecarSettings(_Section):
         ),
     )
     host: HostName = Field("127.0.0.1", min_length=1, description="Address the HTTP server binds. Default: loopback only.")
+    allowed_hosts: list[HostName] = Field(
+        [],
+        max_length=64,
+        description=(
+            "Further names by which requests may call the sidecar in `Host`, 0..64 names without ports: that of a service or "
+            "a proxy. Always taken: `localhost`, loopback addresses, `host`, the machine's own name and, where `host` is beyond "
+            "loopback, every IP address. Other names are refused with status 421."
+        ),
+    )
     port: int = Field(9477, ge=0, le=65_535, description="Port of the HTTP server, 0..65535. 0: a free port.")
     control_token_file: FilePath | None = Field(
         None,

@@ -51,7 +51,7 @@ class Sidecar:
             self._store = _store_worker(settings)
             self._annotator = Annotator.of(settings.grafana)
             self._current_view = CurrentView(time.monotonic())
-            self._web = WebServer(self._current_view, settings.host, settings.port, self._own_files.token)
+            self._web = WebServer(self._current_view, settings.host, settings.port, self._own_files.token, settings.allowed_hosts)
         except BaseException:
             self._own_files.close()
             raise

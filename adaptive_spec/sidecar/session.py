@@ -216,7 +216,7 @@ class Session:
         return held if held is not None else now_s - self._record_s < SILENT_S or process_alive(self.info.pid)
 
     def view(self, checkpoint_s: float | None) -> View:
-        """Return the state of this session for the HTTP threads."""
+        """Return the state of this session for the HTTP thread."""
         now_s = time.monotonic()
         try:
             snapshot = self.controller.snapshot(now_s)

@@ -1,4 +1,4 @@
-"""What the HTTP threads can see of the sidecar: an immutable `View`, replaced as a whole by the sidecar's loop."""
+"""What the HTTP thread can see of the sidecar: an immutable `View`, replaced as a whole by the sidecar's loop."""
 
 from __future__ import annotations
 

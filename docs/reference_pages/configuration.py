@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import get_args
+from typing import get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
@@ -37,6 +37,8 @@ def _type_words(info: FieldInfo) -> str:
     if choices:
         return " or ".join(f"`{choice}`" for choice in choices)
     names = {"int": "whole number", "float": "number", "str": "text", "Path": "path", "bool": "true or false"}
+    if get_origin(info.annotation) is list:
+        return "list of texts"
     # A checked type, as FolderPath, is Annotated[Path, ...]: its first argument is the type.
     optional = [getattr(kind, "__origin__", kind) for kind in get_args(info.annotation) if kind is not type(None)]
     if len(optional) == 1:

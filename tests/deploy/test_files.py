@@ -158,6 +158,8 @@ def test_prometheus_of_compose(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stdout + result.stderr
     job = yaml.safe_load((tmp_path / "prometheus.yml").read_text())["scrape_configs"][0]
     assert "adaptive-spec" in job["job_name"]
+    hosts = [target.partition(":")[0] for entry in job["static_configs"] for target in entry["targets"]]
+    assert set(hosts) <= set(load_settings(DEPLOY / "compose" / "adaptive-spec.yaml").allowed_hosts)
 
 
 # -- Kubernetes ----------------------------------------------------------------------------------------------------------

@@ -17,7 +17,9 @@ import pytest
 from adaptive_spec.client.sidecar import ControlClient
 from adaptive_spec.domain.policy import Granularity, Mode
 from adaptive_spec.errors import BadInput
-from adaptive_spec.sidecar.http_server import Command, WebServer
+from adaptive_spec.sidecar.allowed_hosts import AllowedHosts
+from adaptive_spec.sidecar.http_routes import MAX_DOCUMENTS, TICK_S, Command, Documents
+from adaptive_spec.sidecar.http_server import WebServer, network_of
 from adaptive_spec.sidecar.view import CurrentView, View
 from tests.sidecar.test_metrics import SNAPSHOT
 from tests.support.numbers_engine import engine_info
@@ -140,6 +142,42 @@ def test_nothing_else_is_served(server: WebServer, path: str) -> None:
     status, _, text = _get(server, path)
     assert status in (404, 405)
     assert "error" in json.loads(text)
+
+
+def test_a_document_is_made_once_a_tick_for_all(current_view: CurrentView) -> None:
+    documents, made = Documents(current_view), 0
+
+    def make(view: View) -> bytes:
+        nonlocal made
+        made += 1
+        return b"%d" % made
+
+    start_s = time.monotonic()
+    for _ in range(10_000):
+        documents.get("metrics", make)
+    assert 1 <= made <= 1 + (time.monotonic() - start_s) / TICK_S
+    current_view.view = View(time.monotonic())
+    before = made
+    assert documents.get("metrics", make) == b"%d" % (before + 1)
+    for batch_size in range(10 * MAX_DOCUMENTS):
+        documents.get(f"explain {batch_size}", make)
+    assert len(documents) <= MAX_DOCUMENTS
+
+
+@pytest.mark.parametrize("address", ["0.0.0.0", "10.1.2.3", "::", "fd00::1"])
+def test_beyond_loopback_every_address_is_a_host(address: str) -> None:
+    hosts = AllowedHosts(address, address, ["sidecar"])
+    for host in ("10.1.2.3:9477", "192.0.2.7", "[fd00::5]:9477", "127.0.0.1", "sidecar:9477"):
+        assert hosts.allow(host)
+    for host in ("evil.example", "sidecar.evil.example", "10.1.2.3.evil.example", "1.2.3", "0x7f000001"):
+        assert not hosts.allow(host)
+
+
+def test_networks_of_clients() -> None:
+    """A client owns an IPv6 /64; IPv4 clients of a dual-stack socket are told apart."""
+    assert network_of("192.0.2.1") == network_of("::ffff:192.0.2.1") != network_of("::ffff:192.0.2.2")
+    assert network_of("2001:db8::1") == network_of("2001:db8::ffff:1") != network_of("2001:db8:0:1::1")
+    assert network_of("fe80::1%eth0") == network_of("fe80::2")
 
 
 def _answer(server: WebServer, answer: str) -> list[Command]:

@@ -49,6 +49,9 @@ from adaptive_spec.engines.vllm.supported_servers import observe_only, process_t
 from adaptive_spec.wire.engine_report import EngineReport, State
 from adaptive_spec.wire.slot import MAX_BATCH_LIMIT
 
+MOST_RUNNING = 64
+"""Most steps that wait for their results: vLLM schedules one ahead, and one for each pipeline stage. Older ones are dropped."""
+
 _FALLBACK, _TRIAL = int(StepFlag.FALLBACK), int(StepFlag.TRIAL)
 _CENSORED, _DISTURBED = int(StepFlag.CENSORED), int(StepFlag.DISTURBED)
 log = logging.getLogger("vllm.adaptive_spec")
@@ -101,8 +104,10 @@ class SchedulerAttachment:
         self._round: Round | None = None
         self._running: dict[int, Running] = {}
         self._graph_tokens: list[int] = []
-        self.cut_steps = self.preemptions = 0
-        """Steps in which drafts were cut; requests that vLLM preempted."""
+        self.cut_steps = 0
+        """Steps in which drafts were cut."""
+        self.preemptions = 0
+        """Requests that vLLM preempted."""
 
     # -- once ----------------------------------------------------------------------------------------------------------
 
@@ -230,7 +235,7 @@ class SchedulerAttachment:
         else:
             self._book.interrupt()
         self._running[self._number] = Running(self._number, ids, step, drafted_in, verified)
-        if len(self._running) > 2 * len(self._launch_lookup) + 64:  # results that never came
+        if len(self._running) > MOST_RUNNING:
             self._running.pop(next(iter(self._running)))
 
     def _open(self, rows: list[Any], ids: list[str], verified: list[int], before: Round, started: Any, prefill: bool) -> OpenStep:

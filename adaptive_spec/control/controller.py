@@ -17,6 +17,7 @@ SHADOW, and policies are still published. Time is an argument everywhere; nothin
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
@@ -38,6 +39,7 @@ from adaptive_spec.control.sweep import Sweep
 from adaptive_spec.domain.engine_info import EngineInfo
 from adaptive_spec.domain.policy import Mode, Policy, Trial
 from adaptive_spec.domain.step_record import StepFlag, StepRecord
+from adaptive_spec.models.acceptance.online import StepScore
 from adaptive_spec.models.goodput import Forecast
 from adaptive_spec.models.model_set import Findings, ModelSet, Stopwatch
 
@@ -82,6 +84,10 @@ class Controller:
         self._trials = PendingTrials()
         self._engine_response = EngineResponse()
         self._last_record: StepRecord | None = None
+        self._counted = False
+        """Whether the record of the last `observe` is counted."""
+        self._relearnt: deque[StepScore] | None = None
+        """Scores of records that are learnt again, the last ones, which are not counted yet; None: nothing is learnt again."""
         self._next_refit_s = 0.0
         self._news_s: dict[str, float] = {}
         """When people were last told of a drift, by signal."""
@@ -119,10 +125,12 @@ class Controller:
 
         Raises what a model raises; the record is then neither counted nor learnt again, see `record_failed`.
         """
+        self._counted = False
         findings = self.models.observe(record)
         self._failed_records = 0
         self._budget.earn(record.step_s)
         self.counters.count(record)
+        self._counted = True
         self.counters.count_switch(switch_reason(self._last_record, record, self.info))
         self._last_record = record
         if self.models.token_times is not None:
@@ -139,6 +147,9 @@ class Controller:
 
     def _take_findings(self, findings: Findings, now_s: float) -> None:
         """Count what the models found. After a drift: refit soon, stop watching the last swap, allow a few probes."""
+        if self._relearnt is not None:
+            self._relearnt.extend(findings.scores)
+            return
         self.counters.count_scores(findings.scores)
         for signal, text in findings.drifts:
             if now_s - self._news_s.get(signal, -math.inf) >= NEWS_INTERVAL_S:
@@ -148,6 +159,27 @@ class Controller:
             self._next_refit_s = min(self._next_refit_s, now_s)
             self._decision.note_drift(now_s)
             self._budget.grant(DRIFT_GRANT_STEPS)
+
+    def begin_relearning(self, waiting: int) -> None:
+        """The next records are counted already and are only learnt, see `relearn`: after a crash, those behind the checkpoint.
+
+        waiting: of the last of them, how many have expected accepted tokens that are not counted yet.
+        """
+        self._relearnt = deque(maxlen=waiting)
+
+    def relearn(self, record: StepRecord) -> None:
+        """Learn one step that is counted already. Raises what a model raises."""
+        self._take_findings(self.models.observe(record), 0.0)
+        self._last_record = record
+        if self.models.token_times is not None:
+            self.models.token_times.observe(record)
+
+    def end_relearning(self) -> None:
+        """Count the scores that were not counted yet; from now on records are new."""
+        scores, self._relearnt = self._relearnt, None
+        if scores is not None:
+            scores.extend(self.models.learn_acceptance().scores)
+            self.counters.count_scores(scores)
 
     # -- deciding ------------------------------------------------------------------------------------------------------
 
@@ -302,6 +334,7 @@ class Controller:
             self._sweep_started_s = now_s
         trials = self._sweep.next_round(self.models.measured_counts(), batch_size)
         self._round = trials
+        self.counters.sweep_steps += sum(trial.steps for trial in trials)
         if trials:
             self._take_findings(self.models.learn_acceptance(), now_s)
             self.models.acceptance.refit()
@@ -384,9 +417,12 @@ class Controller:
         return self._publish(now_s)
 
     def record_failed(self, now_s: float) -> Policy | None:
-        """`observe` raised: the record is counted as dropped. After `FAILED_RECORDS` in a row no policy acts."""
+        """`observe` raised: the record, if it is not counted yet, is counted as dropped. After `FAILED_RECORDS` in a row no
+        policy acts.
+        """
         self._failed_records += 1
-        self.counters.dropped["failed"] += 1
+        if not self._counted:
+            self.counters.dropped["failed"] += 1
         if self._failed_records < FAILED_RECORDS:
             return None
         return self.fail(f"{FAILED_RECORDS} records in a row could not be learnt", now_s)
@@ -451,7 +487,7 @@ class Controller:
         """Continue from `state()`. Raises ValueError when it is damaged or of another engine; use a fresh controller then."""
         state = ControllerState.of(arrays)
         table = state.table
-        self.counters.restore(state.counters)
+        self.counters.restore({"sweep_steps": state.sweep_steps, **state.counters})  # older versions had it elsewhere
         if (
             len(table) != len(self._decision.table)
             or table.max() > self.info.max_k

@@ -79,6 +79,8 @@ class Counters:
         self.decode_s = 0.0
         self.probe_lost_s = 0.0
         self.sweep_s = 0.0
+        self.sweep_steps = 0
+        """Trial steps that sweeps have planned."""
         self.drift: Counter[str] = Counter(latency=0, calibration=0)
         self.swaps: Counter[str] = Counter()
         self.k_switches: Counter[str] = Counter(dict.fromkeys(REASONS, 0))
@@ -112,6 +114,11 @@ class Counters:
             self.stages["draft_extend"].add(record.draft_extend_s)
         self.stages["verify"].add(record.verify_s)
         self.stages["step"].add(record.step_s)
+
+    @property
+    def records(self) -> int:
+        """Records of the ring that were accounted for: learnt from or dropped."""
+        return self.observations + sum(self.dropped.values())
 
     def count_switch(self, reason: Reason | None) -> None:
         """Count a change of K; None counts nothing."""
@@ -171,15 +178,24 @@ class Counters:
             "scalars": {name: getattr(self, name) for name in _SCALARS},
             "drift": dict(self.drift), "swaps": dict(self.swaps), "dropped": dict(self.dropped),
             "k_switches": dict(self.k_switches), "limited_steps": self.limited_steps,
-            "requests": dict(self.requests), "last_event_id": self.last_event_id,
+            "sweep_steps": self.sweep_steps, "requests": dict(self.requests), "last_event_id": self.last_event_id,
             "stages": {name: [h.counts, h.sum_s] for name, h in self.stages.items()},
             "refits": {name: [h.counts, h.sum_s] for name, h in self.refits.items()},
         }  # fmt: skip
 
+    def _fitting(self, values: Any) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """Counts by position of an engine that may have another largest K, cut or filled with zeros."""
+        found = np.array(values, dtype=np.int64)
+        if found.ndim != 1:
+            raise ValueError("counters are damaged: a list by position is not flat")
+        fitted = np.zeros(len(self.draft), dtype=np.int64)
+        fitted[: len(found)] = found[: len(fitted)]
+        return fitted
+
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Raise ValueError when a counter is missing, negative or of the wrong shape."""
+        """Take over `state()`, also of an engine with another largest K. Raises ValueError when it cannot be one."""
         try:
-            positions = {name: np.array(state[name], dtype=np.int64) for name in ("draft", "verified", "accepted")}
+            positions = {name: self._fitting(state[name]) for name in ("draft", "verified", "accepted")}
             scalars = {name: type(getattr(self, name))(state["scalars"][name]) for name in _SCALARS}
             tallies = {name: Counter({str(k): int(v) for k, v in state[name].items()}) for name in ("drift", "swaps", "dropped")}
             # Absent from checkpoints of older versions.
@@ -187,13 +203,14 @@ class Counters:
             tallies["requests"] = Counter({name: int(state.get("requests", {}).get(name, 0)) for name in self.requests})
             scalars["limited_steps"] = int(state.get("limited_steps", 0))
             scalars["last_event_id"] = int(state.get("last_event_id", 0))
+            scalars["sweep_steps"] = int(state.get("sweep_steps", 0))
             histograms = {name: {s: _histogram(*h) for s, h in state[name].items()} for name in ("stages", "refits")}
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"counters are damaged: {error}") from error
         # probe_lost_s may be negative: trials may give more goodput than the best plan was predicted to give.
         counted = [v for name, v in scalars.items() if name != "probe_lost_s"]
-        if any(v.shape != self.draft.shape or (v < 0).any() for v in positions.values()) or any(v < 0 for v in counted):
-            raise ValueError("counters are damaged: a value is negative or a list has the wrong length")
+        if any((v < 0).any() for v in positions.values()) or any(v < 0 for v in counted):
+            raise ValueError("counters are damaged: a value is negative")
         for name, value in {**positions, **scalars, **tallies}.items():
             setattr(self, name, value)
         self.stages.update(histograms["stages"])

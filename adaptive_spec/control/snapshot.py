@@ -113,7 +113,7 @@ def build_snapshot(
         predicted_gain=predicted_gain, measured_gain=measured_gain,
         observations=counters.observations, dropped=dict(counters.dropped),
         refit_histograms={name: h.data() for name, h in counters.refits.items()},
-        sweep_steps=sweep.steps, sweep_progress=sweep.progress if mode is Mode.SWEEP else 1.0, sweep_s=counters.sweep_s,
+        sweep_steps=counters.sweep_steps, sweep_progress=sweep.progress if mode is Mode.SWEEP else 1.0, sweep_s=counters.sweep_s,
         probe_share=counters.probe_lost_s / counters.decode_s if counters.decode_s > 0.0 else 0.0,
         events=tuple(counters.events), batch_size=models.batch_size,
         k_switches=dict(counters.k_switches), limited_steps=counters.limited_steps, switch_s=models.switch_cost.measured_s,

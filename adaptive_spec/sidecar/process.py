@@ -30,6 +30,8 @@ from adaptive_spec.wire.engine_report import read_report
 
 VIEW_INTERVAL_S = 0.25
 FOLLOW_INTERVAL_S = 0.25
+FIRST_CHECKPOINT_S = 1.0
+"""Seconds until a session's first checkpoint: a sidecar that is killed at once again has little to learn again."""
 PROFILE_INTERVAL_S = 60.0
 PLOTS_INTERVAL_S = 600.0
 STORE_INTERVAL_S = 600.0
@@ -122,7 +124,7 @@ class Sidecar:
                 self._annotator.begin()
             self._history = History()
             self._swept = self._session.origin in ("profile", "store")
-            self._next["checkpoint"] = now_s + self.settings.checkpoint_interval_s
+            self._next["checkpoint"] = now_s + min(FIRST_CHECKPOINT_S, self.settings.checkpoint_interval_s)
             self._next["profile"] = now_s + PROFILE_INTERVAL_S
             self._next["store"] = now_s + STORE_INTERVAL_S
 

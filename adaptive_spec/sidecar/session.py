@@ -16,6 +16,7 @@ from typing import ParamSpec
 
 from adaptive_spec.config.settings import SidecarSettings
 from adaptive_spec.control.controller import Controller
+from adaptive_spec.control.counters import Counters
 from adaptive_spec.control.snapshot import Snapshot
 from adaptive_spec.domain.engine_info import EngineInfo
 from adaptive_spec.domain.policy import Mode, Policy
@@ -23,6 +24,7 @@ from adaptive_spec.domain.step_record import StepFlag, StepRecord
 from adaptive_spec.engine_side.tap import LOOK_STEPS, PAGE_NAME, RING_NAME
 from adaptive_spec.errors import BadInput
 from adaptive_spec.runtime_folder import role_is_held
+from adaptive_spec.sidecar.counters_page import COUNTERS_NAME, CountersPage, KeptCounters, labels_of
 from adaptive_spec.sidecar.swap_reasons import SwapReasons
 from adaptive_spec.sidecar.view import View
 from adaptive_spec.storage.archive import ArchiveError, load_archive, save_archive
@@ -64,6 +66,9 @@ class Session:
     When a controller call raises, it is counted, logged the first time, and a policy that does not act is published: an error
     here may cost speed, never a request.
 
+    Records that a killed sidecar counted after its last checkpoint are learnt again and not counted again. Nothing is shown
+    before the records that waited at the start are read.
+
     The log says after which record of the ring each refit (level debug) and each command ran. Together with a trace of the same
     records this reproduces the models exactly.
     """
@@ -71,8 +76,13 @@ class Session:
     def __init__(
         self, settings: SidecarSettings, ring: RingReader, page: PolicyPage, controller: Controller, origin: str
     ) -> None:
+        """Use open files. Callers use `open`."""
         self.settings, self.ring, self.page, self.controller = settings, ring, page, controller
         self.origin = origin
+        self._counters_page = CountersPage(settings.runtime_dir / COUNTERS_NAME)
+        self._counted_to = 0
+        """Records of the ring below this index are counted already."""
+        self._backlog_to = ring.cursor
         self.failures: Counter[str] = Counter()
         self._dropped: Counter[str] = Counter()
         self._record_s = -SILENT_S
@@ -104,10 +114,10 @@ class Session:
         log.info("attached to %s (pid %d)", identity(info), info.pid)
         controller, origin, position = _start_controller(settings, ring, stored)
         if position is not None:
-            ring.close()
-            ring = RingReader.open(ring.path, start=position)
+            ring.seek(position)
         controller.resume_version(page.last_version)
         session = cls(settings, ring, page, controller, origin)
+        session._continue_counters()
         session._beat()
         session._publish(session._guarded("tick", controller.tick, time.monotonic()))
         return session
@@ -121,12 +131,19 @@ class Session:
         return self.settings.profile_dir / self.info.profile_name
 
     @property
+    def caught_up(self) -> bool:
+        """Whether the records that waited at the start are read."""
+        return self.ring.position >= max(self._backlog_to, self._counted_to)
+
+    @property
     def swept(self) -> bool:
         """Whether the sweep is over and there are measurements to save as a profile."""
         return self._snapshot is not None and self._snapshot.mode is not Mode.SWEEP and bool(self._snapshot.latency_points)
 
     def run_once(self) -> int:
         """One iteration of the loop: learn new records, refit when due, publish, write the heartbeat. Returns records learnt."""
+        if self.ring.position < self._counted_to:
+            return self._relearn()
         records = self.ring.poll(POLL_RECORDS)
         now_s = time.monotonic()
         controller = self.controller
@@ -147,6 +164,52 @@ class Session:
             self._publish(self._guarded("tick", controller.tick, now_s))
         self._beat()
         return len(records)
+
+    def _relearn(self) -> int:
+        """As `run_once`, for records that are counted already. Returns records learnt."""
+        records = self.ring.poll(POLL_RECORDS, self._counted_to)
+        for record in records:
+            self._done("relearn", partial(self.controller.relearn, record))
+        for reason in DROPS:
+            self._dropped[reason] = getattr(self.ring, reason)
+        if (lost := self.ring.position - self._counted_to) >= 0:
+            self.controller.note_dropped("lost", lost)  # among those behind the counted ones
+            self._done("relearn", self.controller.end_relearning)
+        self._beat()
+        return max(len(records), 1)
+
+    def _continue_counters(self) -> None:
+        """Take over what the sidecar before had counted, from the page or the checkpoint, whichever has more."""
+        self._counted_to = self.ring.position
+        kept = None
+        try:
+            kept = self._counters_page.load()
+            if kept is not None and kept.labels == labels_of(self.info):
+                self._continue_from(kept)
+            elif kept is not None:  # other series, which begin at 0: the checkpoint may have less than was shown of them
+                self.controller.counters = Counters(self.info.max_k)
+        except Exception:  # whatever it holds
+            self._count_failure("counters")
+
+    def _continue_from(self, kept: KeptCounters) -> None:
+        counters = Counters(self.info.max_k)
+        counters.restore(kept.counters)
+        if counters.records < self.controller.counters.records:
+            return  # the page could not be written lately
+        self.controller.counters = counters
+        # Of another ring: its engine restarted meanwhile, and what this one has lost already was never counted.
+        self._counted_to = min(kept.position, self._backlog_to) if kept.generation == self.ring.generation else 0
+        self.ring.seek(min(self.ring.position, self._counted_to) if self._counted_to else 0)
+        if self.ring.position < self._counted_to:
+            self.controller.begin_relearning(kept.waiting)
+
+    def _keep_counters(self) -> None:
+        controller = self.controller
+        kept = KeptCounters(
+            labels_of(self.info), self.ring.generation, self.ring.position, controller.models.acceptance.waiting_steps,
+            controller.counters.state(),
+        )  # fmt: skip
+        self._done("counters", partial(self._counters_page.save, kept))
 
     def command(self, name: str, k: int | None) -> str:
         """Carry out an operator's command; returns "" or, in one line, why it was refused."""
@@ -194,6 +257,7 @@ class Session:
         """Switch to the ring of a restarted engine. False: it is another engine, and this session is over."""
         if not self.ring.replaced():
             return True
+        self._read_rest()
         ring = _open_ring(self.ring.path)
         if ring is None:
             return True  # replaced once more meanwhile: tried again at the next call
@@ -205,7 +269,14 @@ class Session:
         self.ring.close()
         self.ring = ring
         self._dropped.clear()
+        self._counted_to = self._backlog_to = 0
         return True
+
+    def _read_rest(self) -> None:
+        """Learn what is left in the ring: one full ring at most, should its engine still write."""
+        for _ in range(2 * (self.ring.slots // POLL_RECORDS + 2)):
+            if not self.run_once():
+                break
 
     def attached(self, now_s: float) -> bool:
         """Whether the engine is alive: it holds its role in the folder.
@@ -216,13 +287,16 @@ class Session:
         return held if held is not None else now_s - self._record_s < SILENT_S or process_alive(self.info.pid)
 
     def view(self, checkpoint_s: float | None) -> View:
-        """Return the state of this session for the HTTP thread."""
+        """Return the state of this session for the HTTP thread, after its counters are on disk."""
         now_s = time.monotonic()
+        if not self.caught_up:
+            return View(now_s, None, self.info, self.attached(now_s), dict(self.failures), self.origin, checkpoint_s)
         try:
             snapshot = self.controller.snapshot(now_s)
             self._snapshot = replace(snapshot, events=self._swap_reasons.explain(snapshot))
         except Exception:
             self._count_failure("snapshot")
+        self._keep_counters()
         return View(
             now_s, self._snapshot, self.info, self.attached(now_s), dict(self.failures), self.origin, checkpoint_s,
             policy_ignored=self.policy_ignored,
@@ -253,6 +327,7 @@ class Session:
         """Close ring and page; both files stay."""
         self.ring.close()
         self.page.close()
+        self._counters_page.close()
 
     @contextmanager
     def _stopwatch(self, model: str) -> Iterator[None]:

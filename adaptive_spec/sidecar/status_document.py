@@ -17,7 +17,7 @@ def status_document(view: View, heartbeat_s: float, now_s: float) -> dict[str, A
     document: dict[str, Any] = {
         "version": __version__,
         "mode": Mode.FALLBACK.value,
-        "reason": "waiting for an engine",
+        "reason": "reading the records of the engine" if info else "waiting for an engine",
         "policy_version": 0,
         "k_by_batch_size": {},
         "boundaries": [],

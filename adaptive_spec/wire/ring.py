@@ -216,9 +216,12 @@ class RingReader(Closeable):
             file.close()
             raise
         cursor = reader.cursor
-        begin = start if isinstance(start, int) else cursor if start == "newest" else cursor - reader.slots
-        reader.start = reader.position = min(max(begin, 0), cursor)
+        reader.seek(start if isinstance(start, int) else cursor if start == "newest" else cursor - reader.slots)
         return reader
+
+    def seek(self, position: int) -> None:
+        """Begin at a position before anything is read; one that was overwritten counts as lost."""
+        self.start = self.position = min(max(position, 0), self.cursor)
 
     @property
     def cursor(self) -> int:
@@ -233,8 +236,11 @@ class RingReader(Closeable):
                 break
         return self._cursor
 
-    def poll(self, limit: int = 4096) -> list[StepRecord]:
-        """Return copies of the records written since the last poll, oldest first, at most `limit`. Raises nothing."""
+    def poll(self, limit: int = 4096, stop: int | None = None) -> list[StepRecord]:
+        """Return copies of the records written since the last poll, oldest first, at most `limit`. Raises nothing.
+
+        stop: records from this index on are left for later polls.
+        """
         cursor = self.cursor
         if self.position >= cursor:
             return []
@@ -242,7 +248,7 @@ class RingReader(Closeable):
         if missed > 0:
             self.lost += missed
             self.position += missed
-        end = min(cursor, self.position + limit)
+        end = min(cursor, self.position + limit, cursor if stop is None else stop)
         records: list[StepRecord] = []
         while self.position < end:
             records += self._read(self.position, end)

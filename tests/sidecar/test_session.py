@@ -154,6 +154,8 @@ def test_profile_skips_the_sweep(settings: SidecarSettings, engine: NumbersEngin
     session = _open(settings)
     assert session.origin == "profile"
     assert "already profiled, skipping warmup" in caplog.text
+    assert session.view(None).snapshot is None, "records wait to be read"
+    session.run_once()
     snapshot = session.view(None).snapshot
     assert snapshot is not None
     assert snapshot.mode is Mode.ACTIVE

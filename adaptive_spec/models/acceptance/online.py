@@ -123,6 +123,11 @@ class AcceptanceModel:
             self.unlabelled_steps[: int(record.verify_len.max())] = 0.0
 
     @property
+    def waiting_steps(self) -> int:
+        """Queued steps."""
+        return len(self._waiting)
+
+    @property
     def waiting_tokens(self) -> int:
         return sum(len(r.verify_len) * r.k for r in self._waiting)
 

@@ -245,10 +245,21 @@ def candidates(
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address that the sidecar would use.")
 @click.option("--port", type=click.IntRange(0, 65535), default=9477, show_default=True, help="Port that the sidecar would use.")
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
-def doctor(runtime_dir: Path | None, profile_dir: Path, host: str, port: int, as_json: bool) -> None:
+@click.option(
+    "--alive", is_flag=True,
+    help="Only ask, by its heartbeat file, whether the loop of the sidecar in the runtime directory runs.",
+)  # fmt: skip
+def doctor(runtime_dir: Path | None, profile_dir: Path, host: str, port: int, as_json: bool, alive: bool) -> None:
     """Check this machine. Exit status 1 when something essential does not work."""
-    from adaptive_spec.cli.doctor import examine
     from adaptive_spec.cli.runtime_dirs import chosen_runtime_dir
+
+    if alive:
+        from adaptive_spec.cli.alive import alive_line
+
+        line, lives = alive_line(chosen_runtime_dir(runtime_dir))
+        click.echo(line)
+        raise click.exceptions.Exit(0 if lives else 1)
+    from adaptive_spec.cli.doctor import examine
 
     findings = examine(chosen_runtime_dir(runtime_dir), profile_dir, host, port)
     if as_json:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import http.client
 import json
 import os
+import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -16,6 +18,10 @@ from adaptive_spec.runtime_folder import check_runtime_dir, role_holder, role_is
 
 ADDRESS_NAME = "sidecar.json"
 TOKEN_NAME = "control.token"
+HEARTBEAT_NAME = "sidecar.alive"
+"""Empty; the sidecar's loop sets its time of change every second."""
+ALIVE_S = 5.0
+"""A sidecar whose loop has not run for this long does not live: `doctor --alive` and /healthz say so."""
 LARGEST_BYTES = 1 << 14
 """Of an address or a token file."""
 
@@ -103,6 +109,18 @@ def running_sidecar(runtime_dir: Path) -> str | None:
     # A sidecar that has just started may not have replaced the address of one that was killed.
     ours = content.owner == os.geteuid() and (pid is None or role_holder(runtime_dir, "sidecar") in (0, pid))
     return url if isinstance(url, str) and ours else None
+
+
+def heartbeat_age_s(runtime_dir: Path) -> float:
+    """Return how long ago the loop of the sidecar in a folder last ran, on the wall clock. Asks the files alone, no server.
+
+    Raises OSError with a reason when no sidecar runs there.
+    """
+    check_runtime_dir(runtime_dir)
+    if not role_is_held(runtime_dir, "sidecar"):
+        raise FileNotFoundError(errno.ENOENT, "no sidecar runs there", str(runtime_dir))
+    status = os.lstat(runtime_dir / HEARTBEAT_NAME)
+    return abs(time.time() - status.st_mtime)  # a heartbeat after now: the clock was set back, and the next one is right again
 
 
 def own_token(path: Path) -> str | None:

@@ -23,6 +23,7 @@ from urllib.parse import parse_qs
 
 from prometheus_client.exposition import choose_encoder
 
+from adaptive_spec.client.sidecar import ALIVE_S
 from adaptive_spec.domain.commands import CONTROL_COMMANDS
 from adaptive_spec.sidecar.allowed_hosts import AllowedHosts
 from adaptive_spec.sidecar.http_message import Answer, RefusedError, Request, to_json
@@ -30,8 +31,6 @@ from adaptive_spec.sidecar.metrics import metrics_registry
 from adaptive_spec.sidecar.status_document import explain_document, history_document, status_document
 from adaptive_spec.sidecar.view import CurrentView, View
 
-ALIVE_S = 5.0
-"""/healthz answers 503 when the loop has not run for this long."""
 ANSWER_S = 5.0
 """How long POST /control waits for the loop."""
 LOOK_S = 0.01

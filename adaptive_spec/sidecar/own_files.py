@@ -1,18 +1,19 @@
-"""What the sidecar keeps in its runtime folder while it runs, beside the policy page: its role, its address and the control
-token.
+"""What the sidecar keeps in its runtime folder while it runs, beside the policy page: its role, its address, the control
+token and a heartbeat.
 
 What is lost is made again: cleaners of temporary files delete such folders, and people do.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import secrets
 from pathlib import Path
 
-from adaptive_spec.client.sidecar import ADDRESS_NAME, TOKEN_NAME, own_token
+from adaptive_spec.client.sidecar import ADDRESS_NAME, HEARTBEAT_NAME, TOKEN_NAME, own_token
 from adaptive_spec.engine_side.tap import PAGE_NAME
 from adaptive_spec.errors import BadInput
 from adaptive_spec.regular_file import read_regular_file
@@ -75,11 +76,21 @@ class OwnFiles:
             log.warning("runtime_dir '%s': was deleted or emptied, and is made again", self.folder)
         self._write()
 
+    def beat(self) -> None:
+        """Say that the loop runs, for `adaptive-spec doctor --alive`. Raises nothing."""
+        path = self.folder / HEARTBEAT_NAME
+        with contextlib.suppress(OSError):  # `keep` logs what is wrong with the folder
+            try:
+                os.utime(path, follow_symlinks=False)
+            except FileNotFoundError:
+                path.touch(0o600, exist_ok=False)
+
     def close(self) -> None:
-        """Delete the address and give the role up. Raises nothing."""
+        """Delete address and heartbeat and give the role up. Raises nothing."""
         try:
             if self._role.in_place:
                 (self.folder / ADDRESS_NAME).unlink(missing_ok=True)
+                (self.folder / HEARTBEAT_NAME).unlink(missing_ok=True)
         except OSError:
             pass
         self._role.release()

@@ -29,6 +29,7 @@ from adaptive_spec.storage.signature import read_key
 from adaptive_spec.wire.engine_report import read_report
 
 VIEW_INTERVAL_S = 0.25
+BEAT_INTERVAL_S = 1.0
 FOLLOW_INTERVAL_S = 0.25
 FIRST_CHECKPOINT_S = 1.0
 """Seconds until a session's first checkpoint: a sidecar that is killed at once again has little to learn again."""
@@ -105,6 +106,8 @@ class Sidecar:
         if self._session:
             self._write_files(self._session, now_s)
         self._current_view.heartbeat_s = time.monotonic()
+        if self._due("beat", BEAT_INTERVAL_S, now_s):
+            self._own_files.beat()
         if not learnt:
             self._stop.wait(self.settings.poll_interval_s)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -85,10 +86,13 @@ def test_the_sidecars_root_is_read_only_everywhere() -> None:
     assert compose_service("processes")["read_only"] is True
 
 
-def test_health_checks_ask_the_configured_port() -> None:
-    port = load_settings(DEPLOY / "compose" / "adaptive-spec.yaml").port
+def test_health_checks_read_the_configured_folder() -> None:
+    settings = load_settings(DEPLOY / "compose" / "adaptive-spec.yaml")
+    port, probe = settings.port, ["adaptive-spec", "doctor", "--alive", "--runtime-dir", str(settings.runtime_dir)]
     text = _dockerfile("sidecar")
-    assert f"http://127.0.0.1:{port}/healthz" in text
+    assert f"CMD {json.dumps(probe)}" in text
+    for folder in ("base", "fleet"):
+        assert load_settings(DEPLOY / "kubernetes" / folder / "config.yaml").runtime_dir == settings.runtime_dir
     assert f"EXPOSE {port}\n" in text
     assert f"127.0.0.1:{port}:{port}" in compose_service("sidecar")["ports"]
     assert "healthcheck" not in compose_service("sidecar"), "the image brings its own"
@@ -96,7 +100,7 @@ def test_health_checks_ask_the_configured_port() -> None:
     sidecar = next(container for container in _pod()["containers"] if container["name"] == "sidecar")
     start_s = int((re.findall(r"--start-period=(\d+)s", text) or ["0"])[0])
     assert sidecar["startupProbe"]["periodSeconds"] * sidecar["startupProbe"]["failureThreshold"] == start_s
-    assert sidecar["startupProbe"]["httpGet"] == sidecar["livenessProbe"]["httpGet"]
+    assert sidecar["startupProbe"]["exec"]["command"] == sidecar["livenessProbe"]["exec"]["command"] == probe
 
 
 def test_one_title_of_the_folder_in_grafana() -> None:

@@ -69,6 +69,7 @@ def _memory_bytes(sidecar: SidecarProcess) -> int:
 def _answers(sidecar: SidecarProcess) -> None:
     assert json.loads(sidecar.get("/healthz"))["alive"]
     assert "adaptive_spec_build_info" in sidecar.get("/metrics")
+    assert run_cli("doctor", "--alive", "--runtime-dir", sidecar.runtime_dir).returncode == 0
     assert run_cli("ctl", "status", "--runtime-dir", sidecar.runtime_dir).returncode == 0
 
 

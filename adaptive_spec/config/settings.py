@@ -61,8 +61,15 @@ class AcceptanceSettings(_Section):
 class PolicySettings(_Section):
     """Guard rails of the decision."""
 
-    k_min: int = Field(0, ge=0, le=32, description="Smallest K ever chosen, 0..32. 0 allows speculation to be off.")
-    k_max: int = Field(32, ge=0, le=32, description="Largest K ever chosen, 0..32, cut to what the engine can run.")
+    k_min: int = Field(
+        0,
+        ge=0,
+        le=32,
+        description="Smallest K ever chosen, by table, trial, pin or step choice, 0..32. 0 allows speculation to be off.",
+    )
+    k_max: int = Field(
+        32, ge=0, le=32, description="Largest K ever chosen, as for `k_min`, 0..32, cut to what the engine can run."
+    )
     min_dwell_s: float = Field(
         1.0,
         ge=0.0,

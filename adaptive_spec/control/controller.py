@@ -67,9 +67,11 @@ class Controller:
         self.reason = "cold start"
         self._untrained = self.models.acceptance.survival
         self._decision = Decision(settings.policy, info)
-        self._publisher = Publisher(info, settings.policy.min_gain, step_choice=settings.policy.slo_tpot_ms is None)
+        self._publisher = Publisher(
+            info, self._decision.allowed, settings.policy.min_gain, step_choice=settings.policy.slo_tpot_ms is None
+        )
         self._budget = ProbeBudget(settings.policy.probe_budget)
-        self._sweep = Sweep(settings.sweep, info, settings.latency.jump_threshold)
+        self._sweep = self._new_sweep()
         self._sweep_started_s: float | None = None
         self._swept = False
         self._sweeping = self.request.plain_active
@@ -228,7 +230,7 @@ class Controller:
         self._failed_refits = self._failed_publications = 0
         self._swept, self._round = False, ()
         self.models_forgotten += 1
-        self._sweep = Sweep(self.settings.sweep, self.info, self.settings.latency.jump_threshold)
+        self._sweep = self._new_sweep()
         self._sweep_started_s = None
         self._trials.begin(())
         self._sweeping = self.request.plain_active
@@ -315,8 +317,11 @@ class Controller:
             return self._publish(now_s, self._trials.trials)  # the publication was lost: again
         return self._next_sweep_round(now_s) if begin or ended else None
 
+    def _new_sweep(self) -> Sweep:
+        return Sweep(self.settings.sweep, self.info, self.settings.latency.jump_threshold, self._decision.allowed)
+
     def _begin_sweep(self, reason: str, now_s: float) -> Policy | None:
-        self._sweep = Sweep(self.settings.sweep, self.info, self.settings.latency.jump_threshold)
+        self._sweep = self._new_sweep()
         self._sweep_started_s = None
         before, self._sweeping, self._sweep_due = self.mode, True, False
         self._round = ()
@@ -381,6 +386,9 @@ class Controller:
         """Carry out an operator's command. Raises ValueError when it is unknown or its K is not one of the candidates."""
         if name == "pin" and (k is None or k not in self.info.candidates):
             raise ValueError(f"pin: K {k} is not one of {list(self.info.candidates)}")
+        if name == "pin" and not self._decision.allowed[:, k].any():
+            rails = self.settings.policy
+            raise ValueError(f"pin: K {k} is outside of k_min..k_max = {rails.k_min}..{rails.k_max}")
         if name == "refit":
             return self.refit(now_s)
         if name == "resweep":

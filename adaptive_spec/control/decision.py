@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 
 from adaptive_spec.config.settings import PolicySettings
 from adaptive_spec.control.explanation import Considered
-from adaptive_spec.control.guard_rails import SwapWatch, Table, better_table, hurdles, table_for, within_rails, within_target
+from adaptive_spec.control.guard_rails import SwapWatch, Table, better_table, hurdles, table_for, within_target
 from adaptive_spec.control.switching import charge_switches
-from adaptive_spec.domain.allowed import runnable_table
-from adaptive_spec.domain.arrays import Floats
+from adaptive_spec.domain.allowed import runnable_table, within_rails
+from adaptive_spec.domain.arrays import Bools, Floats
 from adaptive_spec.domain.engine_info import EngineInfo
 from adaptive_spec.domain.step_record import StepRecord
 from adaptive_spec.models.goodput import Forecast
@@ -49,11 +49,15 @@ class Proposal:
 
 
 class Decision:
-    """Owns the K table [max_batch + 1, contexts] and the watch over its last swap. Every entry is allowed at its batch size."""
+    """Owns the K table [max_batch + 1, contexts] and the watch over its last swap. Every entry is allowed at its batch size.
+
+    allowed: K that the engine runs and the guard rails leave, [max_batch + 1, max_k + 1].
+    """
 
     def __init__(self, settings: PolicySettings, info: EngineInfo) -> None:
         self._settings, self._info = settings, info
-        self._runnable = runnable_table(info.allowed_mask())
+        self.allowed: Bools = within_rails(info.allowed_mask(), settings.k_min, settings.k_max)
+        self._runnable = runnable_table(self.allowed)
         self.table = self.runnable(np.full((info.max_batch + 1, 1), info.launch_k, dtype=np.uint8))
         self._swap_time_s = -math.inf
         self._drift_time_s = -math.inf
@@ -67,7 +71,7 @@ class Decision:
     def propose(self, forecast: Forecast, traffic: Traffic, now_s: float, first: bool) -> Proposal:
         """Best table by the forecast. first: take the best K everywhere, whatever ran before."""
         rails = self._settings
-        goodput = within_rails(forecast, rails.k_min, rails.k_max)
+        goodput = forecast.goodput * self.allowed[:, None, :]
         if rails.slo_tpot_ms is not None:
             goodput = within_target(goodput, forecast.seconds_per_token(), rails.slo_tpot_ms * 1e-3)
         worth = charge_switches(goodput, forecast.tokens_per_request, traffic.batches, traffic.crossings, forecast.switch_s)
@@ -150,7 +154,7 @@ class Decision:
         return not np.array_equal(before, self.table)
 
     def runnable(self, table: Table) -> Table:
-        """The table with every K that is not allowed at its batch size replaced, see `runnable_table`."""
+        """The table with every K that is not in `allowed` at its batch size replaced, see `runnable_table`."""
         k = np.minimum(table, self._runnable.shape[1] - 1)
         return np.take_along_axis(self._runnable, k.astype(np.int64), axis=1)
 

@@ -10,20 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adaptive_spec.domain.arrays import Floats
-from adaptive_spec.models.goodput import Forecast
 
 Table = NDArray[np.uint8]
-
-
-def within_rails(forecast: Forecast, k_min: int, k_max: int) -> Floats:
-    """Goodput with the K outside [k_min, k_max] set to 0; at a batch size where no allowed K is inside, the nearest one stays."""
-    goodput = forecast.goodput
-    k = np.arange(goodput.shape[-1])
-    runnable = goodput.max(axis=1) > 0.0
-    inside = runnable & (k >= k_min) & (k <= k_max)
-    nearest = np.where(runnable, np.abs(k - k_max), len(k) + abs(k_max)).argmin(axis=1)
-    inside |= ~inside.any(axis=1, keepdims=True) & (k == nearest[:, None])
-    return np.where(inside[:, None, :], goodput, 0.0)
 
 
 def within_target(goodput: Floats, seconds_per_token: Floats, target_s: float) -> Floats:

@@ -137,16 +137,18 @@ def probe_plans(
             trial = Trial(batch_size, k, tokens, 3)
             found.append(ProbeCandidate(value * (1.0 + OPTIMISM * error[k]), max(0.0, 1.0 - value), trial))
     if granularity is Granularity.REQUEST:
-        found += _probe_tokens(forecast, row, batch_size, now, min_gain)
+        found += _probe_tokens(forecast, goodput, row, batch_size, now, min_gain)
     return found
 
 
-def _probe_tokens(forecast: Forecast, row: int, batch_size: int, now: float, min_gain: float) -> list[ProbeCandidate]:
+def _probe_tokens(
+    forecast: Forecast, goodput: Floats, row: int, batch_size: int, now: float, min_gain: float
+) -> list[ProbeCandidate]:
     """The token count whose latency is so uncertain that verifying exactly it might be best; [] when there is none."""
     out = forecast.expected_tokens.get(batch_size)
     if out is None:
         return []
-    runnable = np.flatnonzero(forecast.goodput[row].max(axis=0) > 0.0)
+    runnable = np.flatnonzero(goodput[row].max(axis=0) > 0.0)
     slots = np.arange(min(len(out), len(forecast.verify_s) - batch_size, batch_size * int(runnable[-1]) + 1))
     # One position deeper than an even spread needs, so that slots can go to the requests most likely to accept.
     k = runnable[np.minimum(np.searchsorted(runnable, -(-slots // batch_size) + 1), len(runnable) - 1)]

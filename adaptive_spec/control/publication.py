@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from adaptive_spec.control.guard_rails import Table, table_for
+from adaptive_spec.domain.allowed import mask_ranges
+from adaptive_spec.domain.arrays import Bools
 from adaptive_spec.domain.engine_info import EngineInfo
 from adaptive_spec.domain.policy import STEP_CHOICE_GAIN, Granularity, Mode, Policy, Trial
 from adaptive_spec.domain.survival import SurvivalMap
@@ -23,10 +25,12 @@ NO_STEP_CHOICE_GAIN = 1.0
 class Publisher:
     """latest: the newest policy, None before the first. version: its number, never falling. time_s: when it was made."""
 
-    def __init__(self, info: EngineInfo, min_gain: float, step_choice: bool = True) -> None:
-        """min_gain: of the settings; the step choice needs this gain, at least `STEP_CHOICE_GAIN`. step_choice: False: off."""
+    def __init__(self, info: EngineInfo, allowed: Bools, min_gain: float, step_choice: bool = True) -> None:
+        """allowed: K within the guard rails, [max_batch + 1, max_k + 1]: the engine's own choices of a step keep to it too.
+        min_gain: of the settings; the step choice needs this gain, at least `STEP_CHOICE_GAIN`. step_choice: False: off.
+        """
         self._info = info
-        self._allowed_from = info.allowed_ranges()
+        self._allowed_from = mask_ranges(allowed)
         self._min_gain = max(min_gain, STEP_CHOICE_GAIN) if step_choice else NO_STEP_CHOICE_GAIN
         self.latest: Policy | None = None
         self.version = 0

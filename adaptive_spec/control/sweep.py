@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adaptive_spec.config.settings import SweepSettings
+from adaptive_spec.domain.arrays import Bools
 from adaptive_spec.domain.engine_info import EngineInfo
 from adaptive_spec.domain.policy import Granularity, Trial
 from adaptive_spec.models.latency.measured_counts import MeasuredCounts
@@ -36,8 +37,12 @@ class Sweep:
     """Samples of a count when it is first measured: a first replay of a captured graph may take too long, never too short."""
     MAX_SAMPLES = 12
 
-    def __init__(self, settings: SweepSettings, info: EngineInfo, jump_threshold: float) -> None:
+    def __init__(self, settings: SweepSettings, info: EngineInfo, jump_threshold: float, allowed: Bools | None = None) -> None:
+        """allowed: K within the guard rails, [max_batch + 1, max_k + 1]; None: all that the engine runs."""
         self._settings, self._info, self._threshold = settings, info, jump_threshold
+        mask = info.allowed_mask() if allowed is None else allowed
+        self._allowed: list[tuple[int, ...]] = [tuple(np.flatnonzero(row).tolist()) for row in mask]
+        self._candidates: tuple[int, ...] = tuple(np.flatnonzero(mask.any(axis=0)).tolist())
         self._requested: dict[int, int] = {}
         self._turn = 0
         self.steps = 0
@@ -55,9 +60,9 @@ class Sweep:
         info = self._info
         batches = range(1, info.max_batch + 1) if info.holds_batch else [max(batch_size, 1)]
         if info.granularity is Granularity.REQUEST:
-            counts = np.arange(batches[0], max(b * (info.allowed_k(b)[-1] + 1) for b in batches) + 1)
+            counts = np.arange(batches[0], max(b * (self._allowed_k(b)[-1] + 1) for b in batches) + 1)
         else:
-            counts = np.unique([b * (k + 1) for b in batches for k in info.allowed_k(b)])
+            counts = np.unique([b * (k + 1) for b in batches for k in self._allowed_k(b)])
         return counts[counts <= max(self._settings.max_tokens, int(counts[0]))]
 
     def next_round(self, measured: MeasuredCounts, batch_size: int) -> tuple[Trial, ...]:
@@ -108,26 +113,29 @@ class Sweep:
                         wanted[t] = missing
         return [(t, n) for t, n in sorted(wanted.items()) if self._requested.get(t, 0) < self.MAX_REQUESTS]
 
+    def _allowed_k(self, batch_size: int) -> tuple[int, ...]:
+        return self._allowed[min(batch_size, len(self._allowed) - 1)]
+
     def _trial(self, tokens: int, steps: int, batch_size: int) -> Trial | None:
         info = self._info
         self._turn += 1
-        preferred = info.candidates[-1 - self._turn % max(len(info.candidates) - 1, 1)]
+        preferred = self._candidates[-1 - self._turn % max(len(self._candidates) - 1, 1)]
         if not info.holds_batch:
             batch = max(batch_size, 1)
         elif info.granularity is Granularity.REQUEST:
-            lowest = -(-tokens // (info.max_k + 1))
+            lowest = -(-tokens // (self._candidates[-1] + 1))
             batch = min(max(-(-tokens // (preferred + 1)), lowest), min(tokens, info.max_batch))
-            if batch * (info.allowed_k(batch)[-1] + 1) < tokens:
+            if batch * (self._allowed_k(batch)[-1] + 1) < tokens:
                 # Not enough K is allowed at that size: the smallest one that reaches the count.
-                reaching = (b for b in range(1, info.max_batch + 1) if b <= tokens <= b * (info.allowed_k(b)[-1] + 1))
+                reaching = (b for b in range(1, info.max_batch + 1) if b <= tokens <= b * (self._allowed_k(b)[-1] + 1))
                 batch = next(reaching, batch)
         else:
-            sizes = [(tokens // (k + 1), k) for k in info.candidates if tokens % (k + 1) == 0]
-            fitting = [b for b, k in sizes if b <= info.max_batch and k in info.allowed_k(b)]
+            sizes = [(tokens // (k + 1), k) for k in self._candidates if tokens % (k + 1) == 0]
+            fitting = [b for b, k in sizes if b <= info.max_batch and k in self._allowed_k(b)]
             if not fitting:
                 return None
             batch = fitting[self._turn % len(fitting)]
-        k = next((k for k in info.allowed_k(batch) if batch * (k + 1) >= tokens), None)
+        k = next((k for k in self._allowed_k(batch) if batch * (k + 1) >= tokens), None)
         if k is None or batch > tokens:
             return None
         return Trial(batch if info.holds_batch else 0, k, tokens if info.granularity is Granularity.REQUEST else 0, steps)

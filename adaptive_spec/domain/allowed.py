@@ -28,6 +28,23 @@ def ranges(by_batch_size: Sequence[tuple[int, ...]]) -> AllowedFrom:
     return tuple((b + 1, by_batch_size[b]) for b in starts)
 
 
+def mask_ranges(mask: Bools) -> AllowedFrom:
+    """The compact form of a mask [max_batch + 1, max_k + 1], whose row 0 is row 1; () where every K is allowed."""
+    return () if mask.all() else ranges([tuple(np.flatnonzero(row).tolist()) for row in mask[1:]])
+
+
+def within_rails(mask: Bools, k_min: int, k_max: int) -> Bools:
+    """The mask without the K outside [k_min, k_max].
+
+    At a batch size where no allowed K is inside, the one nearest to k_max stays. mask: [rows, K + 1], at least one K allowed in
+    every row.
+    """
+    k = np.arange(mask.shape[1])
+    inside = mask & (k >= k_min) & (k <= k_max)
+    nearest = np.where(mask, np.abs(k - k_max), len(k) + abs(k_max)).argmin(axis=1)
+    return np.asarray(inside | (~inside.any(axis=1, keepdims=True) & (k == nearest[:, None])))
+
+
 def runnable_table(mask: Bools) -> KTable:
     """What runs in place of each K, uint8 [rows, K + 1]: the largest allowed K that is not larger, else the smallest allowed one.
 

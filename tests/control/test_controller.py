@@ -179,6 +179,37 @@ def test_a_rail_keeps_k_inside() -> None:
     assert set(s.controller.k_by_batch_size().values()) <= {1, 2}
 
 
+@pytest.mark.parametrize("granularity", list(Granularity))
+def test_rails_narrowed_over_a_restart_of_the_sidecar_alone_bind_at_once(granularity: Granularity) -> None:
+    s = server(granularity, batch_size=3)
+    s.run(200)
+    assert s.controller.k_by_batch_size()[3] > 2
+    narrow = ControllerSettings(policy=PolicySettings(k_max=2))
+    for asked in ("active", "pause", "pin"):
+        old = Controller(ControllerSettings(), s.info)
+        old.restore(s.controller.state())
+        if asked != "active":
+            old.command(asked, s.now_s, 7)
+        restarted = Controller(narrow, s.info)
+        restarted.restore(old.state())
+        policy = restarted.tick(s.now_s)
+        assert policy is not None
+        assert int(policy.k_table.max()) <= 2
+        assert policy.allowed_from == ((1, (0, 1, 2)),), "the step choice of the engine is bound too"
+        check_policy(policy)
+    s.controller = Controller(narrow, s.info)
+    s.controller.restore(old.state())
+    s._publish(s.controller.command("active", s.now_s))
+    ks = set()
+    for _ in range(300):  # probes too
+        record = s.step()
+        ks |= {record.k} if record.policy_version else set()
+        s.controller_sees(record)
+    assert ks <= {0, 1, 2}
+    with pytest.raises(ValueError, match=r"K 7 is outside of k_min\.\.k_max = 0\.\.2"):
+        s.controller.command("pin", s.now_s, 7)
+
+
 def mode_of(s: SimulatedServer) -> str:
     return str(s.controller.mode)
 

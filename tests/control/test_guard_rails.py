@@ -1,12 +1,9 @@
 from __future__ import annotations
 
-from types import SimpleNamespace
-from typing import Any
-
 import numpy as np
 import pytest
 
-from adaptive_spec.control.guard_rails import SwapWatch, better_table, hurdles, table_for, within_rails
+from adaptive_spec.control.guard_rails import SwapWatch, better_table, hurdles, table_for
 
 
 def table(k: int) -> np.ndarray:
@@ -83,10 +80,3 @@ def test_a_verdict_survives_a_forecast_with_fewer_context_buckets() -> None:
     for _ in range(SwapWatch.MIN_STEPS):
         watch.add(1, 1, 10, 0.1)
     assert not watch.failed(goodput(100, 100))
-
-
-def test_rails_keep_the_nearest_allowed_k_of_every_batch_size() -> None:
-    allowed: Any = SimpleNamespace(goodput=np.array([[[0, 0, 0, 0]], [[5, 6, 7, 8]], [[5, 0, 0, 8]], [[0, 6, 0, 0]]], float))
-    assert within_rails(allowed, 0, 32)[1:, 0].tolist() == [[5, 6, 7, 8], [5, 0, 0, 8], [0, 6, 0, 0]]
-    assert within_rails(allowed, 1, 2)[1:, 0].tolist() == [[0, 6, 7, 0], [0, 0, 0, 8], [0, 6, 0, 0]]
-    assert within_rails(allowed, 3, 9)[1:, 0].tolist() == [[0, 0, 0, 8], [0, 0, 0, 8], [0, 6, 0, 0]]

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from adaptive_spec.config.settings import ControllerSettings, SweepSettings
+from adaptive_spec.config.settings import ControllerSettings, PolicySettings, SweepSettings
 from adaptive_spec.control.sweep import Sweep
 from adaptive_spec.domain.engine_info import EngineInfo
 from adaptive_spec.domain.policy import Granularity
@@ -79,6 +79,19 @@ def test_trials_are_always_plans_the_engine_can_run() -> None:
         assert trial.k in info.candidates
         assert 1 <= trial.batch_size <= 24
         assert trial.num_tokens == 0
+
+
+@pytest.mark.parametrize("granularity", list(Granularity))
+@pytest.mark.parametrize("holds_batch", [True, False])
+def test_it_measures_no_k_beyond_the_guard_rails(granularity: Granularity, holds_batch: bool) -> None:
+    settings = ControllerSettings(policy=PolicySettings(k_min=1, k_max=3))
+    server = SimulatedServer(engine_info(granularity, holds_batch=holds_batch), staircase(), settings=settings, batch_size=5)
+    steps = []
+    while server.controller.mode == "sweep" and server.steps < 4000:
+        steps.append(server.step())
+        server.controller_sees(steps[-1])
+    assert server.controller.mode == "active"
+    assert {record.k for record in steps if record.policy_version} == {1, 2, 3}
 
 
 @pytest.mark.parametrize("granularity", list(Granularity))

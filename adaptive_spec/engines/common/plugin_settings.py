@@ -3,7 +3,7 @@
 | variable | meaning |
 |---|---|
 | ADAPTIVE_SPEC_MODE | off (default), shadow (observe and report) or active (decide K) |
-| ADAPTIVE_SPEC_CONFIG | the sidecar's YAML. Used: runtime_dir; max_age_s, k_min, k_max and fallback of controller.policy; |
+| ADAPTIVE_SPEC_CONFIG | the sidecar's YAML. Used: runtime_dir; max_age_s and fallback of controller.policy; |
 | | controller.mode where ADAPTIVE_SPEC_MODE is not set |
 | ADAPTIVE_SPEC_RUNTIME_DIR | folder shared with the sidecar; takes precedence over the configuration. Without either: |
 | | /dev/shm/adaptive-spec-USER-PORT, with the user's number and the server's port |
@@ -34,16 +34,11 @@ FALLBACKS = ("stock", "launch")
 
 @dataclass(frozen=True)
 class PluginSettings:
-    """See the module. k_min, k_max: the configuration's K range, applied to the step choice too.
-
-    default_folder: whether runtime_dir follows the server's port, see `of_server`.
-    """
+    """See the module. default_folder: whether runtime_dir follows the server's port, see `of_server`."""
 
     mode: Literal["off", "shadow", "active"] = "off"
     runtime_dir: Path = field(default_factory=default_runtime_dir)
     max_age_s: float = 30.0
-    k_min: int = 0
-    k_max: int = 32
     batch_scores: Literal["auto", "on", "off"] = "auto"
     ranks_timeout_s: int = 60
     untested_sglang: bool = False
@@ -69,7 +64,7 @@ def plugin_settings(environment: Mapping[str, str]) -> PluginSettings:
     config = environment.get(PREFIX + "CONFIG", "")
     if mode == "off" or not (mode or config):
         return PluginSettings()
-    runtime_dir, max_age_s, k_min, k_max, fallback, confidences = default_runtime_dir(), 30.0, 0, 32, "stock", "on"
+    runtime_dir, max_age_s, fallback, confidences = default_runtime_dir(), 30.0, "stock", "on"
     named = bool(environment.get(PREFIX + "RUNTIME_DIR"))
     if config:
         from adaptive_spec.config.load import load_settings
@@ -77,13 +72,13 @@ def plugin_settings(environment: Mapping[str, str]) -> PluginSettings:
         settings = load_settings(Path(config))
         mode = mode or settings.controller.mode
         policy = settings.controller.policy
-        runtime_dir, max_age_s, k_min, k_max = settings.runtime_dir, policy.max_age_s, policy.k_min, policy.k_max
+        runtime_dir, max_age_s = settings.runtime_dir, policy.max_age_s
         named |= bool(settings.model_fields_set & {"runtime_dir", "server_port"})
         fallback = policy.fallback
         confidences = "on" if settings.controller.acceptance.confidences else "off"
     runtime_dir = Path(environment.get(PREFIX + "RUNTIME_DIR") or runtime_dir)
     return PluginSettings(
-        cast(Literal["off", "shadow", "active"], mode), runtime_dir, max_age_s, k_min, k_max,
+        cast(Literal["off", "shadow", "active"], mode), runtime_dir, max_age_s,
         cast(Literal["auto", "on", "off"], _choice(environment, "BATCH_SCORES", ("auto", "on", "off"), "auto")),
         _whole(environment, "RANKS_TIMEOUT_S", 1, 3600, 60),
         _choice(environment, "UNTESTED_SGLANG", ("0", "1"), "0") == "1",

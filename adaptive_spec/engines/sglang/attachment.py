@@ -157,7 +157,7 @@ class Attachment:
 
     def _crc(self, *terms: object) -> int:
         settings = self._settings
-        whole = (settings.mode, settings.fallback, settings.k_min, settings.k_max, __version__, *terms)
+        whole = (settings.mode, settings.fallback, __version__, *terms)
         return zlib.crc32(repr(whole).encode()) + 1
 
     def _place(self) -> Place:

@@ -303,8 +303,8 @@ class EagleAttachment(Attachment):
         """The step choice: K of this step from the acceptance history and the known scores of its requests."""
         if self._history is None or self._tap is None:
             return k
-        settings, ids = self._settings, [request_id(request) for request in batch.reqs]
-        candidates = [c for c in policy.allowed(len(ids)) if c == k or settings.k_min <= c <= settings.k_max]
+        ids = [request_id(request) for request in batch.reqs]
+        candidates = policy.allowed(len(ids))
         # Without the tap topk_p is SGLang's constant 1.0.
         first = batch.spec_info.topk_p if self._confidences is not None else None
         # On a GPU the host would have to wait for the score; there the history alone is used.

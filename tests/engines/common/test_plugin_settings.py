@@ -17,11 +17,11 @@ def test_inert_unless_asked() -> None:
 
 def test_environment_and_configuration(tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"
-    policy = "{k_min: 1, k_max: 3, max_age_s: 5, fallback: launch}"
+    policy = "{max_age_s: 5, fallback: launch}"
     config.write_text(f"runtime_dir: /dev/shm/here\ncontroller: {{mode: shadow, policy: {policy}}}\n")
     settings = plugin_settings({"ADAPTIVE_SPEC_CONFIG": str(config)})
     assert (settings.mode, settings.runtime_dir) == ("shadow", Path("/dev/shm/here"))
-    assert (settings.k_min, settings.k_max, settings.max_age_s) == (1, 3, 5.0)
+    assert settings.max_age_s == 5.0
     assert settings.fallback == "launch"
     assert plugin_settings({"ADAPTIVE_SPEC_CONFIG": str(config), "ADAPTIVE_SPEC_FALLBACK": "stock"}).fallback == "stock"
     assert plugin_settings({"ADAPTIVE_SPEC_MODE": "active"}).fallback == "stock"

@@ -6,7 +6,7 @@ STAMP := $(VENV)/.adaptive-spec-installed
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: bench benchmarks clean dashboards demo demo-sglang demo-vllm docs gpu-report help images lint manifests nightly release-check setup sglang-matrix site stack test vendor vllm-matrix wheel
+.PHONY: bench benchmarks clean dashboards demo demo-sglang demo-vllm docs fuzz gpu-report help images lint manifests nightly release-check setup sglang-matrix site stack test vendor vllm-matrix wheel
 
 help:
 	@echo "make demo [ARGS=\"--duration 90 --compare\"]  see it work on a real engine"
@@ -15,6 +15,7 @@ help:
 	@echo "make wheel                                  dist/adaptive_spec-VERSION-py3-none-any.whl, to install elsewhere"
 	@echo "make release-check                          build the release and try it in a fresh environment (minutes)"
 	@echo "make benchmarks                             policies against each other, simulated; writes docs/benchmarks.md"
+	@echo "make fuzz [ARGS=\"csv --seconds 60\"]         fuzz what is read from outside the process"
 	@echo "make gpu-report OUT=DIR                     verify latency, boundaries, overhead, K on this device (CUDA, or the CPU)"
 	@echo "make stack [ARGS=\"--duration 90\"]            demo, Prometheus and Alertmanager with the shipped configuration"
 	@echo "make dashboards                             write the Grafana dashboards of dashboards/"
@@ -92,12 +93,17 @@ images: $(STAMP)
 vllm-matrix: $(STAMP)
 	@$(BIN)/python -m tests.engines.release_matrix vllm $(ARGS)
 
+# --inputs and --seconds of each target: whichever is first ends it.
+fuzz: $(STAMP)
+	@$(BIN)/python -m tests.fuzz $(ARGS)
+
 sglang-matrix: $(STAMP)
 	@$(BIN)/python -m tests.engines.release_matrix sglang $(ARGS)
 
-# Checks that are not part of `make test`: the releases of SGLang and vLLM, and tests with the marker `nightly`.
+# Checks that are not part of `make test`: the releases of SGLang and vLLM, tests with the marker `nightly`, and a long fuzzing run.
 nightly: sglang-matrix vllm-matrix
 	$(BIN)/python -m pytest -m nightly $(ARGS)
+	$(BIN)/python -m tests.fuzz --inputs 1000000 --seconds 0 --jobs 2
 
 # The plots of the status page; npm checks what it fetches against the registry's own checksum.
 UPLOT := 1.6.32

@@ -39,6 +39,8 @@ DRIFT_DISCOUNT = 0.25
 """Weight of the calibration's past after a drift."""
 TALLY_DECAY = 0.998
 """Weight of a step in the tallies of batch sizes one step later: they remember about 500 steps."""
+WITH_GAPS = ("recent", "decks")
+"""Arrays of a profile in which NaN stands for a position that was not drafted or not verified."""
 MATERIAL_BIAS = 0.05
 """Mean relative error of predicted latency below which an alarm of the drift detector is ignored."""
 
@@ -309,6 +311,9 @@ class ModelSet:
 
     def take(self, latency: Mapping[str, NDArray[Any]], calibration: Mapping[str, NDArray[Any]]) -> None:
         """Take over the arrays of a profile. Raises ValueError when they do not fit this engine; use a fresh ModelSet then."""
+        for name, array in (*latency.items(), *calibration.items()):
+            if array.dtype.kind not in "biuf" or not (np.isfinite(array) | (np.isnan(array) & (name in WITH_GAPS))).all():
+                raise ValueError(f"profile: {name}: must be finite real numbers")
         try:
             self.padding.restore(latency["padding"])
             self.verify.restore({"rows": latency["cells.rows"], "noise": latency["cells.noise"]})

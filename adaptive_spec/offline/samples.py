@@ -7,7 +7,6 @@ before the header and at the end of the file only.
 from __future__ import annotations
 
 import csv
-import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -17,13 +16,20 @@ from numpy.typing import NDArray
 
 from adaptive_spec.domain.arrays import Floats, Ints
 from adaptive_spec.errors import BadInput
+from adaptive_spec.regular_file import read_regular_file
 
 MAX_NUM_TOKENS = 65_536
+LEAST_MS, MOST_MS = 1e-6, 3.6e6
+"""A nanosecond to an hour: the squares of such times can be summed."""
+LARGEST_BYTES = 64 << 20
+"""Some 4 million rows, which take about 1 GB of memory and 10 s to read."""
+LONGEST_NUMBER = 40
+"""Characters. Python takes quadratic time for long whole numbers."""
 Value = TypeVar("Value")
 
 
 class LatencySamples(NamedTuple):
-    """num_tokens: int64 [n], >= 1. latency_s: float64 [n], > 0."""
+    """num_tokens: int64 [n], 1..MAX_NUM_TOKENS. latency_s: float64 [n], 1e-9..3600."""
 
     num_tokens: Ints
     latency_s: Floats
@@ -44,7 +50,11 @@ def read_latency(path: Path) -> LatencySamples:
         tokens.append(
             _value(at, "num_tokens", count, int, lambda n: 1 <= n <= MAX_NUM_TOKENS, f"a whole number in 1..{MAX_NUM_TOKENS}")
         )
-        latency_ms.append(_value(at, "latency_ms", latency, float, lambda ms: 0.0 < ms < math.inf, "a finite number > 0"))
+        latency_ms.append(
+            _value(
+                at, "latency_ms", latency, float, lambda ms: LEAST_MS <= ms <= MOST_MS, f"a number in {LEAST_MS:g}..{MOST_MS:g}"
+            )
+        )
     return LatencySamples(np.array(tokens, np.int64), np.array(latency_ms) / 1e3)
 
 
@@ -61,8 +71,8 @@ def read_calibration(path: Path) -> CalibrationPairs:
 def _rows(path: Path, header: tuple[str, str]) -> Iterator[tuple[str, tuple[str, str]]]:
     """Yield (file and line, fields) of each data row. Raises BadInput."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_regular_file(path, LARGEST_BYTES, follow_links=True).data.decode("utf-8-sig")
+    except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise BadInput(f"{path}: cannot be read: {reason}") from error
     lines = text.splitlines()
@@ -95,7 +105,7 @@ def _rows(path: Path, header: tuple[str, str]) -> Iterator[tuple[str, tuple[str,
 
 def _value(at: str, field: str, text: str, kind: Callable[[str], Value], allowed: Callable[[Value], bool], words: str) -> Value:
     try:
-        value = kind(text)
+        value = kind(text) if len(text) <= LONGEST_NUMBER and text.isascii() and "_" not in text else None
     except ValueError:
         value = None
     if value is None or not allowed(value):

@@ -19,7 +19,8 @@ MOST_ENTRIES = 512
 """A profile has about 60 arrays."""
 LARGEST_DIRECTORY = MOST_ENTRIES * 256
 """Bytes. An entry of the directory is 46 bytes, a name and its extra fields; zipfile reads the whole directory at once."""
-_PLAIN_KINDS = "biufcSU"
+_PLAIN_KINDS = "biufSU"
+"""Of numpy: no complex numbers, which lose their imaginary part with a warning where they are used."""
 _END = struct.Struct("<4s4H2LH")
 """The end record of a zip file: signature, four counts, size and place of the directory, length of the comment."""
 
@@ -73,7 +74,7 @@ def _array(data: bytes) -> AnyArray:
     else:
         raise ValueError(f"npy version must be 1.0 or 2.0, got {version[0]}.{version[1]}")
     if dtype.kind not in _PLAIN_KINDS or dtype.itemsize == 0 or dtype.subdtype is not None:
-        raise ValueError(f"dtype must be a number, a boolean or text, got {dtype.kind!r}")
+        raise ValueError(f"dtype must be a real number, a boolean or text, got {dtype.kind!r}")
     there = len(data) - stream.tell()
     if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != there:
         raise ValueError(f"an array of {there} bytes states another size")

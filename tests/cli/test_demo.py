@@ -36,6 +36,16 @@ SIDECAR: dict[str, Any] = {
     "calibration": {"kind": "chain", "ece": 0.02}, "drift_events": {"latency": 0, "calibration": 1}, "measured_gain": 0.25,
     "events": [{"time_s": 1.0, "age_s": 3.0, "kind": "swap", "text": "K 3 to 5 at batch 2"}],
 }  # fmt: skip
+
+
+def _pid(file: Path) -> int | None:
+    """What a sidecar wrote of itself; None while one has gone and the next has not begun."""
+    try:
+        return int(json.loads(file.read_bytes())["pid"])
+    except (OSError, ValueError):
+        return None
+
+
 STATE = DemoState(90.0, ENGINE, SIDECAR, True)
 
 
@@ -165,7 +175,7 @@ def test_a_run_with_a_killed_sidecar(tmp_path: Path, demo_folders: set[Path]) ->
             steps = json.loads((folder / "engine.json").read_bytes())["decode_steps"]
             first = json.loads((folder / "runtime" / "sidecar.json").read_bytes())["pid"]
             os.kill(first, signal.SIGKILL)
-            wait_for(lambda: json.loads((folder / "runtime" / "sidecar.json").read_bytes())["pid"] != first, "another sidecar")
+            wait_for(lambda: _pid(folder / "runtime" / "sidecar.json") not in (None, first), "another sidecar")
             assert "continuing from the checkpoint" in wait_for(lambda: _has(folder / "sidecar.log", "continuing"), "its word")
             assert json.loads((folder / "engine.json").read_bytes())["decode_steps"] > steps, (
                 "the engine did not wait for the sidecar"

@@ -13,7 +13,7 @@ def test_help_of_everything() -> None:
     result = run_cli("--help")
     assert result.returncode == 0
     nested = [*cli.commands.items(), *dashboards.commands.items()]
-    assert len(nested) == 14
+    assert len(nested) == 15
     for name, command in nested:
         assert name in result.stdout or name in dashboards.commands
         assert command.get_short_help_str()

@@ -30,7 +30,7 @@ class Ranks:
     def __init__(self, folder: Path, ranks: int = 2, command: tuple[str, ...] = (sys.executable,), **options: Any) -> None:
         self.folder, self.ranks, self._command = folder, ranks, command
         self.runtime_dir = folder / "run"
-        self.runtime_dir.mkdir()
+        self.runtime_dir.mkdir(0o700)
         with socket.create_server(("127.0.0.1", 0)) as taken:
             port = int(taken.getsockname()[1])
         self.options = {
@@ -94,7 +94,9 @@ class Ranks:
             with contextlib.suppress(OSError):
                 process.send_signal(signal.SIGCONT)
             process.kill()
-            process.communicate()
+            process.wait()
+            if process.stderr is not None:
+                process.stderr.close()
 
 
 @contextlib.contextmanager

@@ -8,7 +8,8 @@ from adaptive_spec.control.guard_rails import Table, table_for
 from adaptive_spec.domain.allowed import mask_ranges
 from adaptive_spec.domain.arrays import Bools
 from adaptive_spec.domain.engine_info import EngineInfo
-from adaptive_spec.domain.policy import STEP_CHOICE_GAIN, Granularity, Mode, Policy, Trial
+from adaptive_spec.domain.policy import STEP_CHOICE_GAIN, Granularity, Mode, Policy, Trial, largest_tokens
+from adaptive_spec.domain.step_record import LONGEST_S
 from adaptive_spec.domain.survival import SurvivalMap
 from adaptive_spec.models.goodput import Forecast
 
@@ -53,6 +54,9 @@ class Publisher:
             fixed_s = np.zeros((info.max_k + 1, info.max_batch + 1))
             verify_s = np.ones(info.max_batch * (info.max_k + 1) + 1)
             survival, slope, edges = untrained, 0.0, np.zeros(0, dtype=np.float32)
+        # Extrapolated times may be beyond what an engine takes. A NaN stays one: it is a fault, and refused.
+        fixed_s = np.clip(fixed_s, 0.0, LONGEST_S)
+        verify_s = np.clip(verify_s[: largest_tokens(info.max_batch, info.max_k) + 1], 0.0, LONGEST_S)
         verify_all = mode is Mode.PINNED or forecast is None or info.granularity is Granularity.BATCH
         self.version += 1
         self.time_s = now_s
@@ -76,7 +80,7 @@ class Publisher:
             return False
         n = min(len(last.verify_s), len(forecast.verify_s))
         cost_change = float(np.max(np.abs(last.verify_s[1:n] / forecast.verify_s[1:n] - 1.0)))
-        calibration_change = float(np.max(np.abs(last.survival.table - forecast.survival.table)))
+        calibration_change = float(np.max(np.abs(last.survival.table - forecast.survival.table), initial=0.0))
         return (
             cost_change > MIN_COST_CHANGE
             or abs(forecast.switch_s - last.switch_s) > MIN_SWITCH_CHANGE * last.switch_s

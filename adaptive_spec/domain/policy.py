@@ -37,6 +37,15 @@ TRIAL_PATIENCE_STEPS = 64
 """Steps without the trial's batch size after which the engine skips the trial, so that a sweep always ends."""
 
 
+LARGEST_PADDING = 2
+"""A policy has times for batches padded to up to so many times the engine's largest batch. Nothing larger is planned for."""
+
+
+def largest_tokens(max_batch: int, max_k: int) -> int:
+    """Largest token count that a policy has a verify time for."""
+    return LARGEST_PADDING * max_batch * (max_k + 1)
+
+
 class Trial(NamedTuple):
     """A plan that is run for some steps to measure it, in place of the table's.
 

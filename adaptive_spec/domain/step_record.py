@@ -13,6 +13,17 @@ UNKNOWN_CONFIDENCE = 0.0
 """The value in place of a confidence that was not measured. No probability of a most likely token is 0."""
 
 
+LARGEST_BATCH_SIZE = 1 << 14
+"""Four times the requests that an engine may announce (`engine_info.LARGEST_BATCH`): a batch beyond those is cut, not refused."""
+LARGEST_TOKENS = 1 << 20
+"""Of one verification: 64 tokens a request, as in a draft tree, at the largest batch."""
+LARGEST_KV_TOKENS = 1 << 40
+LARGEST_NUMBER = (1 << 63) - 1
+"""Of a step, a time and a policy version: what a signed 64-bit integer holds."""
+SHORTEST_S, LONGEST_S = 1e-9, 3600.0
+"""A stage that ran takes at least the shortest and less than the longest time."""
+
+
 class StepFlag(IntFlag):
     """Properties of a step that change how it is used."""
 
@@ -37,7 +48,7 @@ class StepRecord:
     """One decode step.
 
     step, time_ns, kv_tokens, policy_version, num_tokens, padded_tokens, batch_size, k, flags: see the table in `wire/slot.py`.
-    draft_s, verify_s, draft_extend_s, step_s: seconds, >= 0; step_s is the whole step, overhead included.
+    draft_s, verify_s, draft_extend_s, step_s: seconds, >= 0; verify_s and step_s > 0. step_s is the whole step with its overhead.
     confidences: float32 [rows, k], the draft model's probability of each token it proposed, in (0, 1], or UNKNOWN_CONFIDENCE.
     verify_len: uint8 [rows], draft tokens verified, 0..k. accept_len: uint8 [rows], draft tokens accepted (bonus not
     counted), 0..verify_len. request_ids: uint32 [rows], the engine's own number of each request, the same in all its steps.
@@ -69,10 +80,15 @@ class StepRecord:
     def invalid_reason(self) -> str | None:
         """Name the first group of fields with an impossible value, None when all are valid. Readers drop invalid records."""
         rows = len(self.verify_len)
-        if not (0 < rows <= self.batch_size) or self.padded_tokens < self.num_tokens or self.num_tokens < self.batch_size:
+        if not (0 < rows <= self.batch_size <= self.num_tokens <= self.padded_tokens <= LARGEST_TOKENS):
             return "counts"
-        times = (self.draft_s, self.verify_s, self.draft_extend_s, self.step_s)
-        if not all(0.0 <= t < 3600.0 for t in times) or self.verify_s <= 0.0:
+        if self.batch_size > LARGEST_BATCH_SIZE or self.kv_tokens > LARGEST_KV_TOKENS:
+            return "counts"
+        if self.step > LARGEST_NUMBER or self.time_ns > LARGEST_NUMBER or self.policy_version > LARGEST_NUMBER:
+            return "numbers"
+        if not (SHORTEST_S <= self.verify_s < LONGEST_S and SHORTEST_S <= self.step_s < LONGEST_S):
+            return "times"
+        if not (0.0 <= self.draft_s < LONGEST_S and 0.0 <= self.draft_extend_s < LONGEST_S):
             return "times"
         # count_nonzero takes half the time of any() and all() on such small arrays; this runs for every record.
         if np.count_nonzero(self.accept_len > self.verify_len) or np.count_nonzero(self.verify_len > self.k):

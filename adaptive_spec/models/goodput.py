@@ -121,7 +121,8 @@ def forecast(models: ForecastInputs, seed: int) -> Forecast | None:
     max_k, max_batch = models.candidates[-1], models.max_batch
     request = models.granularity is Granularity.REQUEST
     pad = models.padding.table(max_batch * (max_k + 1) if request else max_batch)
-    largest = int(pad[-1]) if request else int(pad[-1]) * (max_k + 1)
+    # Not the last one: a size may be padded to more than a larger size is.
+    largest = int(pad.max()) if request else int(pad.max()) * (max_k + 1)
     by_padded, error_by_padded = fit.predict(np.maximum(np.arange(largest + 1), 1))
     verify_s, verify_error_s = (by_padded[pad], error_by_padded[pad]) if request else (by_padded, error_by_padded)
     fixed_s = np.zeros((max_k + 1, max_batch + 1))

@@ -9,7 +9,7 @@ import struct
 import numpy as np
 
 from adaptive_spec.domain.arrays import AnyArray, AnyFloats
-from adaptive_spec.domain.policy import Granularity, Mode, Policy, Trial
+from adaptive_spec.domain.policy import Granularity, Mode, Policy, Trial, largest_tokens
 from adaptive_spec.domain.survival import GRID_POINTS, SurvivalMap
 from adaptive_spec.wire.slot import MAX_BATCH_LIMIT, MAX_K_LIMIT
 
@@ -30,7 +30,7 @@ _GRANULARITIES = (Granularity.BATCH, Granularity.REQUEST)
 
 def payload_bytes(max_batch: int, max_k: int, contexts: int = 16, trials: int = MAX_TRIALS) -> int:
     """Return the page capacity an engine needs: bytes of its largest policy, with batches padded to up to twice their size."""
-    tokens = 2 * max_batch * (max_k + 1) + 1
+    tokens = largest_tokens(max_batch, max_k) + 1
     floats = contexts - 1 + (max_k + 1) * (max_batch + 1) + tokens + max_k * GRID_POINTS
     return _POLICY.size + _TRIAL.size * trials + _ALLOWED.size * max_batch + 4 * floats + contexts * (max_batch + 1)
 

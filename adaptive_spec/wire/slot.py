@@ -68,7 +68,7 @@ def decode_slot(slot: bytes | memoryview, layout: SlotLayout) -> StepRecord | No
     """Return the record in a slot's bytes, or None when its counts do not fit the layout. Keeps a copy of the record's bytes."""
     (_, step, time_ns, kv, version, num_tokens, padded, batch, rows, k, flags,
      draft, verify, extend, whole) = HEAD.unpack_from(slot, 0)  # fmt: skip
-    if rows > layout.max_batch or k > layout.max_k:
+    if rows != min(batch, layout.max_batch) or k > layout.max_k:
         return None
     end = record_bytes(rows, k)
     data = bytes(slot[HEAD.size : end])

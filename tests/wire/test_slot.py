@@ -24,11 +24,12 @@ def records(draw: st.DrawFn, max_batch: int = 6, max_k: int = 5) -> StepRecord:
     verify_len = rng.integers(0, k + 1, rows).astype(np.uint8)
     accept_len = rng.integers(0, verify_len.astype(np.int64) + 1).astype(np.uint8)
     num_tokens = int(verify_len.sum()) + rows
-    u64 = st.integers(0, 2**64 - 1)
+    u63 = st.integers(0, 2**63 - 1)
     seconds = st.floats(0.0, 3599.0, width=32)
+    some_seconds = st.floats(2.0**-20, 3599.0, width=32)
     return StepRecord(
-        draw(u64), draw(u64), draw(u64), draw(u64), num_tokens, num_tokens + draw(st.integers(0, 300)), rows, k,
-        draw(st.integers(0, 255)), draw(seconds), draw(st.floats(2.0**-20, 3599.0, width=32)), draw(seconds), draw(seconds),
+        draw(u63), draw(u63), draw(st.integers(0, 2**40)), draw(u63), num_tokens, num_tokens + draw(st.integers(0, 300)), rows, k,
+        draw(st.integers(0, 255)), draw(seconds), draw(some_seconds), draw(seconds), draw(some_seconds),
         (1.0 - rng.random((rows, k))).astype(np.float32), verify_len, accept_len,
         rng.integers(0, 2**32, rows).astype(np.uint32),
     )  # fmt: skip
@@ -75,8 +76,8 @@ def test_a_slot_by_the_table_decodes_to_the_record(record: StepRecord) -> None:
 @given(st.binary(min_size=LAYOUT.slot_bytes, max_size=LAYOUT.slot_bytes))
 def test_any_bytes_decode_to_something_that_fits_or_to_nothing(slot: bytes) -> None:
     record = decode_slot(slot, LAYOUT)
-    _, *_, rows, k, _, _, _, _, _ = HEAD.unpack_from(slot)
-    assert (record is None) == (rows > LAYOUT.max_batch or k > LAYOUT.max_k)
+    _, *_, batch_size, rows, k, _, _, _, _, _ = HEAD.unpack_from(slot)
+    assert (record is None) == (rows != min(batch_size, LAYOUT.max_batch) or k > LAYOUT.max_k)
     if record is not None:
         assert record.confidences.shape == (rows, k)
         record.invalid_reason()

@@ -89,7 +89,7 @@ def fit_logistic(verified: Floats, accepted: Floats, prior: Floats, prior_weight
         step = np.linalg.solve(h, g[:, :, None])[:, :, 0]
         theta = theta + np.clip(step, -1.5, 1.5)
         theta[:, 1] = np.maximum(theta[:, 1], 0.05)
-        if np.abs(step).max() < 1e-6:
+        if np.abs(step).max(initial=0.0) < 1e-6:
             break
     return theta
 
@@ -116,12 +116,14 @@ def linear_map(histogram: ScoreHistogram) -> SurvivalMap:
 def binned_map(histogram: ScoreHistogram) -> SurvivalMap:
     """Observed acceptance per position and bin, smoothed with its neighbours, then made non-decreasing in the score."""
     kernel = np.array([0.25, 0.5, 1.0, 0.5, 0.25])
-    smooth = np.stack([np.convolve(row, kernel, "same") for row in histogram.verified])
-    hits = np.stack([np.convolve(row, kernel, "same") for row in histogram.accepted])
+    shape = histogram.verified.shape
+    smooth = np.array([np.convolve(row, kernel, "same") for row in histogram.verified]).reshape(shape)
+    hits = np.array([np.convolve(row, kernel, "same") for row in histogram.accepted]).reshape(shape)
     pooled_n, pooled_y = smooth.sum(0), hits.sum(0)
     pooled = (pooled_y + 4.0 * GRID_SCORE) / (pooled_n + 4.0)
     value = (hits + 8.0 * pooled) / (smooth + 8.0)
-    return _map(np.stack([_rising(v, w) for v, w in zip(value, smooth + 1.0, strict=True)]), conditional=False)
+    rising = [_rising(v, w) for v, w in zip(value, smooth + 1.0, strict=True)]
+    return _map(np.array(rising, dtype=np.float64).reshape(value.shape), conditional=False)
 
 
 class RiverLogistic:
@@ -144,7 +146,8 @@ class RiverLogistic:
 
     def coefficients(self) -> Floats:
         """Intercept and slope per position [max_k, 2]."""
-        return np.array([[float(m.intercept), float(m.weights["logit"])] for m in self.models])
+        rows = [[float(m.intercept), float(m.weights["logit"])] for m in self.models]
+        return np.array(rows, dtype=np.float64).reshape(-1, 2)
 
     def restore(self, coefficients: NDArray[np.float64]) -> None:
         """Raise ValueError unless the array is finite and [max_k, 2]."""

@@ -94,5 +94,5 @@ class RecentDrafts:
                 raise ValueError(f"{name} must hold confidences in (0, 1], or NaN")
             found[name] = array
         self._rows, self._donors = found["recent"], found["decks"]
-        self._step = np.where(np.isnan(self._rows[:, 0]), -np.inf, 0.0)
+        self._step = np.where(np.isnan(self._rows[:, :1]).all(axis=1), -np.inf, 0.0)
         self._donor_step = np.where(np.isnan(self._donors[:, :, 0]), -np.inf, 0.0)

@@ -159,7 +159,7 @@ class AcceptanceModel:
     def refit(self) -> None:
         """Refit every map and serve the one with the lowest prequential log loss."""
         self.maps = dict(all_maps(self.cumulative, self.at_risk, self.river))
-        mostly_unscored = self.unscored.verified[0] > self.at_risk.verified[0].sum()
+        mostly_unscored = self.unscored.verified[:1].sum() > self.at_risk.verified[:1].sum()
         self._rate_map = rate_map(self.conditional_rates()[0]) if mostly_unscored else None
         mean = {kind: total / weight for kind, (weight, total) in self.losses.items() if weight > 0}
         if mean:

@@ -7,8 +7,12 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
+from adaptive_spec.domain.engine_info import LARGEST_BATCH, LARGEST_K
 from adaptive_spec.domain.policy import Granularity
 from adaptive_spec.domain.step_record import StepRecord
+
+LARGEST_BUCKET = 2 * LARGEST_BATCH
+"""Requests. A larger bucket, which no engine has, is not learnt: times are predicted for every token count up to the largest."""
 
 
 class Padding:
@@ -20,6 +24,7 @@ class Padding:
 
     def __init__(self, granularity: Granularity) -> None:
         self._per_request = granularity is Granularity.REQUEST
+        self._largest = LARGEST_BUCKET * (LARGEST_K + 1) if self._per_request else LARGEST_BUCKET
         self.seen: dict[int, int] = {}
         self.pads = False
 
@@ -28,8 +33,9 @@ class Padding:
             size, bucket = record.num_tokens, record.padded_tokens
         else:
             size, bucket = record.batch_size, record.padded_tokens // (record.k + 1)
-        self.seen[size] = max(bucket, size)
-        self.pads |= bucket > size
+        if max(size, bucket) <= self._largest:
+            self.seen[size] = max(bucket, size)
+            self.pads |= bucket > size
 
     def padded_to(self, candidates: Iterable[int]) -> dict[int, int]:
         """Padded token count of every token count that was seen. candidates: the K the engine can run."""
@@ -55,7 +61,7 @@ class Padding:
         return np.array(sorted(self.seen.items()), dtype=np.float64).reshape(-1, 2)
 
     def restore(self, state: NDArray[np.float64]) -> None:
-        """Take over `state()`. Raises ValueError unless rows are (size, bucket) with bucket >= size >= 0."""
+        """Take over `state()`. Raises ValueError unless rows are (size, bucket) with bucket >= size >= 0, in bounds."""
         rows = np.asarray(state, dtype=np.float64)
         if (
             rows.ndim != 2
@@ -63,7 +69,8 @@ class Padding:
             or not np.isfinite(rows).all()
             or (rows[:, 1] < rows[:, 0]).any()
             or (rows < 0).any()
+            or (rows > self._largest).any()
         ):
-            raise ValueError("padding: must be rows of (size, bucket) with bucket >= size >= 0")
+            raise ValueError(f"padding: must be rows of (size, bucket) with {self._largest} >= bucket >= size >= 0")
         self.seen = {int(size): int(bucket) for size, bucket in rows}
         self.pads = bool((rows[:, 1] > rows[:, 0]).any())

@@ -320,7 +320,7 @@ def test_units_verify(units: Path, name: str) -> None:
 
 
 @_needs("systemd-analyze", "Debian package systemd")
-@pytest.mark.parametrize(("name", "worst"), zip(UNITS, SECURITY_WORST, strict=True))
+@pytest.mark.parametrize(("name", "worst"), list(zip(UNITS, SECURITY_WORST, strict=True)))
 def test_units_are_confined(units: Path, name: str, worst: float) -> None:
     result = _run("systemd-analyze", "security", "--offline=true", f"--threshold={int(10 * worst)}", units / name)
     assert result.returncode == 0, result.stdout[-400:] + result.stderr

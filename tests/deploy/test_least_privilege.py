@@ -55,7 +55,7 @@ def _exposure(text: str, folder: Path) -> float:
     """What systemd-analyze makes of a unit: 0 (none) to 10, the sum of its weighted findings."""
     path = folder / "x.service"
     path.write_text(text)
-    command = ["systemd-analyze", "security", "--offline=true", "--json=short", path]
+    command = ["systemd-analyze", "security", "--offline=true", "--json=short", str(path)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert result.stdout, result.stderr
     return sum(float(finding["exposure"] or 0.0) for finding in json.loads(result.stdout))
@@ -288,7 +288,7 @@ IDS = ("runAsUser", "runAsGroup", "fsGroup")
 
 def pod_faults(pod: dict[str, Any]) -> list[str]:
     """What a pod may do beyond the Pod Security Standard "restricted", and some more."""
-    found = [
+    found: list[str] = [
         key
         for key in ("hostNetwork", "hostPID", "hostIPC", "initContainers", "ephemeralContainers", "serviceAccountName")
         if key in pod

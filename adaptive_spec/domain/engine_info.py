@@ -194,4 +194,5 @@ def _shown(value: object) -> str:
         text = str(value) if isinstance(value, Exception) else repr(value)
     except ValueError:
         text = f"a {type(value).__name__} that is too long"
+    text = text if text.isprintable() else repr(text)[1:-1]
     return text if len(text) <= 100 else f"{text[:100]}..."

@@ -27,10 +27,12 @@ class AcceptanceHistory:
 
     def __init__(self, max_k: int, capacity: int) -> None:
         self._position = np.arange(max_k)
-        self._reached = np.zeros((capacity, max_k))
-        self._accepted = np.zeros((capacity, max_k))
-        self._all_reached = np.full(max_k, 1.0)
-        self._all_accepted = np.full(max_k, 0.5)
+        self._below = (self._position < np.arange(max_k + 1)[:, None]).astype(float)
+        """[n, j], 1 for draft positions j below n."""
+        self._fading = np.where(self._below > 0.0, REQUEST_DECAY, 1.0)
+        self._counts = np.zeros((capacity + 1, 2, max_k))
+        """Reached and accepted by request. The last row stays 0: that of every unknown request."""
+        self._all = np.array([np.full(max_k, 1.0), np.full(max_k, 0.5)])
         self._row: dict[int, int] = {}
         self._free = list(range(capacity - 1, -1, -1))
 
@@ -43,34 +45,34 @@ class AcceptanceHistory:
         Positions behind the first rejected token have no label. The counts of a position that was cut off fade as those of a
         verified one do, towards the population's rate, so that a request that is cut short is tried again.
         """
-        if len(accept_len) == 0 or not np.any(verified):
+        of_all = isinstance(verified, int)
+        if len(accept_len) == 0 or not (verified if of_all else np.any(verified)):
             return
+        # On the engine's hot path: every call of numpy costs more than its arithmetic here, so there are few.
         rows = self._rows(request_ids)
-        accepted = self._position < accept_len[:, None]
-        # int64: uint8 arithmetic on 255 would wrap.
-        reached = self._position < np.minimum(accept_len.astype(np.int64) + 1, verified)[:, None]
-        fading = reached if isinstance(verified, int) else reached | (self._position >= verified[:, None])
-        decay = np.where(fading, REQUEST_DECAY, 1.0)
-        self._reached[rows] = self._reached[rows] * decay + reached
-        self._accepted[rows] = self._accepted[rows] * decay + accepted
-        steps = reached.sum(axis=0)
-        forget = np.where(steps > 0, POPULATION_DECAY, 1.0)
-        self._all_reached = self._all_reached * forget + steps
-        self._all_accepted = self._all_accepted * forget + accepted.sum(axis=0)
+        ends = np.empty((len(rows), 2), np.intp)  # positions reached and accepted end before these
+        ends[:, 1] = accept_len
+        np.minimum(ends[:, 1] + 1, verified, out=ends[:, 0])
+        np.minimum(ends, len(self._position), out=ends)
+        counts = self._below[ends]
+        fading = self._fading[ends[:, 0]]
+        if not of_all:
+            fading[self._position >= np.asarray(verified)[:, None]] = REQUEST_DECAY
+        self._counts[rows] = self._counts[rows] * fading[:, None] + counts
+        steps = counts[0] if len(counts) == 1 else np.add.reduce(counts, axis=0)
+        self._all = self._all * np.where(steps[0] > 0.0, POPULATION_DECAY, 1.0) + steps
 
     @property
     def usual(self) -> Floats:
         """P(accept j | all before j accepted) of all requests together, [max_k]."""
-        return np.asarray(self._all_accepted / self._all_reached)
+        return np.asarray(self._all[1] / self._all[0])
 
     def conditional(self, request_ids: Sequence[int]) -> Floats:
         """P(accept j | all before j accepted) of each request, [b, max_k]; of an unknown request, the population's."""
         population = self.usual * PRIOR_STEPS
-        rows = np.fromiter((self._row.get(i, -1) for i in request_ids), np.int64, len(request_ids))
-        known = rows >= 0
-        reached = np.where(known[:, None], self._reached[rows], 0.0)
-        accepted = np.where(known[:, None], self._accepted[rows], 0.0)
-        return np.asarray((accepted + population) / (reached + PRIOR_STEPS))
+        known, unknown = self._row, len(self._counts) - 1
+        counts = self._counts[[known.get(request, unknown) for request in request_ids]]
+        return np.asarray((counts[:, 1] + population) / (counts[:, 0] + PRIOR_STEPS))
 
     def _rows(self, request_ids: Sequence[int]) -> Ints:
         rows = np.empty(len(request_ids), np.int64)
@@ -78,6 +80,6 @@ class AcceptanceHistory:
             row = self._row.pop(request, None)
             if row is None:
                 row = self._free.pop() if self._free else self._row.pop(next(iter(self._row)))
-                self._reached[row] = self._accepted[row] = 0.0
+                self._counts[row] = 0.0
             self._row[request] = rows[i] = row  # last in the order: most recently used
         return rows

@@ -105,6 +105,12 @@ def _step_seconds(
     }
 
 
+def chooses(planner: Planner) -> bool:
+    """Whether K of the step the planner has just begun may be another than the table's."""
+    policy = planner.policy
+    return policy is not None and policy.mode is Mode.ACTIVE and not planner.in_trial
+
+
 def refined_k(
     history: AcceptanceHistory, planner: Planner, request_ids: Sequence[int], first_confidence: AnyFloats | None,
     table_k: int, kv_tokens: int, padded_rows: int, candidates: Sequence[int],
@@ -116,7 +122,7 @@ def refined_k(
     Arguments: see `survival` and `best_k`.
     """
     policy = planner.policy
-    if policy is None or policy.mode is not Mode.ACTIVE or planner.in_trial or len(candidates) < 2:
+    if policy is None or not chooses(planner) or len(candidates) < 2:
         return table_k
     b, last_k = len(request_ids), planner.last_k
     if policy.switch_s > 0.0 and last_k in candidates and (planner.last_moved or last_k == table_k):

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -85,10 +85,10 @@ class OpenStep:
     accept_len: NDArray[np.uint8] | None = None
     counted: NDArray[np.bool_] | None = None
     """[b], which rows the engine counts: not those of requests that had already ended when the step was launched."""
+    all_counted: bool = False
 
 
-@dataclass(frozen=True)
-class FinishedStep:
+class FinishedStep(NamedTuple):
     """What a record needs; see `EngineTap.end_step`. Only counted rows."""
 
     begun: BegunStep
@@ -142,13 +142,22 @@ class StepsInFlight:
     ) -> None:
         """Take the result of a step. accept_len: accepted draft tokens by row. counted, verify_len: see `OpenStep`."""
         rows = len(step.request_ids)
-        verified = np.full(rows, step.k) if verify_len is None else np.asarray(verify_len, np.int64).clip(0, step.k)
-        if len(accept_len) != rows or len(counted) != rows or len(verified) != rows:
+        if len(accept_len) != rows or len(counted) != rows or (verify_len is not None and len(verify_len) != rows):
             self.abandon(step)
             raise ValueError(f"result of {len(accept_len)} requests for a step of {rows}")
-        step.verify_len = verified.astype(np.uint8)
-        step.accept_len = np.asarray(accept_len, dtype=np.int64).clip(0, verified).astype(np.uint8)
-        step.counted = np.asarray(counted, dtype=bool)
+        # On the engine's hot path: ufuncs, as `clip` and `full` take several microseconds each.
+        verified: int | NDArray[np.int64] = step.k
+        if verify_len is None:
+            step.num_tokens = rows * (step.k + 1) if step.num_tokens is None else step.num_tokens
+        else:
+            verified = np.maximum(np.minimum(np.asarray(verify_len, np.int64), step.k), 0)
+        accepted = np.array(accept_len, np.int64)
+        np.maximum(np.minimum(accepted, verified, out=accepted), 0, out=accepted)
+        step.accept_len = accepted.astype(np.uint8)
+        step.verify_len = np.empty(rows, np.uint8)
+        step.verify_len[:] = verified
+        step.counted = np.array(counted, bool)
+        step.all_counted = all(counted)
         self.settle()
 
     def settle(self) -> None:
@@ -187,11 +196,12 @@ class StepsInFlight:
         flags = step.flags
         if values.shape != (len(step.request_ids), step.k):
             values = np.full((len(step.request_ids), step.k), UNKNOWN_CONFIDENCE, np.float32)
-        rows = step.counted
-        values = values[rows]
-        known = (values > 0.0) & (values <= 1.0)
-        if not known.all():
-            values = np.where(known, values, np.float32(UNKNOWN_CONFIDENCE))
+        verify_len, accept_len, request_ids = step.verify_len, step.accept_len, step.request_ids
+        if not step.all_counted:
+            rows = step.counted
+            values, verify_len, accept_len, request_ids = values[rows], verify_len[rows], accept_len[rows], request_ids[rows]
+        if values.size and not (np.minimum.reduce(values, axis=None) > 0.0 and np.maximum.reduce(values, axis=None) <= 1.0):
+            values = np.where((values > 0.0) & (values <= 1.0), values, np.float32(UNKNOWN_CONFIDENCE))
         if stages["verify"] <= 0.0:
             flags |= int(StepFlag.DISTURBED if step.staged else StepFlag.WHOLE)
             stages = {"draft": 0.0, "verify": max(forward_s, 1e-9), "draft_extend": 0.0}
@@ -200,7 +210,7 @@ class StepsInFlight:
         return FinishedStep(
             step.begun, tokens, max(padded, tokens), stages["draft"], stages["verify"],
             stages["draft_extend"], max(whole_s, sum(stages.values())), np.ascontiguousarray(values, np.float32),
-            step.verify_len[rows], step.accept_len[rows], step.request_ids[rows], flags,
+            verify_len, accept_len, request_ids, flags,
         )  # fmt: skip
 
     def _learn_pause(self, rows: int, pause_s: float | None) -> None:

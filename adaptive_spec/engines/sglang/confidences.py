@@ -62,16 +62,46 @@ def _probabilities(result: Any) -> Tensor:
     return max_probability(_logits(result))
 
 
-def _of_each(logits: list[Tensor]) -> Tensor:
+FEW_ELEMENTS = 1 << 13
+"""Logits up to which numpy is used on a CPU. Its calls cost less than PyTorch's: 0.7 of the time at 1 row of 776 logits, as
+long at 16 rows, measured on one thread of a busy machine."""
+
+
+def _of_each(logits: list[Tensor]) -> NDArray[np.float32]:
     """Logits of k forwards, [b, V] each, on the CPU -> float32 [b, k]."""
+    few = few_max_probabilities(logits)
+    if few is not None:
+        return few.reshape(len(logits), -1).T
     if len(logits) * logits[0].numel() <= GROUP_ELEMENTS:  # fewer calls; beyond, the copy costs more
-        return max_probability(torch.stack(logits, dim=1))
-    return torch.stack([max_probability(one) for one in logits], dim=1)
+        return max_probability(torch.stack(logits, dim=1)).numpy()
+    return torch.stack([max_probability(one) for one in logits], dim=1).numpy()
 
 
-def host_confidences(first: Tensor, later: Tensor | None) -> Confidences:
+def few_max_probabilities(logits: list[Tensor]) -> NDArray[np.float32] | None:
+    """`max_probability` of k forwards on the CPU, [b, V] each -> float32 [k b].
+
+    None where it does not do: for more than FEW_ELEMENTS logits, for another type than float32, and when a row has no softmax.
+    """
+    if len(logits) * logits[0].numel() > FEW_ELEMENTS or logits[0].dtype != torch.float32:
+        return None
+    values = np.concatenate([one.numpy() for one in logits])
+    largest = np.maximum.reduce(values, axis=-1, keepdims=True)
+    if not np.isfinite(largest).all():
+        return None
+    np.exp(np.subtract(values, largest, out=values), out=values)
+    found: NDArray[np.float32] = np.reciprocal(np.add.reduce(values, axis=-1))
+    return found
+
+
+def host_confidences(first: Tensor, later: NDArray[np.float32] | None) -> Confidences:
     """Confidences on the CPU: first [b, 1], later [b, K - 1] or None for K = 1."""
-    return KnownConfidences(_together(first, later).numpy())
+    if first.dtype != torch.float32:
+        first = first.float()
+    values = np.empty((len(first), 1 if later is None else 1 + later.shape[1]), np.float32)
+    values[:, :1] = first.numpy()
+    if later is not None:
+        values[:, 1:] = later
+    return KnownConfidences(values)
 
 
 def _together(first: Tensor, later: Tensor | None) -> Tensor:
@@ -143,7 +173,7 @@ class ConfidenceTap:
         self._replays: dict[int, LogitsTap] = {}
         self._static: StaticBuffers | None = None
         self._ring: PinnedRing | None = None
-        self._later: Tensor | None = None
+        self._later: NDArray[np.float32] | None = None
         self._extend_replay: LogitsTap | None = None
         if device.type == "cuda":
             self._static = StaticBuffers(max_batch, device)
@@ -195,4 +225,6 @@ class ConfidenceTap:
         logits = outputs[-1].next_token_logits
         carried = next_draft_input.topk_p
         if carried is not None and carried.shape == (len(logits), 1):
-            next_draft_input.topk_p = max_probability(logits).reshape(-1, 1).to(carried.dtype)
+            few = few_max_probabilities([logits]) if self._static is None else None
+            found = (max_probability(logits) if few is None else torch.from_numpy(few)).reshape(-1, 1)
+            next_draft_input.topk_p = found if found.dtype == carried.dtype else found.to(carried.dtype)

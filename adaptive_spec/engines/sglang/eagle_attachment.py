@@ -19,7 +19,7 @@ import numpy as np
 from adaptive_spec.domain.acceptance_history import REQUESTS_REMEMBERED, AcceptanceHistory
 from adaptive_spec.domain.policy import Granularity
 from adaptive_spec.domain.step_record import StepFlag
-from adaptive_spec.engine_side.step_choice import refined_k
+from adaptive_spec.engine_side.step_choice import chooses, refined_k
 from adaptive_spec.engine_side.tap import BegunStep
 from adaptive_spec.engines.common.hook_guard import Guard
 from adaptive_spec.engines.common.plugin_settings import PluginSettings
@@ -69,6 +69,8 @@ class EagleAttachment(Attachment):
         self._decided = self._undecided
         self._begun: BegunStep | None = None
         """Decision of the step that is about to run."""
+        self._ids: list[int] | None = None
+        """Numbers of its requests, where they were needed already."""
         self._upkeep: SwitchUpkeep | None = None
         self._skips_extend = os.environ.get(SKIP_EXTEND_VARIABLE, "").strip().lower() in ("true", "1", "yes", "y")
         self._stale_steps = 0
@@ -182,7 +184,7 @@ class EagleAttachment(Attachment):
 
     def step_first(self, worker: Any, batch: Any, *args: Any, **kwargs: Any) -> None:
         """Decide K of the step: on every rank alike, whatever else fails on one of them."""
-        self._step, self._begun, self._decided = None, None, self._at_rest()
+        self._step, self._begun, self._ids, self._decided = None, None, None, self._at_rest()
         if self._inert:
             return
         with self._alike(batch):
@@ -204,7 +206,7 @@ class EagleAttachment(Attachment):
         if begun is None:
             return None
         started = self._clock.now()
-        ids = [request_id(request) for request in batch.reqs]
+        ids = self._ids or [request_id(request) for request in batch.reqs]
         padded = policy.padded_rows(begun.batch_size) if policy is not None else padded_rows(self._graph_rows, len(ids))
         self._step = OpenStep(begun, begun.k, np.array(ids, np.uint32), padded, started, flags=waits_on_the_host(batch))
         if self._tree_tokens:
@@ -264,7 +266,10 @@ class EagleAttachment(Attachment):
 
     def _on_result(self, step: OpenStep) -> None:
         if self._history is not None and not step.flags & _CENSORED and step.accept_len is not None and step.counted is not None:
-            self._history.observe(step.request_ids[step.counted].tolist(), step.accept_len[step.counted], step.k)
+            ids, accept_len = step.request_ids, step.accept_len
+            if not step.all_counted:
+                ids, accept_len = ids[step.counted], accept_len[step.counted]
+            self._history.observe(ids.tolist(), accept_len, step.k)
 
     def switch_after(self, note: None, result: None, worker: Any, state: Any) -> None:
         """K was switched, by whichever policy."""
@@ -301,9 +306,9 @@ class EagleAttachment(Attachment):
 
     def _by_scores(self, policy: SidecarDraftPolicy, batch: Any, k: int, kv_tokens: int) -> int:
         """The step choice: K of this step from the acceptance history and the known scores of its requests."""
-        if self._history is None or self._tap is None:
+        if self._history is None or self._tap is None or not chooses(self._tap.planner):
             return k
-        ids = [request_id(request) for request in batch.reqs]
+        self._ids = ids = [request_id(request) for request in batch.reqs]
         candidates = policy.allowed(len(ids))
         # Without the tap topk_p is SGLang's constant 1.0.
         first = batch.spec_info.topk_p if self._confidences is not None else None

@@ -17,6 +17,7 @@ from adaptive_spec.engines.sglang.confidences import (
     LogitConfidences,
     LogitsTap,
     StaticBuffers,
+    few_max_probabilities,
 )
 
 
@@ -61,6 +62,28 @@ def test_chain_of_a_step_comes_in_order() -> None:
     tap.before_draft_forward()
     with pytest.raises(ValueError, match="0 draft forwards for K = 3"):
         tap.after_draft_forward()
+
+
+@pytest.mark.parametrize("rows", [1, 2, 5])
+@pytest.mark.parametrize("forwards", [1, 3])
+@pytest.mark.parametrize("scale", [0.0, 1.0, 1e4])
+def test_few_logits_have_the_same_confidences_by_numpy(rows: int, forwards: int, scale: float) -> None:
+    torch.manual_seed(1)
+    logits = [torch.randn(rows, 60) * scale for _ in range(forwards)]
+    before = [x.clone() for x in logits]
+    found = few_max_probabilities(logits)
+    assert found is not None
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, torch.cat([torch.softmax(x, -1).amax(-1) for x in logits]), rtol=1e-5)
+    assert all(torch.equal(a, b) for a, b in zip(logits, before, strict=True)), "the server's logits stay as they were"
+
+
+@pytest.mark.parametrize(
+    "logits", [torch.full((2, 5), np.nan), torch.full((1, 5), -np.inf), torch.zeros(1, 5).bfloat16(), torch.zeros(2, 5000)]
+)
+def test_other_logits_are_left_to_pytorch(logits: Tensor) -> None:
+    """Rows without a softmax, which must become unknown and not a warning; other types; many."""
+    assert few_max_probabilities([logits]) is None
 
 
 def test_first_position_travels_in_topk_p() -> None:

@@ -45,7 +45,7 @@ def _swaps(server: SglangServer) -> int:
 
 
 def test_two_ranks(kit: CpuKit, tmp_path: Path) -> None:
-    """K is decided on both; a rank is stopped for 30 s, then the sidecar killed: outputs stay exact, no step waits for the plugin."""
+    """A rank is stopped for 30 s, then the sidecar is killed: outputs stay exact, no step waits for the plugin."""
     environment = {"ADAPTIVE_SPEC_RANKS_TIMEOUT_S": "2", **CpuKit.bound_to_cores(2)}
     with SglangServer(tmp_path, environment=environment, start_s=START_S, tp=2) as server:
         with trace(server) as records:

@@ -216,7 +216,7 @@ def _port(runtime_dir: Path, host: str, port: int) -> Iterator[Finding]:
         check_port(host, port)
     except BadInput as error:
         try:
-            ours = ControlClient.find(runtime_dir, None, None).url == f"http://{host}:{port}"
+            ours = ControlClient.find(runtime_dir, None, None).url.partition("://")[2] == f"{host}:{port}"
         except BadInput:
             ours = False
         yield (

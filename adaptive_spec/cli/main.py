@@ -31,6 +31,14 @@ _token_file = click.option(
 )  # fmt: skip
 
 
+_ca = click.option(
+    "--ca", type=PATH,
+    help="With https: file of certificates to trust.  [default: the system's, or the certificate of the sidecar that runs there]",
+)  # fmt: skip
+_cert = click.option("--cert", type=PATH, help="With https: file of this client's certificate, for a sidecar with client_ca.")
+_key = click.option("--key", type=PATH, help="With https: file of the key of --cert.  [default: it is in that file]")
+
+
 @click.group(no_args_is_help=False, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(__version__, prog_name="adaptive-spec")
 def cli() -> None:
@@ -110,6 +118,9 @@ def serve(mode: str | None, config: Path | None, engine: str, flags: tuple[str, 
 @click.option("--url", help="Address of an SGLang or vLLM server, to sweep each batch size; or of a sidecar.")
 @_runtime_dir
 @_token_file
+@_ca
+@_cert
+@_key
 @click.option(
     "--timeout",
     type=click.FloatRange(min=0.0, min_open=True),
@@ -122,19 +133,20 @@ def serve(mode: str | None, config: Path | None, engine: str, flags: tuple[str, 
 @click.option("--api-key", envvar="SGLANG_API_KEY", default="", help="With a server: its API key.")
 def sweep(
     url: str | None, runtime_dir: Path | None, token_file: Path | None, timeout: float, batch_sizes: str | None,
-    prompts: Path | None, api_key: str,
+    prompts: Path | None, api_key: str, ca: Path | None, cert: Path | None, key: Path | None,
 ) -> None:  # fmt: skip
     """Run a new sweep and show its progress. With --url of a server, one batch size after the other is swept."""
     from adaptive_spec.cli.runtime_dirs import chosen_runtime_dir
     from adaptive_spec.cli.server_sweep import is_sidecar, read_prompts, server_api, sweep_server
     from adaptive_spec.cli.sweep import watch_sweep
     from adaptive_spec.client.sidecar import ControlClient
+    from adaptive_spec.client.tls import ClientTls
 
-    runtime_dir = chosen_runtime_dir(runtime_dir, url)
-    if url is None or is_sidecar(url):
-        watch_sweep(ControlClient.find(runtime_dir, url, token_file), timeout)
+    runtime_dir, tls = chosen_runtime_dir(runtime_dir, url), ClientTls(ca, cert, key)
+    if url is None or is_sidecar(url, runtime_dir, tls):
+        watch_sweep(ControlClient.find(runtime_dir, url, token_file, tls), timeout)
         return
-    client = ControlClient.find(runtime_dir, None, token_file)
+    client = ControlClient.find(runtime_dir, None, token_file, tls)
     sweep_server(server_api(url, api_key, client), client, batch_sizes, read_prompts(prompts), timeout)
 
 
@@ -144,10 +156,14 @@ def sweep(
 @_url
 @_runtime_dir
 @_token_file
+@_ca
+@_cert
+@_key
 @click.option("--json", "as_json", is_flag=True, help="With status and explain: print the answer as JSON.")
 def ctl(
-    command: str, number: int | None, url: str | None, runtime_dir: Path | None, token_file: Path | None, as_json: bool
-) -> None:
+    command: str, number: int | None, url: str | None, runtime_dir: Path | None, token_file: Path | None, as_json: bool,
+    ca: Path | None, cert: Path | None, key: Path | None,
+) -> None:  # fmt: skip
     """Show or change what a running sidecar does. `pin K` uses one K at all batch sizes until `unpin`. `explain [BATCH]` shows
     why a batch size (default: that of the latest step) has its K.
     """
@@ -163,8 +179,9 @@ def ctl(
         raise BadInput(f"K: only allowed for pin, got {number} with {command}")
     from adaptive_spec.cli.runtime_dirs import chosen_runtime_dir
     from adaptive_spec.client.sidecar import ControlClient
+    from adaptive_spec.client.tls import ClientTls
 
-    client = ControlClient.find(chosen_runtime_dir(runtime_dir, url), url, token_file)
+    client = ControlClient.find(chosen_runtime_dir(runtime_dir, url), url, token_file, ClientTls(ca, cert, key))
     if command not in ("status", "explain"):
         click.echo(f"{command}: done, mode {client.send(command, number)['mode']}")
         return
@@ -189,15 +206,20 @@ def ctl(
 @cli.command()
 @_url
 @_runtime_dir
-def watch(url: str | None, runtime_dir: Path | None) -> None:
+@_ca
+@_cert
+@_key
+def watch(url: str | None, runtime_dir: Path | None, ca: Path | None, cert: Path | None, key: Path | None) -> None:
     """Show a running sidecar live until Ctrl-C: mode, goodput, K by batch size, staircase, events. Lines where no terminal is."""
     from rich.console import Console
 
     from adaptive_spec.cli.runtime_dirs import chosen_runtime_dir
     from adaptive_spec.cli.watch import watch as watch_sidecar
     from adaptive_spec.client.sidecar import ControlClient
+    from adaptive_spec.client.tls import ClientTls
 
-    watch_sidecar(ControlClient.find(chosen_runtime_dir(runtime_dir, url), url, None), Console(highlight=False))
+    client = ControlClient.find(chosen_runtime_dir(runtime_dir, url), url, None, ClientTls(ca, cert, key))
+    watch_sidecar(client, Console(highlight=False))
 
 
 @cli.command()

@@ -17,6 +17,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from adaptive_spec.client import sglang, vllm
 from adaptive_spec.client.server import HeldBatch, LlmServer
 from adaptive_spec.client.sidecar import ControlClient
+from adaptive_spec.client.tls import ClientTls
 from adaptive_spec.domain.policy import Mode
 from adaptive_spec.errors import BadInput
 
@@ -34,10 +35,10 @@ PROMPTS = (
 )
 
 
-def is_sidecar(url: str) -> bool:
+def is_sidecar(url: str, runtime_dir: Path, tls: ClientTls) -> bool:
     """Whether a sidecar answers at this address, not an LLM server."""
     try:
-        return "sidecar_pid" in ControlClient(url, timeout_s=3.0).status()
+        return "sidecar_pid" in ControlClient.find(runtime_dir, url, None, tls).status()
     except BadInput:
         return False
 

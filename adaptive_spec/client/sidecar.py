@@ -9,13 +9,16 @@ import os
 import time
 import urllib.error
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from adaptive_spec.client.tls import ClientTls
 from adaptive_spec.errors import BadInput
 from adaptive_spec.regular_file import read_regular_file
 from adaptive_spec.runtime_folder import check_runtime_dir, role_holder, role_is_held
 
+NO_TLS = ClientTls()
 ADDRESS_NAME = "sidecar.json"
 TOKEN_NAME = "control.token"
 HEARTBEAT_NAME = "sidecar.alive"
@@ -29,10 +32,11 @@ LARGEST_BYTES = 1 << 14
 class ControlClient:
     """Client of one sidecar.
 
-    url: "http://host:port". token: for `send`, "" without one. timeout_s: of each request. Raises BadInput for other URLs.
+    url: "http://host:port" or "https://host:port". token: for `send`, "" without one. timeout_s: of each request. tls: for https.
+    Raises BadInput for other URLs, and for files of tls that cannot be used.
     """
 
-    def __init__(self, url: str, token: str = "", timeout_s: float = 10.0) -> None:
+    def __init__(self, url: str, token: str = "", timeout_s: float = 10.0, tls: ClientTls = NO_TLS) -> None:
         if not url.startswith(("http://", "https://")):
             raise BadInput(f"--url: must begin with http:// or https://, got {url!r}")
         self.url = url.rstrip("/")
@@ -40,23 +44,33 @@ class ControlClient:
         self._timeout_s = timeout_s
         # No proxy of the environment: a sidecar runs on this host or in this cluster. No redirects: a sidecar never sends one,
         # and the token would go along.
-        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), _NoRedirects())
+        handlers: list[urllib.request.BaseHandler] = [urllib.request.ProxyHandler({}), _NoRedirects()]
+        if url.startswith("https://"):
+            handlers.append(urllib.request.HTTPSHandler(context=tls.context()))
+        elif tls != NO_TLS:
+            raise BadInput(f"--ca, --cert, --key: need a URL that begins with https://, got {url!r}")
+        self._opener = urllib.request.build_opener(*handlers)
 
     @classmethod
-    def find(cls, runtime_dir: Path, url: str | None, token_file: Path | None) -> ControlClient:
+    def find(cls, runtime_dir: Path, url: str | None, token_file: Path | None, tls: ClientTls = NO_TLS) -> ControlClient:
         """Use the URL, or without one the address of the sidecar that runs in the runtime directory. Raises BadInput.
 
-        Without a token file, the token in the runtime directory is sent, and only to the sidecar that runs there.
+        Without a token file, the token in the runtime directory is sent, and only to the sidecar that runs there. Without a ca in
+        tls, that sidecar is known by its certificate file.
         """
-        running = running_sidecar(runtime_dir)
+        address = _address(runtime_dir)
+        running = address["url"] if address else None
         if url is None:
             if running is None:
                 raise BadInput(f"--runtime-dir: '{runtime_dir}': no sidecar runs there; give --url")
             url = running
+        local = url.rstrip("/") == running
+        if local and address and isinstance(certfile := address.get("certfile"), str):
+            tls = replace(tls, pinned=Path(certfile))
         if token_file is not None:
-            return cls(url, token_from(token_file, "--token-file"))
-        token = own_token(runtime_dir / TOKEN_NAME) if url.rstrip("/") == running else None
-        return cls(url, token or "")
+            return cls(url, token_from(token_file, "--token-file"), tls=tls)
+        token = own_token(runtime_dir / TOKEN_NAME) if local else None
+        return cls(url, token or "", tls=tls)
 
     def status(self) -> dict[str, Any]:
         """Return /status.json. Raises BadInput when the sidecar cannot be reached."""
@@ -97,6 +111,12 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
 
 def running_sidecar(runtime_dir: Path) -> str | None:
     """Return the URL of the sidecar that holds its role in a folder of this user; None when there is none. Raises nothing."""
+    address = _address(runtime_dir)
+    return address["url"] if address else None
+
+
+def _address(runtime_dir: Path) -> dict[str, Any] | None:
+    """The content of the address file of a running sidecar of this user, with a `url` that is text."""
     try:
         check_runtime_dir(runtime_dir)
         if not role_is_held(runtime_dir, "sidecar"):
@@ -108,7 +128,7 @@ def running_sidecar(runtime_dir: Path) -> str | None:
         return None
     # A sidecar that has just started may not have replaced the address of one that was killed.
     ours = content.owner == os.geteuid() and (pid is None or role_holder(runtime_dir, "sidecar") in (0, pid))
-    return url if isinstance(url, str) and ours else None
+    return document if isinstance(url, str) and ours else None
 
 
 def heartbeat_age_s(runtime_dir: Path) -> float:

@@ -66,6 +66,9 @@ def settings_from(data: object, name: str) -> SidecarSettings:
         raise BadInput(f"{name}: controller.policy.k_min: must be at most k_max, which is {policy.k_max}, got {policy.k_min}")
     if settings.profile_store_key_file is not None and settings.profile_store is None:
         raise BadInput(f"{name}: profile_store_key_file: needs profile_store, which is not set")
+    for key in ("keyfile", "client_ca"):
+        if getattr(settings, key) is not None and settings.certfile is None:
+            raise BadInput(f"{name}: {key}: needs certfile, which is not set")
     return settings
 
 

@@ -223,6 +223,26 @@ class SidecarSettings(_Section):
         ),
     )
     port: int = Field(9477, ge=0, le=65_535, description="Port of the HTTP server, 0..65535. 0: a free port.")
+    certfile: FilePath | None = Field(
+        None,
+        description=(
+            "Certificate of the HTTP server, PEM, with its intermediate certificates: the server then speaks https only (TLS 1.2 "
+            "or newer). A change of the file is followed within 5 s, for new connections. None: http."
+        ),
+    )
+    keyfile: FilePath | None = Field(
+        None,
+        description=(
+            "Key of `certfile`, PEM, without a password; must not be readable by others. None: the key is in `certfile`."
+        ),
+    )
+    client_ca: FilePath | None = Field(
+        None,
+        description=(
+            "Certificates, PEM, of the authorities whose clients are let in (mutual TLS): a client without a certificate that "
+            "one of them signed gets no answer, to no request. None: clients need no certificate. Needs `certfile`."
+        ),
+    )
     control_token_file: FilePath | None = Field(
         None,
         description=("File with the token that `ctl` must send. None: a token is created at start in runtime_dir, mode 0600."),

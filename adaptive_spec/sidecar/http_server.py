@@ -17,20 +17,24 @@ import threading
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from adaptive_spec.sidecar.allowed_hosts import AllowedHosts
-from adaptive_spec.sidecar.http_connection import READ_BYTES, HttpConnection
+from adaptive_spec.sidecar.certificates import Certificates
+from adaptive_spec.sidecar.http_connection import HEADER_S, LINGER_S, READ_BYTES, HttpConnection
 from adaptive_spec.sidecar.http_routes import Routes
 from adaptive_spec.sidecar.listening import listening_socket
 from adaptive_spec.sidecar.view import CurrentView
 
-MAX_CONNECTIONS = 512
-"""Each takes some 60 KiB at most, so 30 MiB in all."""
-MAX_PER_CLIENT = 256
+MAX_CONNECTIONS = 256
+"""Each takes some 60 KiB at most, with TLS some 350 KiB, of which asyncio's buffer is 256: 90 MiB in all."""
+MAX_PER_CLIENT = 128
 """Of one IPv4 address or one IPv6 /64. Half of all, since a proxy or a node of Kubernetes may stand for many clients."""
 BACKLOG = 512
 PAUSE_S = 0.05
 CLOSE_S = 5.0
+FOLLOW_S = 5.0
+"""Between two looks at whether the certificate has changed."""
 
 log = logging.getLogger(__name__)
 
@@ -46,20 +50,25 @@ class WebServer:
     """Serves the current view on host:port (port 0: a free one) in its own thread.
 
     token: required by POST /control. allowed_hosts: names that requests may give beside the usual ones (`AllowedHosts`).
-    Raises BadInput when the address cannot be bound.
+    certificates: of the server, which then speaks https. Raises BadInput when the address cannot be bound.
     """
 
-    def __init__(self, current_view: CurrentView, host: str, port: int, token: str, allowed_hosts: Iterable[str] = ()) -> None:
+    def __init__(
+        self, current_view: CurrentView, host: str, port: int, token: str, allowed_hosts: Iterable[str] = (),
+        certificates: Certificates | None = None,
+    ) -> None:  # fmt: skip
         self._listening = listening_socket(host, port, "port")
         address, self.port = self._listening.getsockname()[:2]
         self._routes = Routes(current_view, token, AllowedHosts(host, address, allowed_hosts))
         self.commands = self._routes.commands
-        self.url = f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
+        self._certificates = certificates
+        self.url = f"{'https' if certificates else 'http'}://{f'[{host}]' if ':' in host else host}:{self.port}"
         self._clients: list[_Client] = []
         # Files of the sidecar itself need descriptors too.
         self._most = min(MAX_CONNECTIONS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
         self._loop = asyncio.new_event_loop()
         self._accepting = self._loop.create_task(self._accept())
+        self._following = self._loop.create_task(self._follow_certificates())
         self._thread = threading.Thread(target=self._serve, name="http", daemon=True)
         self._thread.start()
 
@@ -74,7 +83,7 @@ class WebServer:
         try:
             with contextlib.suppress(asyncio.CancelledError):
                 self._loop.run_until_complete(self._accepting)
-            tasks = [client.task for client in self._clients]
+            tasks = [self._following, *(client.task for client in self._clients)]
             for task in tasks:
                 task.cancel()
             self._loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
@@ -104,10 +113,20 @@ class WebServer:
         reader = asyncio.StreamReader(limit=READ_BYTES)
         protocol = asyncio.StreamReaderProtocol(reader)
         try:
-            transport, _ = await self._loop.connect_accepted_socket(lambda: protocol, accepted)
-        except OSError:
+            transport, _ = await self._loop.connect_accepted_socket(lambda: protocol, accepted, **self._tls())
+        except OSError:  # it has gone, or did not speak TLS in time
             return
         await connection.run(reader, asyncio.StreamWriter(transport, protocol, reader, self._loop))
+
+    def _tls(self) -> dict[str, Any]:
+        if self._certificates is None:
+            return {}
+        return {"ssl": self._certificates.context, "ssl_handshake_timeout": HEADER_S, "ssl_shutdown_timeout": LINGER_S}
+
+    async def _follow_certificates(self) -> None:
+        while self._certificates is not None:
+            await asyncio.sleep(FOLLOW_S)
+            self._certificates.follow()
 
     def _ended(self, client: _Client, accepted: socket.socket) -> None:
         if client in self._clients:

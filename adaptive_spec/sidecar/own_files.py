@@ -41,6 +41,7 @@ class OwnFiles:
         self.folder = folder
         self._role = _take_role(folder)
         self._url = ""
+        self._certfile: Path | None = None
         self._failed = ""
         try:
             # Of a sidecar that was killed: another program may use its port now.
@@ -53,9 +54,9 @@ class OwnFiles:
             self._role.release()
             raise
 
-    def announce(self, url: str) -> None:
-        """Write the address, for `ctl` and others on this host."""
-        self._url = url
+    def announce(self, url: str, certfile: Path | None = None) -> None:
+        """Write the address, for `ctl` and others on this host. certfile: what they trust where the URL is https."""
+        self._url, self._certfile = url, certfile
         self._write()
 
     def keep(self) -> None:
@@ -99,13 +100,17 @@ class OwnFiles:
         try:
             if self._own_token and own_token(self.folder / TOKEN_NAME) != self.token:
                 write_atomically(self.folder / TOKEN_NAME, self.token.encode() + b"\n")
-            address = json.dumps({"url": self._url, "pid": os.getpid()}).encode()
+            address = json.dumps(self._address()).encode()
             if self._url and not _holds(self.folder / ADDRESS_NAME, address):
                 write_atomically(self.folder / ADDRESS_NAME, address)
         except OSError as error:
             self._log_failure(error)
         else:
             self._failed = ""
+
+    def _address(self) -> dict[str, str | int]:
+        document: dict[str, str | int] = {"url": self._url, "pid": os.getpid()}
+        return document | ({"certfile": str(self._certfile.absolute())} if self._certfile else {})
 
     def _log_failure(self, error: OSError) -> None:
         if self._failed != str(error):

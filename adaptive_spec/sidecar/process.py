@@ -15,6 +15,7 @@ from functools import partial
 from adaptive_spec import __version__
 from adaptive_spec.config.settings import SidecarSettings
 from adaptive_spec.control.controller import Controller
+from adaptive_spec.sidecar.certificates import Certificates
 from adaptive_spec.sidecar.grafana import Annotator
 from adaptive_spec.sidecar.history import History
 from adaptive_spec.sidecar.http_server import WebServer
@@ -54,7 +55,10 @@ class Sidecar:
             self._store = _store_worker(settings)
             self._annotator = Annotator.of(settings.grafana)
             self._current_view = CurrentView(time.monotonic())
-            self._web = WebServer(self._current_view, settings.host, settings.port, self._own_files.token, settings.allowed_hosts)
+            certificates = _certificates(settings)
+            self._web = WebServer(
+                self._current_view, settings.host, settings.port, self._own_files.token, settings.allowed_hosts, certificates
+            )
         except BaseException:
             self._own_files.close()
             raise
@@ -70,7 +74,7 @@ class Sidecar:
         """Run the loop until SIGTERM or SIGINT."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self._stop.set())
-        self._own_files.announce(self._web.url)
+        self._own_files.announce(self._web.url, self.settings.certfile)
         log.info("adaptive-spec %s, pid %d, serving on %s", __version__, os.getpid(), self._web.url)
         log.info("waiting for an engine in %s", self.settings.runtime_dir)
         try:
@@ -198,6 +202,11 @@ def _store_worker(settings: SidecarSettings) -> StoreWorker | None:
         return None
     key = read_key(settings.profile_store_key_file) if settings.profile_store_key_file else None
     return StoreWorker(ProfileStore(settings.profile_store, key))
+
+
+def _certificates(settings: SidecarSettings) -> Certificates | None:
+    """Read the certificate, None when there is none. Raises BadInput."""
+    return Certificates(settings.certfile, settings.keyfile, settings.client_ca) if settings.certfile else None
 
 
 def run_sidecar(settings: SidecarSettings) -> None:

@@ -97,15 +97,19 @@ class Guard:
                 self.lost[name] = reason
                 self.on_lose(name)
 
-    def failed(self, hook: str) -> None:
-        """Count a failure, inside an `except` block; the first of each hook is logged with its traceback."""
+    def failed(self, hook: str, part: str = "") -> None:
+        """Count a failure, inside an `except` block; the first of each hook is logged with its traceback.
+
+        part: of the hook. Failures in a row are those of one part: the success of another does not end the row.
+        """
+        row = hook + part
         self.failures[hook] += 1
-        self._row[hook] += 1
+        self._row[row] += 1
         if self.failures[hook] == 1:
             self._log.exception("adaptive-spec: hook %s failed; further failures are only counted", hook)
         if hook in ONCE:
             self.close(f"hook {hook} failed while the server started")
-        elif self._row[hook] >= FAILURES_IN_A_ROW:
+        elif self._row[row] >= FAILURES_IN_A_ROW:
             reason = f"hook {hook} failed {FAILURES_IN_A_ROW} times in a row"
             group = self.groups.get(hook, "")
             if group in self.optional:
@@ -117,13 +121,14 @@ class Guard:
         """Call a part of a hook that may fail without the rest: its result, None when it failed or its group is lost."""
         if self.groups.get(hook, "") in self.lost:
             return None
+        part = "/" + getattr(call, "__name__", "")
         try:
             self.fault(hook)
             result = call(*args)
         except Exception:
-            self.failed(hook)
+            self.failed(hook, part)
             return None
-        self._row[hook] = 0
+        self._row[hook + part] = 0
         return result
 
     def fault(self, name: str) -> None:

@@ -91,3 +91,24 @@ def test_a_failure_of_what_comes_first_is_counted() -> None:
     assert guard.around("step", None, None, lambda: _raise())(_original(calls)) == "result"
     assert guard.failures == {"step": 1}
     assert len(calls) == 1
+
+
+def test_a_part_that_always_fails_ends_its_group_though_others_of_the_same_hook_succeed() -> None:
+    guard = Guard("vLLM", "")
+    guard.groups, guard.optional = {"greedy": "confidences"}, ("confidences",)
+
+    def look() -> None:
+        raise ValueError("other logits")
+
+    def take() -> int:
+        return 1
+
+    for _ in range(FAILURES_IN_A_ROW - 1):
+        assert guard.part("greedy", look) is None
+        assert guard.part("greedy", take) == 1
+    assert guard.lost == {}
+    guard.part("greedy", look)
+    assert "confidences" in guard.lost
+    assert guard.part("greedy", take) is None, "its hooks are no longer called"
+    assert guard.closed is None
+    assert guard.failures["greedy"] == FAILURES_IN_A_ROW

@@ -39,7 +39,8 @@ KINDS = {"predictable": "aabc", "erratic": "deff"}
 CONCURRENCIES = (1, 4, 8, 2)
 PHASE_S, KIND_S = 4.0, 30.0
 TOKENS = (60, 160)
-START_TIMEOUT_S = 180.0
+START_TIMEOUT_S = 900.0
+"""A server that ended is known at once; a slow start, on a machine with other work, is waited for."""
 SWEEP_TIMEOUT_S = 60.0
 STATUS_INTERVAL_S = 0.5
 REQUESTS = (1.0, 3.0)

@@ -79,7 +79,7 @@ def test_two_ranks_run_the_k_that_the_engine_core_decides(vllm_kit: CpuKit, tmp_
         assert server.exact(8, 4) == 8
         for k in (0, 5):
             client.send("pin", k)
-            time.sleep(1.0)
+            server.wait(partial(_pinned, client, k), "the pin")
             with server.ring() as ring:
                 all_records(ring)  # of before
                 assert server.exact(4, 2, seed=k) == 4

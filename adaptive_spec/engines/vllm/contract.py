@@ -31,10 +31,10 @@ LEVELS = (OBSERVE, COUNTS_AND_K, STAGE_TIMES, CONFIDENCES)
 """Level 0 to 3: each needs those before it."""
 GROUPS = (*LEVELS, ADAPTIVE_VERIFICATION)
 
-SUPPORTED_RELEASES = {"0.32.0": GROUPS}
+SUPPORTED_RELEASES = {"0.31.0": GROUPS, "0.32.0": GROUPS}
 """Releases the plugin hooks into, oldest first, and the groups that must be met there. A release is added when the CPU kit has
 run it; the static contract alone is not enough."""
-CHECKED_RELEASES: tuple[str, ...] = ("0.28.0", "0.29.0", "0.30.0", "0.31.0", "0.33.0")
+CHECKED_RELEASES: tuple[str, ...] = ("0.28.0", "0.29.0", "0.30.0", "0.33.0")
 """Releases the matrix checks as well, without failing."""
 
 _SCHEDULER = "vllm.v1.core.sched.scheduler.Scheduler"

@@ -5,7 +5,8 @@
     follow    compare the steps after a swap with what the previous table would have given; roll back if it would have been better
 
 A swap waits after the one before: `min_dwell_s`, twice as long for every swap lately (exponential backoff), drift or not. Where
-times or acceptance keep changing, what is known of them is worth little, and the table holds.
+times or acceptance keep changing, what is known of them is worth little, and the table holds. A batch size that is served for the
+first time does not wait: its K was extrapolated until then.
 """
 
 from __future__ import annotations
@@ -62,6 +63,8 @@ class Decision:
         self._swap_time_s = -math.inf
         self._drift_time_s = -math.inf
         self._recent_swaps = 0.0
+        self._served = np.zeros(info.max_batch + 1, dtype=np.bool_)
+        """Batch sizes that were used when a table was proposed."""
         self._watch: SwapWatch | None = None
         self._banned: NDArray[np.bool_] | None = None
         self._banned_until_s = 0.0
@@ -82,12 +85,17 @@ class Decision:
         wanted = self.runnable(wanted)
         self.considered = Considered(now_s, rails, forecast, goodput, worth, hurdle, banned, current, wanted)
         used = traffic.batches > USED_SHARE * max(traffic.batches.sum(), 1e-9)
-        if not (wanted != current)[used, min(traffic.context, wanted.shape[1] - 1)].any():
+        new = used & ~self._served
+        self._served |= used
+        changed = (wanted != current)[:, min(traffic.context, wanted.shape[1] - 1)]
+        if not changed[used].any():
             return Proposal(wanted, current, goodput, None)
         if first:
             return Proposal(wanted, current, goodput, "sweep")
         if now_s - self._swap_time_s < rails.min_dwell_s * 2.0 ** self._swaps_lately(now_s):
-            return Proposal(current, current, goodput, None)
+            if not changed[new].any():
+                return Proposal(current, current, goodput, None)
+            wanted = np.where(new[:, None], wanted, current)
         return Proposal(wanted, current, goodput, "drift" if self._drift_time_s > self._swap_time_s else "gain")
 
     def adopt(self, proposal: Proposal, traffic: Traffic, version: int, forecast_ratio: float, now_s: float) -> str:

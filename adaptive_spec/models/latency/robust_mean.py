@@ -160,8 +160,11 @@ class RobustMeans:
         """Relative standard error of a mean from changes since it was measured: of the speed factor, or of the curve's shape."""
         # The speed factor itself is known to half a standard deviation of a sample.
         moved = abs(self.speed_factor.value - mean.log_speed) - 0.5 * self.sigma
-        changed = max((error for step, error in self._shape_changes if step > mean.last_step), default=0.0)
-        return min(math.hypot(ERROR_PER_LOG_SPEED * max(moved, 0.0), changed), MAX_UNSEEN_ERROR)
+        return min(math.hypot(ERROR_PER_LOG_SPEED * max(moved, 0.0), self._shape_error(mean)), MAX_UNSEEN_ERROR)
+
+    def _shape_error(self, mean: RobustMean) -> float:
+        """The part of `unseen_error` from changes of the curve's shape."""
+        return max((error for step, error in self._shape_changes if step > mean.last_step), default=0.0)
 
     def _expected(self, mean: RobustMean, x: float, slope: float) -> float:
         """Seconds at speed factor 0; the covariate moves them by half at most. slope: at the present speed factor."""
@@ -258,7 +261,9 @@ class LeadingMeans(RobustMeans):
     """Robust means whose samples also move their speed factor. There is one such table per speed factor."""
 
     def _move_speed_factor(self, mean: RobustMean, x: float, y0: float, step: int, slope: float) -> float:
-        moved = self.speed_factor.follow(math.log(y0 / self._expected(mean, x, slope)), self.sigma)
+        # Where the shape of the curve may have changed, a residual says more of that than of the speed factor.
+        trust = self.sigma**2 / (self.sigma**2 + self._shape_error(mean) ** 2)
+        moved = self.speed_factor.follow(trust * math.log(y0 / self._expected(mean, x, slope)), self.sigma)
         if abs(moved) >= MIN_JUMP:
             self._shape_changes.append((step, JUMP_ERROR))
             for other in self.means.values():

@@ -66,7 +66,7 @@ class LatencyFit:
     def line_s(self, tokens: NDArray[np.int64]) -> Floats:
         """Seconds on the segments' lines, for any token counts >= 0.
 
-        A count between two segments takes the right one's line, clipped to the times at the two ends of the gap.
+        Between two segments lies a boundary, anywhere: the mean is the line from the end of the left one to the right one's start.
         """
         return self._line_and_gap(tokens)[0]
 
@@ -75,8 +75,8 @@ class LatencyFit:
         value: Floats = intercept + slope * tokens
         gap = self._gap(tokens, index)
         if gap is not None:
-            inside, low, high, _ = gap
-            value[inside] = np.clip(value[inside], np.minimum(low, high), np.maximum(low, high))
+            inside, low, high, share = gap
+            value[inside] = low + share * (high - low)
         last = self.segments[-1]
         at_end = last.intercept_s + last.slope_s_per_token * last.last
         beyond = np.asarray(tokens) > last.last
@@ -165,6 +165,7 @@ def fit_staircase(rows: Floats, sigma: float, context_s_per_token: float, jump_t
     penalty = 3.0 * math.log(max(len(x), 3))
     segments = fit_segments(x, mean, 1.0 / (relative_variance * mean**2), penalty)
     samples = rows[:, 4].astype(np.int64)
+    stale_error = _known_by_neighbours(stale_error, tokens, segments)
     fit = LatencyFit(
         segments, (), tokens, mean, sigma**2 / noise, samples, stale_error, 0.0, sigma, excess_spread, context_s_per_token
     )  # fmt: skip
@@ -173,6 +174,22 @@ def fit_staircase(rows: Floats, sigma: float, context_s_per_token: float, jump_t
     at_last, _ = fit.predict(np.array([s.last for s in segments]))
     boundaries = find_boundaries(segments, at_first, at_last, jump_threshold)
     return replace(fit, boundaries=boundaries, mape=mape)
+
+
+def _known_by_neighbours(stale_error: Floats, tokens: NDArray[np.int64], segments: tuple[Segment, ...]) -> Floats:
+    """Errors from age of measured counts [n]: at most that of a fresher count in the same segment and of the distance to it.
+
+    A tile is one line, so a fresh count in it says what the old ones take now; without this each of them would be probed.
+    """
+    octaves = UNKNOWN_PER_DOUBLING * np.log2(tokens)
+    known = stale_error.copy()
+    for segment in segments:
+        own = slice(*np.searchsorted(tokens, (segment.first, segment.last + 1)))
+        at = octaves[own]
+        from_left = np.minimum.accumulate(stale_error[own] - at) + at
+        from_right = np.minimum.accumulate((stale_error[own] + at)[::-1])[::-1] - at
+        known[own] = np.minimum(from_left, from_right)
+    return known
 
 
 def _excess_spread(tokens: NDArray[np.int64], mean: Floats, noise: Floats) -> float:

@@ -66,7 +66,7 @@ class LatencyFit:
     def line_s(self, tokens: NDArray[np.int64]) -> Floats:
         """Seconds on the segments' lines, for any token counts >= 0.
 
-        Between two segments lies a boundary, anywhere: the mean is the line from the end of the left one to the right one's start.
+        Between two segments lies a boundary, anywhere: the mean is a line from the end of the left to the start of the right one.
         """
         return self._line_and_gap(tokens)[0]
 

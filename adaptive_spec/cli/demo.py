@@ -46,7 +46,7 @@ class DemoOptions:
     """The options of `adaptive-spec demo`.
 
     duration_s None: until Ctrl-C, or until the rounds are done. profile_dir None: a new one for every run. rounds: alternating
-    rounds of an SGLang or vLLM server, None: none.
+    rounds of an SGLang or vLLM server, None: none. neighbours: programs beside the engine that take a core in bursts.
     """
 
     duration_s: float | None
@@ -58,6 +58,7 @@ class DemoOptions:
     profile_dir: Path | None
     engine: str = "embedded"
     rounds: int | None = None
+    neighbours: int = 0
 
 
 def run_demo(options: DemoOptions) -> int:
@@ -78,14 +79,14 @@ def run_demo(options: DemoOptions) -> int:
             state = demo.watch(stopping)
         finally:
             demo.end()
-    document = result_document(state)
+    document = result_document(state, options.neighbours)
     if options.json_file:
         write_json(options.json_file, document, "--json")
     demo.view.conclude(document, state)
     return 0 if document["lossless"] else 1
 
 
-def result_document(state: DemoState) -> dict[str, Any]:
+def result_document(state: DemoState, neighbours: int = 0) -> dict[str, Any]:
     """Return what `--json` writes."""
     engine, sidecar = state.engine, state.sidecar
     decode_s = engine.get("decode_s") or 0.0
@@ -117,6 +118,7 @@ def result_document(state: DemoState) -> dict[str, Any]:
         "sweep_steps": (sidecar.get("sweep") or {}).get("steps", 0),
         "sidecar_restarts": state.sidecar_restarts,
         "events": sidecar.get("events", []),
+        "neighbours": neighbours,
         "model": engine.get("model"),
         "gpu": engine.get("gpu"),
     }
@@ -140,6 +142,7 @@ class _Demo:
         (folder / "config.yaml").write_text(yaml.safe_dump(settings))
         self.state = DemoState(options.duration_s)
         self._engine: subprocess.Popen[bytes] | None = None
+        self._neighbours: list[subprocess.Popen[bytes]] = []
         self._supervisor = Supervisor(self._start_sidecar, time.monotonic())
         self._client: ControlClient | None = None
         self._await_sidecar()
@@ -151,6 +154,8 @@ class _Demo:
         if options.rounds is not None:
             arguments += ["--rounds", str(options.rounds)]
         self._engine = self._start(WORKERS[options.engine], arguments, "engine.log")
+        for n in range(options.neighbours):
+            self._neighbours.append(self._start("adaptive_spec.cli.neighbour", [str(options.seed + n)], "neighbours.log"))
         self.view = DemoView(self._client.url if self._client else "")
 
     def watch(self, stopping: list[int]) -> DemoState:
@@ -175,8 +180,8 @@ class _Demo:
         return self.state
 
     def end(self) -> None:
-        """Stop both processes."""
-        for process in (self._engine, self._supervisor.process):
+        """Stop all processes."""
+        for process in (*self._neighbours, self._engine, self._supervisor.process):
             if process is not None:
                 end(process)
 

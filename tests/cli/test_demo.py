@@ -164,7 +164,20 @@ def demo_folders() -> set[Path]:
 def test_a_run_with_a_killed_sidecar(tmp_path: Path, demo_folders: set[Path]) -> None:
     """The whole demo for some seconds: engine, sidecar, kill -9 of the sidecar, the end after the duration."""
     out = tmp_path / "out.json"
-    command = [sys.executable, "-m", "adaptive_spec.cli", "demo", "--duration", "12", "--port", "0", "--json", str(out)]
+    command = [
+        sys.executable,
+        "-m",
+        "adaptive_spec.cli",
+        "demo",
+        "--duration",
+        "12",
+        "--port",
+        "0",
+        "--json",
+        str(out),
+        "--neighbours",
+        "1",
+    ]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as demo:
         try:
             folder = wait_for(
@@ -190,6 +203,7 @@ def test_a_run_with_a_killed_sidecar(tmp_path: Path, demo_folders: set[Path]) ->
     assert document["lossless"] is True
     assert document["lossless_checked"] > 0
     assert document["sidecar_restarts"] == 1
+    assert document["neighbours"] == 1
     assert document["decode_steps"] > 20
     assert document["output_tokens"] >= document["decode_steps"]
     assert document["goodput_tokens_per_s"] > 0

@@ -24,6 +24,7 @@ from typing import Any
 
 import click
 
+from adaptive_spec import __version__
 from adaptive_spec.errors import BadInput
 from deploy.containers import (
     COMPOSE,
@@ -36,8 +37,10 @@ from deploy.containers import (
     run,
     tmp_size,
 )  # fmt: skip
+from release.supply_chain import SupplyChainError, bill_of_materials
 
 ROOT = Path(__file__).parents[1]
+MATERIALS = ROOT / "build" / "sbom"
 DOCKER = ROOT / "deploy" / "docker"
 PROGRAMS = {"buildah": "buildah", "mmdebstrap": "mmdebstrap", "unshare": "util-linux", "setpriv": "util-linux"}
 BASE_PACKAGES = "python3,python3-venv,python3-pip,ca-certificates"
@@ -64,8 +67,11 @@ def install_programs() -> None:
 
 
 def base_of(dockerfile: Path) -> str:
-    """The first base image that a Dockerfile names."""
-    return str(re.findall(r"^FROM (\S+)", dockerfile.read_text(), re.MULTILINE)[0])
+    """The first base image that a Dockerfile names, with the defaults of its arguments."""
+    text = dockerfile.read_text()
+    defaults = dict(re.findall(r"^ARG (\w+)=(\S+)$", text, re.MULTILINE))
+    named = re.findall(r"^FROM (\S+)", text, re.MULTILINE)[0]
+    return re.sub(r"\$\{(\w+)\}", lambda argument: defaults[argument[1]], named)
 
 
 def pip_settings(listed: str) -> tuple[str, list[Path]]:
@@ -200,11 +206,27 @@ def check_images(builder: Builder, say: Callable[[str], None]) -> None:
                 check_confinement(container)
                 check_doctor(container, complete=image == "sidecar")
                 say(f"{image}: doctor finds nothing broken that the image needs")
+                say(f"{image}: bill of materials in {write_materials(root, image)}")
                 if image == "sidecar":
                     check_sidecar(container, configuration, lambda words: say(f"sidecar: {words}"))
                 else:
                     container.run("python3", "-c", "from adaptive_spec.engines.sglang import plugin; plugin.register()")
                     say("server: the plugin loads, and does nothing without a mode")
+
+
+def write_materials(root: Path, image: str) -> Path:
+    """Write the bill of materials (CycloneDX) of the Python distributions in an image's files; return where.
+
+    Debian's packages are those of the base image, whose publisher lists them.
+    """
+    folders = sorted({*root.glob("opt/*/lib/python3*/site-packages"), *root.glob("usr/**/python3*/*-packages")})
+    path = MATERIALS / f"{image}.cdx.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.write_text(json.dumps(bill_of_materials(folders, TAGS[image].rpartition("/")[2], __version__), indent=1) + "\n")
+    except SupplyChainError as error:
+        raise BadInput(f"images: bill of materials of {image}: {error}") from error
+    return path.relative_to(ROOT)
 
 
 @click.command()

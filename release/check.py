@@ -1,6 +1,6 @@
 """`make release-check`: builds the release and tries it as a stranger would.
 
-    python -m release.check [--work FOLDER]
+    python -m release.check [--work FOLDER] [--allow-unaudited]
 
 Runs `CHECKS` in order, outside the checkout wherever the check does not need the checkout, and stops at the first one that
 fails. docs/release-checklist.md lists the same checks by the same names. Needs the extra `release` and a package index: the build
@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adaptive_spec import __version__
+from release.supply_chain import SupplyChainError, audit, bill_of_materials, licences, require_licences
 
 ROOT = Path(__file__).parents[1]
 COMMAND_PATIENCE_S = 600.0
@@ -69,9 +70,13 @@ class CheckFailed(Exception):  # noqa: N818 - it names what happened
 
 @dataclass(frozen=True)
 class Workplace:
-    """folder: everything the check makes. python: interpreter of the fresh environment, made by `install_wheel`."""
+    """folder: everything the check makes. python: interpreter of the fresh environment, made by `install_wheel`.
+
+    allow_unaudited: go on where the advisory service says nothing of a distribution.
+    """
 
     folder: Path
+    allow_unaudited: bool = False
 
     @property
     def dist(self) -> Path:
@@ -85,6 +90,14 @@ class Workplace:
     def outside(self) -> Path:
         """An empty working directory: nothing of the checkout can be imported from it."""
         return self.folder / "outside"
+
+    @property
+    def site_packages(self) -> Path:
+        return _only(self.environment / "lib", "python*") / "site-packages"
+
+    @property
+    def materials(self) -> Path:
+        return self.folder / "adaptive-spec.cdx.json"
 
     def wheel(self) -> Path:
         return _only(self.dist, "*.whl")
@@ -176,6 +189,24 @@ def run_bench(place: Workplace) -> str:
     return f"efficiency of adaptive {policies['adaptive']['efficiency']:.3f}"
 
 
+def list_materials(place: Workplace) -> str:
+    document = bill_of_materials([place.site_packages], "adaptive-spec", __version__)
+    place.materials.write_text(json.dumps(document, indent=1) + "\n")
+    return f"{len(document['components'])} distributions in {place.materials.name}"
+
+
+def check_licences(place: Workplace) -> str:
+    found = licences(json.loads(place.materials.read_text()))
+    lines = [f"{name}: {text or 'states none'}" for name, text in found.items()]
+    (place.folder / "licences.txt").write_text("\n".join(lines) + "\n")
+    require_licences(found)
+    return "; ".join(lines)
+
+
+def look_up_vulnerabilities(place: Workplace) -> str:
+    return audit(place.site_packages).summary(allow_unknown=place.allow_unaudited)
+
+
 CHECKS: dict[str, Callable[[Workplace], str]] = {
     "build": build_packages,
     "metadata": check_metadata,
@@ -184,6 +215,9 @@ CHECKS: dict[str, Callable[[Workplace], str]] = {
     "doctor": run_doctor,
     "fit": run_fit,
     "bench": run_bench,
+    "materials": list_materials,
+    "licences": check_licences,
+    "audit": look_up_vulnerabilities,
 }
 """By name, in order; each returns what it found in a few words, or raises CheckFailed."""
 
@@ -210,14 +244,14 @@ def _only(folder: Path, pattern: str) -> Path:
     return found[0]
 
 
-def check_release(folder: Path) -> bool:
+def check_release(folder: Path, *, allow_unaudited: bool = False) -> bool:
     """Run all checks in an empty folder, a line each; whether all of them passed."""
-    place = Workplace(folder)
+    place = Workplace(folder, allow_unaudited)
     place.outside.mkdir(parents=True)
     for name, check in CHECKS.items():
         try:
             found = check(place)
-        except CheckFailed as error:
+        except (CheckFailed, SupplyChainError) as error:
             print(f"failed  {name:10} {error}", flush=True)
             return False
         print(f"ok      {name:10} {found}", flush=True)
@@ -227,13 +261,17 @@ def check_release(folder: Path) -> bool:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Build the release and try it in a fresh environment.")
     parser.add_argument("--work", type=Path, help="Folder to make and to keep; a temporary one by default.")
-    work: Path | None = parser.parse_args().work
+    parser.add_argument(
+        "--allow-unaudited", action="store_true", help="Go on where no advisory service answers; the line says so."
+    )
+    given = parser.parse_args()
+    work: Path | None = given.work
     if work is not None:
         if work.exists():
             parser.error(f"--work: '{work}': exists already, must be a new folder")
-        return 0 if check_release(work.absolute()) else 1
+        return 0 if check_release(work.absolute(), allow_unaudited=given.allow_unaudited) else 1
     with tempfile.TemporaryDirectory(prefix="adaptive-spec-release-") as folder:
-        return 0 if check_release(Path(folder)) else 1
+        return 0 if check_release(Path(folder), allow_unaudited=given.allow_unaudited) else 1
 
 
 if __name__ == "__main__":

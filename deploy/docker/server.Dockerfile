@@ -1,8 +1,10 @@
 # syntax=docker/dockerfile:1
 # An SGLang server with the plugin: docker build --file deploy/docker/server.Dockerfile --tag sglang-adaptive-spec .
 # The plugin is inactive until ADAPTIVE_SPEC_MODE is shadow or active, or ADAPTIVE_SPEC_CONFIG names a configuration.
+# The bases are named by their versions, for their security fixes. To pin them: --build-arg PYTHON_IMAGE=python@sha256:...
+ARG PYTHON_IMAGE=python:3.12-slim
 ARG SGLANG_IMAGE=lmsysorg/sglang:v0.5.23
-FROM python:3.12-slim AS build
+FROM ${PYTHON_IMAGE} AS build
 WORKDIR /src
 COPY pyproject.toml README.md LICENSE ./
 COPY adaptive_spec ./adaptive_spec

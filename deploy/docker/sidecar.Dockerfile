@@ -1,6 +1,8 @@
 # syntax=docker/dockerfile:1
 # The sidecar alone: docker build --file deploy/docker/sidecar.Dockerfile --tag adaptive-spec-sidecar .
-FROM python:3.12-slim AS build
+# The base is named by its version, for its security fixes. To pin it: --build-arg PYTHON_IMAGE=python@sha256:...
+ARG PYTHON_IMAGE=python:3.12-slim
+FROM ${PYTHON_IMAGE} AS build
 WORKDIR /src
 COPY pyproject.toml README.md LICENSE ./
 COPY adaptive_spec ./adaptive_spec
@@ -10,7 +12,7 @@ ARG STORAGE_PACKAGE=fsspec
 RUN python -m venv /opt/adaptive-spec \
     && /opt/adaptive-spec/bin/pip install --no-cache-dir --disable-pip-version-check ".[store]" "${STORAGE_PACKAGE}"
 
-FROM python:3.12-slim
+FROM ${PYTHON_IMAGE}
 COPY --from=build /opt/adaptive-spec /opt/adaptive-spec
 # The same user as the server's: the shared memory has mode 0700.
 RUN useradd --uid 1000 --user-group --no-create-home --shell /usr/sbin/nologin adaptive-spec

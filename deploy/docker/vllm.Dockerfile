@@ -1,8 +1,10 @@
 # syntax=docker/dockerfile:1
 # A vLLM server with the plugin: docker build --file deploy/docker/vllm.Dockerfile --tag vllm-adaptive-spec .
 # The plugin is inactive until ADAPTIVE_SPEC_MODE is shadow or active, or ADAPTIVE_SPEC_CONFIG names a configuration.
+# The bases are named by their versions, for their security fixes. To pin them: --build-arg PYTHON_IMAGE=python@sha256:...
+ARG PYTHON_IMAGE=python:3.12-slim
 ARG VLLM_IMAGE=vllm/vllm-openai:v0.32.0
-FROM python:3.12-slim AS build
+FROM ${PYTHON_IMAGE} AS build
 WORKDIR /src
 COPY pyproject.toml README.md LICENSE ./
 COPY adaptive_spec ./adaptive_spec

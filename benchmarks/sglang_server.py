@@ -4,9 +4,13 @@
     python -m benchmarks.sglang_server adaptive [--rounds N] [--models models-64m]
 
 Every arm is its own server. One of them runs at a time, the others are stopped (SIGSTOP). Each round gives every arm the same
-prompts, in rotated order, so that background load affects all alike. Goodput is output tokens of the whole block over its wall
-time at the client, prefills, HTTP and the sidecar on the same cores included. Ratios are taken round by round; their median and
-quartiles are printed. Latencies are those of plain PyTorch on a CPU.
+prompts, in rotated order, so that background load affects all alike. Ratios are taken round by round; their median and quartiles
+are printed. Latencies are those of plain PyTorch on a CPU.
+
+overhead: CPU time of SGLang's scheduler process, in which the model and the plugin run, per decode step, one request at a time:
+what other programs take is not in it, except for their share of caches and memory. Where the sidecar runs on cores of its own,
+this is what the plugin costs. adaptive: goodput, output tokens of the whole block over its wall time at the client, prefills,
+HTTP and the sidecar on the same cores included.
 """
 
 from __future__ import annotations
@@ -40,6 +44,7 @@ from adaptive_spec.errors import BadInput
 START_TIMEOUT_S = 240.0
 PHASES = (("aab", 1), ("def", 1), ("aab", 8), ("eff", 8), ("abc", 4), ("cde", 4))
 """Regions of the prompts, and requests at once."""
+PROMPTS_OF_A_ROUND = 4
 WINDOW_S = 80.0
 LOCK_VARIABLE = "BENCH_LOCK"
 """Environment variable with a file to lock exclusively while measuring, released every WINDOW_S; for shared machines."""
@@ -79,8 +84,10 @@ def _children(pid: int) -> list[int]:
     return found
 
 
-def start(kit: CpuKit, folder: Path, name: str, models: str, candidates: Sequence[int], mode: str | None) -> Arm:
-    """Start a server; mode None: without the plugin. candidates: K it captures, none for no speculation."""
+def start(
+    kit: CpuKit, folder: Path, name: str, models: str, candidates: Sequence[int], mode: str | None, flags: Sequence[str] = ()
+) -> Arm:  # fmt: skip
+    """Start a server; mode None: without the plugin. candidates: K it captures, none for no speculation. flags: more flags."""
     folder = folder / name
     folder.mkdir()
     (folder / "adaptive.json").write_text(
@@ -89,7 +96,7 @@ def start(kit: CpuKit, folder: Path, name: str, models: str, candidates: Sequenc
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     k = 3 if 3 in candidates else max(candidates, default=0)
-    flags = kit.server_flags(port, "EAGLE" if candidates else "", models, str(folder / "adaptive.json"), k)
+    flags = [*kit.server_flags(port, "EAGLE" if candidates else "", models, str(folder / "adaptive.json"), k), *flags]
     command = ["python", "-m", "sglang.launch_server", *flags]
     if mode is not None:
         command = [
@@ -213,18 +220,62 @@ _models = click.option("--models", type=click.Choice(["models", "models-64m"]), 
 @_rounds
 @_models
 def overhead(count: int, models: str) -> None:
-    """SGLang alone against shadow and active mode. K is 3 on all arms, so that only the plugin differs."""
+    """CPU time per step of SGLang alone, in shadow and in active mode. K is 3 on all arms, so that only the plugin differs."""
     kit = CpuKit()
     kit.install("--large")
     started: list[Arm] = []
     with tempfile.TemporaryDirectory() as folder, servers(started):
-        for name, mode in (("without", None), ("shadow", "shadow"), ("pinned", "active")):
-            started.append(start(kit, Path(folder), name, models, (3,), mode))
+        for name, mode, candidates in (("without", None, (3,)), ("shadow", "shadow", (3,)), ("pinned", "active", (1, 3, 5))):
+            # An idle scheduler would spin, and its CPU time would count.
+            started.append(start(kit, Path(folder), name, models, candidates, mode, ["--sleep-on-idle"]))
+            if name == "pinned":
+                ControlClient.find(started[-1].runtime_dir, None, None).send("pin", 3)
             started[-1].signal(signal.SIGSTOP)
-        rounds(started, count, (("abcdef", 4),), 8)
-        base = started[0].rates
+        steps_ms: dict[str, list[float]] = {arm.name: [] for arm in started}
+        for turn in range(count):
+            found = {}
+            for arm in [*started[turn % len(started) :], *started[: turn % len(started)]]:
+                arm.signal(signal.SIGCONT)
+                found[arm.name] = _cpu_per_step(arm, prompts("abcdef", PROMPTS_OF_A_ROUND, turn, 60))
+                arm.signal(signal.SIGSTOP)
+            if len({steps for _, steps in found.values()}) > 1:
+                raise BadInput(f"the arms did not run the same steps: {found}")
+            for name, (seconds, steps) in found.items():
+                steps_ms[name].append(1e3 * seconds / steps)
+            click.echo(f"round {turn + 1}: " + "  ".join(f"{arm.name} {steps_ms[arm.name][-1]:.3f}" for arm in started) + " ms")
+        base = steps_ms["without"]
+        click.echo(f"without: {statistics.median(base):.3f} ms of CPU time a step, models {models}")
         for arm in started[1:]:
-            click.echo(f"{arm.name} / without: {quartiles([a / b for a, b in zip(arm.rates, base, strict=True)])}")
+            mine = steps_ms[arm.name]
+            more_us = statistics.median(1e3 * (a - b) for a, b in zip(mine, base, strict=True))
+            ratio = quartiles([a / b for a, b in zip(mine, base, strict=True)])
+            click.echo(f"{arm.name} / without: {ratio}; {more_us:+.0f} us a step")
+
+
+def _cpu_per_step(arm: Arm, requests: list[tuple[Prompt, int]]) -> tuple[float, int]:
+    """CPU seconds of the scheduler process and decode steps, one request after another."""
+    pid = _scheduler(arm)
+    arm.api.generate(requests[0][0].text, 4)  # what was waiting while it was stopped
+    begun_s, steps = _cpu_s(pid), 0
+    for prompt, tokens in requests:
+        output = arm.api.generate(prompt.text, tokens)
+        if output.ids != prompt.continuation(tokens):
+            raise BadInput(f"{arm.name}: an output differs from the target's")
+        steps += int(output.meta["spec_verify_ct"])
+    return _cpu_s(pid) - begun_s, steps
+
+
+def _scheduler(arm: Arm) -> int:
+    for child in _children(arm.process.pid):
+        with contextlib.suppress(OSError):
+            if (Path("/proc") / str(child) / "cmdline").read_bytes().startswith(b"sglang::scheduler"):
+                return child
+    raise BadInput(f"{arm.name}: no scheduler process")
+
+
+def _cpu_s(pid: int) -> float:
+    """CPU time of all threads of another process: the kernel's clock of that process, to the nanosecond."""
+    return time.clock_gettime((~pid << 3) | 2)
 
 
 @main.command()

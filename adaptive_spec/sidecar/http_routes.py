@@ -3,6 +3,7 @@
     GET  /             the status page              GET  /status.json  `status_document`
     GET  /metrics      Prometheus or OpenMetrics    GET  /healthz      200 while the sidecar's loop runs, else 503
     GET  /history.json `history_document`           GET  /explain.json[?batch=N]  `explain_document`
+                                                    each with [dp_rank=N] for a data-parallel rank
     POST /control      {"command": NAME, "k": N}    with the header `Authorization: Bearer TOKEN`
 
 The controller is never called here: the current view is read, and commands go through a queue to the thread of the loop.
@@ -28,7 +29,7 @@ from adaptive_spec.domain.commands import CONTROL_COMMANDS
 from adaptive_spec.sidecar.allowed_hosts import AllowedHosts
 from adaptive_spec.sidecar.http_message import Answer, RefusedError, Request, to_json
 from adaptive_spec.sidecar.metrics import metrics_registry
-from adaptive_spec.sidecar.status_document import explain_document, history_document, status_document
+from adaptive_spec.sidecar.status_document import explain_document, history_document, status_document, view_of_rank
 from adaptive_spec.sidecar.view import CurrentView, View
 
 ANSWER_S = 5.0
@@ -71,8 +72,8 @@ class Routes:
         self._documents = Documents(current_view)
         self._gets: dict[str, Callable[[Request], Answer]] = {
             "/metrics": self._metrics,
-            "/status.json": lambda _: Answer(200, self._documents.get("status", self._status)),
-            "/history.json": lambda _: Answer(200, self._documents.get("history", self._history)),
+            "/status.json": lambda request: self._of_rank(request, "status", self._status),
+            "/history.json": lambda request: self._of_rank(request, "history", self._history),
             "/explain.json": self._explain,
             "/healthz": self._healthz,
         }
@@ -112,14 +113,20 @@ class Routes:
 
     def _explain(self, request: Request) -> Answer:
         try:
-            asked = parse_qs(request.query, keep_blank_values=True).get("batch")
-            batch_size = None if asked is None else whole_number(asked[-1])
-            made = self._documents.get(
-                f"explain {batch_size}", lambda view: to_json(explain_document(view, batch_size, time.monotonic()))
-            )
+            batch_size = _asked(request, "batch", 1)
         except ValueError as error:
             raise RefusedError(404, str(error)) from error
-        return Answer(200, made)
+        return self._of_rank(
+            request, f"explain {batch_size}", lambda view: to_json(explain_document(view, batch_size, time.monotonic()))
+        )
+
+    def _of_rank(self, request: Request, name: str, make: Callable[[View], bytes]) -> Answer:
+        """The document of the data-parallel rank that the request names, of the first without."""
+        try:
+            dp_rank = _asked(request, "dp_rank", 0)
+            return Answer(200, self._documents.get(f"{name} {dp_rank}", lambda view: make(view_of_rank(view, dp_rank))))
+        except ValueError as error:
+            raise RefusedError(404, str(error)) from error
 
     def _healthz(self, _: Request) -> Answer:
         age_s = time.monotonic() - self._current_view.heartbeat_s
@@ -179,10 +186,15 @@ class Documents:
         return document
 
 
-def whole_number(text: str) -> int:
-    """Parse the `batch` of a request. Raises ValueError with one line."""
+def _asked(request: Request, name: str, least: int) -> int | None:
+    asked = parse_qs(request.query, keep_blank_values=True).get(name)
+    return None if asked is None else whole_number(asked[-1], name, least)
+
+
+def whole_number(text: str, name: str = "batch", least: int = 1) -> int:
+    """Parse a number of a request. Raises ValueError with one line."""
     if not (text.isascii() and text.isdigit() and len(text) <= 9):
-        raise ValueError(f"batch: must be a whole number >= 1, got {text[:40]!r}")
+        raise ValueError(f"{name}: must be a whole number >= {least}, got {text[:40]!r}")
     return int(text)
 
 

@@ -30,14 +30,15 @@ class SnapshotCollector(Collector):
 
     def collect(self) -> Iterable[Metric]:
         view = self._current_view.view
-        family = _Families(view)
-        yield from _about_sidecar(family, view)
-        if (snapshot := view.snapshot) is not None:
-            yield from _about_latency(family, snapshot)
-            yield from _about_tokens(family, snapshot)
-            yield from _about_calibration(family, snapshot)
-            yield from _about_policy(family, snapshot)
-            yield from _about_learning(family, snapshot)
+        if not view.dp_ranks:
+            return _of_engine(view, None)
+        families: dict[str, Metric] = {}
+        for rank, one in view.dp_ranks.items():
+            for metric in _of_engine(one, rank):
+                known = families.setdefault(metric.name, metric)
+                if known is not metric:
+                    known.samples.extend(metric.samples)
+        return families.values()
 
     def describe(self) -> Iterable[Metric]:
         return ()
@@ -51,12 +52,27 @@ def metrics_registry(current_view: CurrentView) -> CollectorRegistry:
     return registry
 
 
-class _Families:
-    """Builds metric families with the constant labels model, gpu and tp, once an engine is attached."""
+def _of_engine(view: View, dp_rank: int | None) -> Iterable[Metric]:
+    family = _Families(view, dp_rank)
+    yield from _about_sidecar(family, view)
+    if (snapshot := view.snapshot) is not None:
+        yield from _about_latency(family, snapshot)
+        yield from _about_tokens(family, snapshot)
+        yield from _about_calibration(family, snapshot)
+        yield from _about_policy(family, snapshot)
+        yield from _about_learning(family, snapshot)
 
-    def __init__(self, view: View) -> None:
+
+class _Families:
+    """Builds metric families with the constant labels model, gpu and tp, once an engine is attached, and with data parallelism
+    dp_rank.
+    """
+
+    def __init__(self, view: View, dp_rank: int | None) -> None:
         info = view.info
         self._constant = {"model": info.model, "gpu": info.gpu, "tp": str(info.tp)} if info else {}
+        if dp_rank is not None:
+            self._constant["dp_rank"] = str(dp_rank)
 
     def gauge(self, name: str, text: str, rows: Rows, labels: tuple[str, ...] = ()) -> Metric:
         family = GaugeMetricFamily(PREFIX + name, text, labels=(*labels, *self._constant))

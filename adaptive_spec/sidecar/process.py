@@ -1,4 +1,10 @@
-"""The sidecar process: waits for an engine, runs its session, serves HTTP, writes checkpoint and profile."""
+"""The sidecar process: follows the engines of one server, serves HTTP, carries out commands.
+
+One engine, in `runtime_dir`; of a server with data parallelism one for each data-parallel rank, in `runtime_dir/dp-N`. Each rank
+has its own models, learnt from its own steps: ranks have their own batches, and a step's time and acceptance are those of a
+batch. What they share is the prior: a rank that sweeps continues from the models of the first rank that has swept, and all begin
+from the same profile.
+"""
 
 from __future__ import annotations
 
@@ -6,37 +12,29 @@ import logging
 import os
 import queue
 import signal
-import subprocess
 import threading
 import time
 from dataclasses import replace
-from functools import partial
 
 from adaptive_spec import __version__
 from adaptive_spec.config.settings import SidecarSettings
-from adaptive_spec.control.controller import Controller
+from adaptive_spec.runtime_folder import dp_rank_dirs, role_is_held
 from adaptive_spec.sidecar.certificates import Certificates
+from adaptive_spec.sidecar.engine_follower import EngineFollower, Intervals
 from adaptive_spec.sidecar.grafana import Annotator
-from adaptive_spec.sidecar.history import History
 from adaptive_spec.sidecar.http_server import WebServer
 from adaptive_spec.sidecar.own_files import OwnFiles
-from adaptive_spec.sidecar.profile_plots import start_plots
-from adaptive_spec.sidecar.session import Session, waiting_engine
 from adaptive_spec.sidecar.view import CurrentView, View
 from adaptive_spec.storage.profile import check_writable
 from adaptive_spec.storage.profile_store import ProfileStore
 from adaptive_spec.storage.profile_store_worker import StoreWorker
 from adaptive_spec.storage.signature import read_key
-from adaptive_spec.wire.engine_report import read_report
 
 VIEW_INTERVAL_S = 0.25
 BEAT_INTERVAL_S = 1.0
 FOLLOW_INTERVAL_S = 0.25
-FIRST_CHECKPOINT_S = 1.0
-"""Seconds until a session's first checkpoint: a sidecar that is killed at once again has little to learn again."""
-PROFILE_INTERVAL_S = 60.0
-PLOTS_INTERVAL_S = 600.0
-STORE_INTERVAL_S = 600.0
+MOST_DP_RANKS = 64
+"""Data-parallel ranks that one sidecar follows; those beyond are named in the log and run without it."""
 
 log = logging.getLogger(__name__)
 
@@ -63,12 +61,10 @@ class Sidecar:
             self._own_files.close()
             raise
         self._stop = threading.Event()
-        self._session: Session | None = None
-        self._history = History()
-        self._plots: subprocess.Popen[bytes] | None = None
-        self._checkpoint_s: float | None = None
-        self._swept = False
-        self._next: dict[str, float] = {}
+        self._engines: dict[int | None, EngineFollower] = {None: EngineFollower(settings, self._store)}
+        """By data-parallel rank, ascending; None: the engine of a server without data parallelism."""
+        self._intervals = Intervals()
+        self._too_many = False
 
     def run(self) -> None:
         """Run the loop until SIGTERM or SIGINT."""
@@ -81,7 +77,7 @@ class Sidecar:
             while not self._stop.is_set():
                 self._run_once()
         finally:
-            self._close_session()
+            self._close_engines()
             if self._store:
                 self._store.close()
             if self._annotator:
@@ -92,62 +88,85 @@ class Sidecar:
 
     def _run_once(self) -> None:
         now_s = time.monotonic()
-        if self._due("follow", FOLLOW_INTERVAL_S, now_s):
+        due = self._intervals.due
+        if due("follow", FOLLOW_INTERVAL_S, now_s):
             self._own_files.keep()
-            if self._session is None:
-                self._open_session(now_s)
-            elif not self._session.follow_engine():
-                log.info("another engine has replaced %s", self._session.info.model)
-                self._close_session()
-            else:
-                self._session.keep_page()
-        learnt = self._session.run_once() if self._session else 0
+            self._find_dp_ranks()
+            self._drop_those_of_before()
+            for rank, engine in self._engines.items():
+                if rank is not None or len(self._engines) == 1 or engine.alive:
+                    self._follow(engine, now_s)
+            self._share_prior()
+        learnt = sum([engine.run_once() for engine in self._engines.values()])
         answered = self._answer_commands()
-        if self._due("view", VIEW_INTERVAL_S, now_s) or answered:
+        if due("view", VIEW_INTERVAL_S, now_s) or answered:
             self._update_view()
         for command in answered:
             command.set()
-        if self._session:
-            self._write_files(self._session, now_s)
+        writer = self._profile_writer()
+        for engine in self._engines.values():
+            engine.write_files(now_s, profile=engine is writer)
         self._current_view.heartbeat_s = time.monotonic()
-        if self._due("beat", BEAT_INTERVAL_S, now_s):
+        if due("beat", BEAT_INTERVAL_S, now_s):
             self._own_files.beat()
         if not learnt:
             self._stop.wait(self.settings.poll_interval_s)
 
-    def _open_session(self, now_s: float) -> None:
-        stored = None
-        if self._store and (info := waiting_engine(self.settings)):
-            fresh = partial(Controller, self.settings.controller, info)
-            answer = self._store.ask(info, lambda profile: fresh().restore_profile(*profile), now_s)
-            if answer is None:
-                return
-            stored = answer[0]
-        self._session = Session.open(self.settings, stored)
-        if self._session:
-            if self._store:
-                self._store.forget()
-            if self._annotator:
-                self._annotator.begin()
-            self._history = History()
-            self._swept = self._session.origin in ("profile", "store")
-            self._next["checkpoint"] = now_s + min(FIRST_CHECKPOINT_S, self.settings.checkpoint_interval_s)
-            self._next["profile"] = now_s + PROFILE_INTERVAL_S
-            self._next["store"] = now_s + STORE_INTERVAL_S
+    def _follow(self, engine: EngineFollower, now_s: float) -> None:
+        before = engine.session
+        engine.follow(now_s)
+        if self._annotator and before is None and engine.session is not None and engine is self._first():
+            self._annotator.begin()
 
-    def _close_session(self) -> None:
-        session, self._session = self._session, None
-        if session:
-            session.checkpoint()
-            session.view(None)
-            if session.swept and session.save_profile() and self._store:
-                self._store.save(session.info, session.profile())
-            session.close()
-        if self._plots:
-            self._plots.kill()
-            self._plots.wait()
-            self._plots = None
-        self._current_view.view = View(time.monotonic())
+    def _first(self) -> EngineFollower:
+        """The engine of a server without data parallelism, else that of the first rank."""
+        alone, *ranks = self._engines.values()
+        return alone if not ranks or alone.alive else ranks[0]
+
+    def _find_dp_ranks(self) -> None:
+        """Follow each data-parallel rank whose engine runs. One that has ended is followed further: it may be started again."""
+        for rank, folder in dp_rank_dirs(self.settings.runtime_dir).items():
+            if rank in self._engines or not role_is_held(folder, "engine"):
+                continue
+            if len(self._engines) > MOST_DP_RANKS:
+                if not self._too_many:
+                    self._too_many = True
+                    log.error("more than %d data-parallel ranks: those beyond run without this sidecar", MOST_DP_RANKS)
+                return
+            log.info("data-parallel rank %d: waiting for its engine in %s", rank, folder)
+            # A store answers for one engine at a time; the other ranks have the prior of this one.
+            store = self._store if len(self._engines) == 1 else None
+            self._engines[rank] = EngineFollower(self.settings.model_copy(update={"runtime_dir": folder}), store, rank)
+        ordered = sorted(self._engines.items(), key=lambda one: -1 if one[0] is None else one[0])
+        self._engines = dict(ordered)
+
+    def _drop_those_of_before(self) -> None:
+        """Forget what a server left that ran with data parallelism before and now runs without it, or the other way round."""
+        if len(self._engines) == 1:
+            return
+        if self._engines[None].alive:
+            gone = [rank for rank, one in self._engines.items() if rank is not None and not one.alive]
+            for rank in gone:
+                self._engines.pop(rank).close(profile=False)
+        else:
+            self._engines[None].close(profile=False)
+
+    def _share_prior(self) -> None:
+        ranks = [engine for engine in self._engines.values() if engine.dp_rank is not None]
+        swept = next((engine for engine in ranks if engine.swept), None)
+        if swept is not None:
+            for engine in ranks:
+                if engine is not swept and not engine.swept:
+                    engine.take_prior(swept)
+
+    def _profile_writer(self) -> EngineFollower | None:
+        """Ranks have one profile, since they are the same engine on the same hardware: the first that has swept writes it."""
+        return next((engine for engine in self._engines.values() if engine.swept), None)
+
+    def _close_engines(self) -> None:
+        writer = self._profile_writer()
+        for engine in self._engines.values():
+            engine.close(profile=engine is writer)
 
     def _answer_commands(self) -> list[threading.Event]:
         """Carry out the queued commands; returns their `done` events, to be set once the current view shows the result."""
@@ -157,43 +176,32 @@ class Sidecar:
                 command = self._web.commands.get_nowait()
             except queue.Empty:
                 return answered
-            command.answer = self._session.command(command.name, command.k) if self._session else "no engine is attached"
+            command.answer = self._command(command.name, command.k)
             answered.append(command.done)
 
+    def _command(self, name: str, k: int | None) -> str:
+        """Carry out a command on every data-parallel rank that there is; returns why it was refused, "" if it was not."""
+        engines = [engine for engine in self._engines.values() if engine.session is not None]
+        if not engines:
+            return "no engine is attached"
+        refused = {engine.dp_rank: reason for engine in engines if (reason := engine.command(name, k))}
+        if len(engines) == 1:
+            return next(iter(refused.values()), "")
+        return "; ".join(f"dp_rank {rank}: {reason}" for rank, reason in refused.items())
+
     def _update_view(self) -> None:
-        report = read_report(self.settings.runtime_dir)
-        view = self._session.view(self._checkpoint_s) if self._session else View(time.monotonic())
-        attached = view.attached and (report is None or view.info is None or report.pid != view.info.pid or report.records_come)
-        self._history.add(view.snapshot, view.time_s)
-        store = self._store.summary() if self._store else None
-        view = replace(view, report=report, attached=attached, history=self._history.points, store=store)
+        views = {rank: engine.view() for rank, engine in self._engines.items()}
+        first = self._first().dp_rank
+        view = replace(views[first], store=self._store.summary() if self._store else None)
         if (annotator := self._annotator) is not None:
             if view.snapshot and view.info:
                 annotator.offer(view.snapshot, view.info, time.monotonic())
             counts = annotator.counts
             view = replace(view, annotations_sent=counts.sent, annotations_dropped=dict(counts.dropped))
+        if first is not None:
+            ranks = {rank: one for rank, one in views.items() if rank is not None}
+            view = replace(view, dp_ranks=ranks | {first: view})
         self._current_view.view = view
-
-    def _write_files(self, session: Session, now_s: float) -> None:
-        """Write checkpoint, profile, stored profile and plots, each at its interval."""
-        if self._due("checkpoint", self.settings.checkpoint_interval_s, now_s) and session.checkpoint():
-            self._checkpoint_s = now_s
-        just_swept = session.swept and not self._swept
-        self._swept |= just_swept
-        if session.swept and (self._due("profile", PROFILE_INTERVAL_S, now_s) or just_swept) and session.save_profile():
-            if self._store and (self._due("store", STORE_INTERVAL_S, now_s) or just_swept):
-                self._store.save(session.info, session.profile())
-            if self._plots and self._plots.poll() is not None:
-                self._plots = None
-            snapshot = self._current_view.view.snapshot
-            if self._plots is None and snapshot and (self._due("plots", PLOTS_INTERVAL_S, now_s) or just_swept):
-                self._plots = start_plots(session.profile_folder, snapshot)
-
-    def _due(self, what: str, interval_s: float, now_s: float) -> bool:
-        if now_s < self._next.get(what, 0.0):
-            return False
-        self._next[what] = now_s + interval_s
-        return True
 
 
 def _store_worker(settings: SidecarSettings) -> StoreWorker | None:

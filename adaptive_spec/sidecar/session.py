@@ -89,6 +89,7 @@ class Session:
         self.ignored_steps = 0
         self._beaten_ns = self._steady_ns = 0
         self._snapshot: Snapshot | None = None
+        self._prior_refused = False
         self._swap_reasons = SwapReasons()
 
     @classmethod
@@ -125,6 +126,11 @@ class Session:
     @property
     def info(self) -> EngineInfo:
         return self.ring.info
+
+    @property
+    def snapshot(self) -> Snapshot | None:
+        """That of the last `view`."""
+        return self._snapshot
 
     @property
     def profile_folder(self) -> Path:
@@ -301,6 +307,31 @@ class Session:
             now_s, self._snapshot, self.info, self.attached(now_s), dict(self.failures), self.origin, checkpoint_s,
             policy_ignored=self.policy_ignored,
         )  # fmt: skip
+
+    def take_prior(self, other: Session) -> bool:
+        """Replace the models by those of another rank of the same server, and end the sweep. False: not possible, or no need.
+
+        Only while this one sweeps, and the other one has swept: each rank's own measurements count for more than a prior.
+        """
+        here, there = self._snapshot, other.snapshot
+        if here is None or here.mode is not Mode.SWEEP or self._prior_refused or there is None or there.observe_only:
+            return False
+        if not other.swept or replace(self.info, pid=0) != replace(other.info, pid=0):
+            return False
+        controller = Controller(self.settings.controller, self.info)
+        profile = other.profile()
+        try:
+            controller.restore_profile(profile.latency, profile.calibration)
+        except Exception:
+            self._prior_refused = True
+            self._count_failure("prior")
+            return False
+        controller.counters = self.controller.counters
+        controller.resume_version(self.page.last_version)
+        self.controller, self.origin = controller, "profile"
+        self._publish(self._guarded("tick", controller.tick, time.monotonic()))
+        self.view(None)
+        return True
 
     def checkpoint(self) -> bool:
         """Write the checkpoint. False: it failed; the failure is counted and logged."""

@@ -10,9 +10,33 @@ from adaptive_spec.domain.policy import Mode
 from adaptive_spec.sidecar.history import INTERVAL_S, HistoryPoint
 from adaptive_spec.sidecar.view import View
 
+SHOWN_OF_A_RANK = (
+    "mode", "reason", "engine_attached", "engine_pid", "policy_version", "k_by_batch_size", "batch_size", "last_k",
+    "goodput_tokens_per_s", "decode_steps", "output_tokens", "origin",
+)  # fmt: skip
+"""Of each data-parallel rank in /status.json; the whole of it is at /status.json?dp_rank=N."""
+
+
+def view_of_rank(view: View, dp_rank: int | None) -> View:
+    """Return the view of a data-parallel rank, None: the given one. Raises ValueError, one line, for a rank that there is not."""
+    if dp_rank is None:
+        return view
+    if dp_rank not in view.dp_ranks:
+        there = ", ".join(str(rank) for rank in view.dp_ranks) or "none: the server runs without data parallelism"
+        raise ValueError(f"dp_rank: must be one of the server's ({there}), got {dp_rank}")
+    return view.dp_ranks[dp_rank]
+
 
 def status_document(view: View, heartbeat_s: float, now_s: float) -> dict[str, Any]:
     """Return the contents of /status.json, described in docs/architecture.md. Times are in seconds, `_ms` in milliseconds."""
+    document = _of_engine(view, heartbeat_s, now_s)
+    if view.dp_ranks:
+        ranks = {rank: _of_engine(one, heartbeat_s, now_s) for rank, one in view.dp_ranks.items()}
+        document["dp_ranks"] = {str(rank): {key: one.get(key) for key in SHOWN_OF_A_RANK} for rank, one in ranks.items()}
+    return document
+
+
+def _of_engine(view: View, heartbeat_s: float, now_s: float) -> dict[str, Any]:
     info, s = view.info, view.snapshot
     document: dict[str, Any] = {
         "version": __version__,

@@ -159,13 +159,14 @@ def sweep(
 @_ca
 @_cert
 @_key
+@click.option("--dp-rank", type=int, help="With status and explain: this data-parallel rank; default: the first.")
 @click.option("--json", "as_json", is_flag=True, help="With status and explain: print the answer as JSON.")
 def ctl(
-    command: str, number: int | None, url: str | None, runtime_dir: Path | None, token_file: Path | None, as_json: bool,
-    ca: Path | None, cert: Path | None, key: Path | None,
+    command: str, number: int | None, url: str | None, runtime_dir: Path | None, token_file: Path | None, dp_rank: int | None,
+    as_json: bool, ca: Path | None, cert: Path | None, key: Path | None,
 ) -> None:  # fmt: skip
     """Show or change what a running sidecar does. `pin K` uses one K at all batch sizes until `unpin`. `explain [BATCH]` shows
-    why a batch size (default: that of the latest step) has its K.
+    why a batch size (default: that of the latest step) has its K. A command is for all data-parallel ranks of the server.
     """
     from adaptive_spec.wire.slot import MAX_BATCH_LIMIT, MAX_K_LIMIT
 
@@ -177,6 +178,8 @@ def ctl(
         raise BadInput(f"BATCH: must be a whole number in 1..{MAX_BATCH_LIMIT}, got {number}")
     if command not in ("pin", "explain") and number is not None:
         raise BadInput(f"K: only allowed for pin, got {number} with {command}")
+    if dp_rank is not None and (command not in ("status", "explain") or dp_rank < 0):
+        raise BadInput(f"--dp-rank: only with status and explain, and at least 0, got {dp_rank} with {command}")
     from adaptive_spec.cli.runtime_dirs import chosen_runtime_dir
     from adaptive_spec.client.sidecar import ControlClient
     from adaptive_spec.client.tls import ClientTls
@@ -185,7 +188,7 @@ def ctl(
     if command not in ("status", "explain"):
         click.echo(f"{command}: done, mode {client.send(command, number)['mode']}")
         return
-    document = client.status() if command == "status" else client.explain(number)
+    document = client.status(dp_rank) if command == "status" else client.explain(number, dp_rank)
     if as_json:
         click.echo(json.dumps(document, indent=1))
         return

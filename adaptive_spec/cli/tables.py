@@ -68,6 +68,12 @@ def status_table(document: dict[str, Any]) -> Table:
         "goodput": f"{number(document.get('goodput_tokens_per_s'), ',.0f')} tokens/s",
         "sidecar": f"pid {document['sidecar_pid']}, {document['version']}",
     }
+    if ranks := document.get("dp_ranks"):
+        rows["shown above"] = f"data-parallel rank {next(iter(ranks))}, of {len(ranks)}"
+    for rank, one in (ranks or {}).items():
+        gone = "" if one["engine_attached"] else ", not attached"
+        speed = f"{number(one['goodput_tokens_per_s'], ',.0f')} tokens/s"
+        rows[f"dp_rank {rank}"] = f"{one['mode']}{gone}, K {k_ranges(one['k_by_batch_size'])}, {speed}"
     for name, value in rows.items():
         table.add_row(name, Text(value))
     return table

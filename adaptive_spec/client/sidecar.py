@@ -72,13 +72,13 @@ class ControlClient:
         token = own_token(runtime_dir / TOKEN_NAME) if local else None
         return cls(url, token or "", tls=tls)
 
-    def status(self) -> dict[str, Any]:
-        """Return /status.json. Raises BadInput when the sidecar cannot be reached."""
-        return self._ask("/status.json", None)
+    def status(self, dp_rank: int | None = None) -> dict[str, Any]:
+        """Return /status.json, of a data-parallel rank where one is given. Raises BadInput when the sidecar cannot be reached."""
+        return self._ask(_with("/status.json", dp_rank=dp_rank), None)
 
-    def explain(self, batch_size: int | None) -> dict[str, Any]:
+    def explain(self, batch_size: int | None, dp_rank: int | None = None) -> dict[str, Any]:
         """Return /explain.json of a batch size (None: that of the latest step). Raises BadInput with the sidecar's message."""
-        return self._ask("/explain.json" if batch_size is None else f"/explain.json?batch={batch_size}", None)
+        return self._ask(_with("/explain.json", batch=batch_size, dp_rank=dp_rank), None)
 
     def send(self, command: str, k: int | None = None) -> dict[str, Any]:
         """Send a command and return the answer. Raises BadInput with the sidecar's message when it refuses."""
@@ -100,6 +100,12 @@ class ControlClient:
         if not isinstance(document, dict):
             raise BadInput(f"{self.url}: no sidecar answers: the answer is not a JSON object")
         return document
+
+
+def _with(path: str, **asked: int | None) -> str:
+    """A path with the values that are given."""
+    given = "&".join(f"{name}={value}" for name, value in asked.items() if value is not None)
+    return f"{path}?{given}" if given else path
 
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):

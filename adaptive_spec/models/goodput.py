@@ -119,7 +119,7 @@ def forecast(models: ForecastInputs, seed: int) -> Forecast | None:
     if fit is None:
         return None
     max_k, max_batch = models.candidates[-1], models.max_batch
-    request = models.granularity is Granularity.REQUEST
+    request = models.granularity is Granularity.REQUEST and max_k > 0  # without drafts there are no slots to choose among
     pad = models.padding.table(max_batch * (max_k + 1) if request else max_batch)
     # Not the last one: a size may be padded to more than a larger size is.
     largest = int(pad.max()) if request else int(pad.max()) * (max_k + 1)
@@ -169,7 +169,7 @@ Outputs = tuple[Floats, Floats, Floats, NDArray[np.int64]]
 def _per_batch(models: ForecastInputs, costs: Costs, outputs: Outputs) -> None:
     fixed_s, fixed_error, verify_s, verify_error_s, context_s, pad = costs
     goodput, uncertainty, tokens, verify_tokens = outputs
-    survival, survival_error = _survival(models.acceptance)
+    survival, survival_error = (part[: len(fixed_s) - 1] for part in _survival(models.acceptance))
     expected = np.concatenate(([1.0], 1.0 + np.cumsum(survival)))
     expected_error = np.concatenate(([0.0], np.cumsum(survival_error))) / expected
     b = np.arange(1, len(pad))

@@ -110,7 +110,8 @@ class ModelSet:
             name: PlanCostModel(memory, info.max_batch, SpeedFactor(self.speed_factor)) for name in ("draft", "draft_extend")
         }
         self.overhead = OverheadModel(info.max_k, info.max_batch)
-        self.acceptance = AcceptanceModel(info.max_k, settings.acceptance.memory_steps)
+        # An engine without speculation has no position to learn; the model has one all the same, and no label for it.
+        self.acceptance = AcceptanceModel(max(info.max_k, 1), settings.acceptance.memory_steps)
         self.padding = Padding(info.granularity)
         target_ms = settings.policy.slo_tpot_ms
         self.token_times = None if target_ms is None else TokenTimes(info.max_k, target_ms * 1e-3)

@@ -49,7 +49,7 @@ def metrics_page() -> str:
         "Made by `make docs` from `adaptive_spec/sidecar/metrics.py`; do not edit.",
         "",
         "`/metrics` of the sidecar, in Prometheus' text format or OpenMetrics, as requested. Once an engine is attached all",
-        "metrics also have the constant labels `model`, `gpu` and `tp`, except that `model` of `refit_duration_seconds` is the",
+        "metrics also have the constant labels `model`, `gpu` and `tp`, with data parallelism `dp_rank`, except that `model` of `refit_duration_seconds` is the",
         "model that was refitted. A value that is not known yet is left out, not exported as 0. Counters survive a restart of",
         "the sidecar. Positions are draft positions, starting at 1; the bonus token is not a draft token.",
         "",

@@ -14,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from adaptive_spec.runtime_folder import dp_rank_dir, make_runtime_dir
 from tests.sidecar.test_process import RunningEngine
-from tests.support.processes import SidecarProcess, run_cli, wait_for
+from tests.support.processes import SidecarProcess, assert_one_line, run_cli, wait_for
 
 
 @pytest.fixture
@@ -56,6 +56,13 @@ def test_one_sidecar_for_all_ranks(runtime_dir: Path, sidecar: SidecarProcess) -
             with pytest.raises(urllib.error.HTTPError) as refused:
                 sidecar.get("/explain.json?dp_rank=7")
             assert json.loads(refused.value.read())["error"] == "dp_rank: must be one of the server's (0, 1), got 7"
+            shown = run_cli("ctl", "status", "--runtime-dir", runtime_dir)
+            assert ["rank 0, of 2" in shown.stdout, "dp_rank 1" in shown.stdout] == [True, True], shown.stdout + shown.stderr
+            other = run_cli("ctl", "status", "--dp-rank", "1", "--json", "--runtime-dir", runtime_dir)
+            assert json.loads(other.stdout)["origin"] == "profile"
+            assert_one_line(
+                run_cli("ctl", "pin", "1", "--dp-rank", "1", "--runtime-dir", runtime_dir), "--dp-rank", "got 1 with pin"
+            )
             assert list(_samples(sidecar, "decode_steps")) == ["0", "1"]
             assert _samples(sidecar, "engine_attached") == {"0": 1.0, "1": 1.0}
         finally:

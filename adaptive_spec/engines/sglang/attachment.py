@@ -90,6 +90,7 @@ class Attachment:
         self._in_flight = StepsInFlight(self._write)
         self._step: OpenStep | None = None
         self._first_rank = True
+        self._attention_dp = False
         self._report_at_s = 0.0
         self._reported: EngineReport | None = None
         self._report_error = ""
@@ -192,6 +193,7 @@ class Attachment:
 
     def _open_tap(self, info: EngineInfo, place: Place) -> EngineTap:
         settings = self._settings
+        self._attention_dp = place.attention_dp > 1
         if not place.agree:
             if place.rank == 0:
                 return EngineTap.open(settings.runtime_dir, info, settings.max_age_s)
@@ -293,6 +295,13 @@ class Attachment:
             self._in_flight.interrupt()
             return None
         return self._tap
+
+    def _rows_computed(self, batch: Any, rows: int) -> int:
+        """Requests of the largest batch in this forward. With attention DP the ranks run one forward together, and each computes
+        as many tokens as the rank that has most; SGLang notes the requests of all of them.
+        """
+        of_all = known(batch, ("global_num_tokens",))["global_num_tokens"] if self._attention_dp else None
+        return max(rows, *of_all) if of_all else rows
 
     def draft_before(self, *args: Any, **kwargs: Any) -> Any:
         return self._clock.now() if self._step is not None else None

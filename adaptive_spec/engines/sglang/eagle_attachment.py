@@ -207,7 +207,11 @@ class EagleAttachment(Attachment):
             return None
         started = self._clock.now()
         ids = self._ids or [request_id(request) for request in batch.reqs]
-        padded = policy.padded_rows(begun.batch_size) if policy is not None else padded_rows(self._graph_rows, len(ids))
+        padded = (
+            policy.padded_rows(begun.batch_size)
+            if policy is not None
+            else padded_rows(self._graph_rows, self._rows_computed(batch, len(ids)))
+        )
         self._step = OpenStep(begun, begun.k, np.array(ids, np.uint32), padded, started, flags=waits_on_the_host(batch))
         if self._tree_tokens:
             self._step.num_tokens, self._step.padded_tokens = len(ids) * self._tree_tokens, padded * self._tree_tokens

@@ -51,8 +51,6 @@ def _other_work(cfg: Any) -> str | None:
         return "disaggregation_mode=prefill is not supported (such a server decodes nothing)"
     if cfg.pp_size > 1:
         return f"pp_size={cfg.pp_size} is not supported (the next chain is drafted at the end of a step)"
-    if cfg.dp_size > 1:
-        return f"dp_size={cfg.dp_size} is not supported (start one server and one sidecar per replica)"
     for name, at_once in known(cfg, ("enable_two_batch_overlap", "enable_pdmux")).items():
         if at_once:
             return f"{name}=True is not supported (two batches share the time of a step)"

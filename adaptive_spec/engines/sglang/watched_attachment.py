@@ -104,7 +104,7 @@ class WatchedAttachment(Attachment):
         # No policy acts on this step, so the record names none.
         begun = BegunStep(tap.begun.step, self._k, rows, kv_tokens, 0, 0)
         ids = np.array([request_id(request) for request in batch.reqs], np.uint32)
-        padded = padded_rows(self._graph_rows, rows)
+        padded = padded_rows(self._graph_rows, self._rows_computed(batch, rows))
         self._step = OpenStep(
             begun, self._k, ids, padded, self._clock.now(), flags=waits_on_the_host(batch), staged=False,
             num_tokens=rows * self._tokens, padded_tokens=padded * self._tokens,

@@ -87,6 +87,10 @@ def test_servers_that_are_observed(changes: dict[str, Any], words: str) -> None:
     assert words in (unsupported_reason(server_args(**changes)) or "")
 
 
+def test_replicas_are_supported() -> None:
+    assert unsupported_reason(server_args(dp_size=2)) is None
+
+
 @pytest.fixture(autouse=True)
 def hooks(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The registry empty before and after, and every hooked function restored."""

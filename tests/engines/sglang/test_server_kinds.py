@@ -10,7 +10,10 @@ import numpy as np
 import pytest
 
 from adaptive_spec.domain.step_record import StepFlag
+from adaptive_spec.engine_side.tap import RING_NAME
 from adaptive_spec.engines.sglang.cpu_kit import CpuKit
+from adaptive_spec.wire.engine_report import read_report
+from adaptive_spec.wire.ring import RingReader
 from tests.engines.sglang.server import SglangServer, beside, some_prompts, trace
 from tests.support.processes import run_cli
 
@@ -73,6 +76,35 @@ def test_a_server_whose_k_cannot_change_is_observed(
         assert len(status["accepted_tokens"]) == k
         if k:
             assert status["accepted_tokens"][0] > 0
+
+
+@pytest.mark.nightly
+def test_replicas_of_one_server_are_steered_each_by_itself(kit: CpuKit, tmp_path: Path) -> None:
+    """dp_size 2: two schedulers, two rings, one sidecar."""
+    with SglangServer(tmp_path, dp=2, environment=CpuKit.bound_to_cores(2)) as server:
+        server.wait_status(
+            lambda s: [one["engine_attached"] for one in s.get("dp_ranks", {}).values()] == [True] * 2, "both ranks"
+        )
+        for seed in range(1, 60):
+            answers = server.load(some_prompts(32, seed=seed), 8)
+            assert all(answer.exact for answer in answers)
+            ranks = server.status()["dp_ranks"].values()
+            if all(one["mode"] == "active" and len(one["k_by_batch_size"]) for one in ranks):
+                break
+        assert [one["mode"] for one in ranks] == ["active"] * 2, ranks
+        assert all(one["decode_steps"] > 20 for one in ranks), ranks
+        server.control("pin", "1")
+        rings = [RingReader.open(server.runtime_dir / f"dp-{rank}" / RING_NAME, "newest") for rank in range(2)]
+        answers = server.load(some_prompts(32, seed=99), 8)
+        assert all(answer.exact for answer in answers)
+        for ring in rings:
+            records = ring.poll(1024)
+            ring.close()
+            assert {record.k for record in records[len(records) // 2 :]} == {1}
+        reports = [read_report(server.runtime_dir / f"dp-{rank}") for rank in range(2)]
+        assert [report.state for report in reports if report is not None] == ["attached"] * 2
+        steps = server.metrics()["decode_steps_total"]
+        assert sorted(steps) == [(("dp_rank", "0"),), (("dp_rank", "1"),)]
 
 
 @pytest.mark.nightly

@@ -24,7 +24,7 @@ from adaptive_spec.sidecar.engine_follower import EngineFollower, Intervals
 from adaptive_spec.sidecar.grafana import Annotator
 from adaptive_spec.sidecar.http_server import WebServer
 from adaptive_spec.sidecar.own_files import OwnFiles
-from adaptive_spec.sidecar.view import CurrentView, View
+from adaptive_spec.sidecar.view import CurrentView
 from adaptive_spec.storage.profile import check_writable
 from adaptive_spec.storage.profile_store import ProfileStore
 from adaptive_spec.storage.profile_store_worker import StoreWorker

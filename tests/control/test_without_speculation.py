@@ -15,10 +15,10 @@ from tests.support.numbers_engine import engine_info, verify_s
 
 
 def _record(step: int, batch_size: int) -> StepRecord:
-    empty = np.zeros(batch_size, np.uint8)
+    empty, ids = np.zeros(batch_size, np.uint8), np.arange(batch_size, dtype=np.uint32)
     return StepRecord(
-        step, step * 10**7, 100 * batch_size, 0, batch_size, batch_size, batch_size, 0, int(StepFlag.WHOLE), 0.0, verify_s(batch_size),
-        0.0, verify_s(batch_size) + 1e-4, np.zeros((batch_size, 0), np.float32), empty, empty, np.arange(batch_size, dtype=np.uint32),
+        step, step * 10**7, 100 * batch_size, 0, batch_size, batch_size, batch_size, 0, int(StepFlag.WHOLE), 0.0,
+        verify_s(batch_size), 0.0, verify_s(batch_size) + 1e-4, np.zeros((batch_size, 0), np.float32), empty, empty, ids,
     )  # fmt: skip
 
 

@@ -43,6 +43,8 @@ from adaptive_spec.models.acceptance.online import StepScore
 from adaptive_spec.models.goodput import Forecast
 from adaptive_spec.models.model_set import Findings, ModelSet, Stopwatch
 
+Profile = tuple[Mapping[str, NDArray[Any]], Mapping[str, NDArray[Any]]]
+"""Arrays of the latency model and of the calibration; both empty: no models."""
 FAILED_RECORDS = 8
 """Records in a row that fail to be learnt before no policy acts: one or two bad ones say nothing about the models."""
 FAILED_REFITS = 10
@@ -91,6 +93,7 @@ class Controller:
         self._relearnt: deque[StepScore] | None = None
         """Scores of records that are learnt again, the last ones, which are not counted yet; None: nothing is learnt again."""
         self._next_refit_s = 0.0
+        self._largest_shown = 8
         self._news_s: dict[str, float] = {}
         """When people were last told of a drift, by signal."""
 
@@ -99,6 +102,11 @@ class Controller:
     @property
     def health(self) -> Health:
         return Health.FAILED if self._failed else Health.SWEEPING if self._sweeping else Health.OK
+
+    @property
+    def healthy(self) -> bool:
+        """Whether the last record, refit and publication succeeded: only then are the models worth keeping."""
+        return not (self._failed or self._failed_records or self._failed_refits or self._failed_publications)
 
     @property
     def mode(self) -> Mode:
@@ -482,13 +490,15 @@ class Controller:
             "k_by_batch_size": {str(b): k for b, k in self.k_by_batch_size().items()}, "table": self._decision.table.tolist(),
         }  # fmt: skip
 
-    def state(self) -> dict[str, NDArray[Any]]:
-        """Everything a restarted sidecar needs, as arrays."""
+    def state(self, profile: Profile | None = None) -> dict[str, NDArray[Any]]:
+        """Everything a restarted sidecar needs, as arrays. profile: models to write in place of the present ones."""
         models = self.models
+        latency, calibration = profile or (models.latency_state(), models.calibration_state())
+        swept = self._swept and bool(latency)
         return ControllerState(
-            self.counters.state(), self.policy_summary(), self._swept, self.settings.mode, models.kv_per_request, models.batches,
-            self._sweep.steps, self._engine_response.observe_only, models.latency_state(), models.calibration_state(),
-            self.request, self._sweeping or self._sweep_due,
+            self.counters.state(), self.policy_summary(), swept, self.settings.mode, models.kv_per_request, models.batches,
+            self._sweep.steps, self._engine_response.observe_only, latency, calibration,
+            self.request, self._sweeping or self._sweep_due or not latency,
         ).arrays()  # fmt: skip
 
     def restore(self, arrays: Mapping[str, NDArray[Any]]) -> None:
@@ -524,9 +534,9 @@ class Controller:
         return self._publisher.latest
 
     def k_by_batch_size(self) -> dict[int, int]:
-        """K of the table for batch sizes up to a little above the largest seen."""
-        largest = self.models.largest_batch + 2 if self.models.largest_batch else 8
-        return self._decision.k_by_batch_size(self.models.traffic.context, largest)
+        """K of the table for batch sizes up to the power of two above the largest seen, at least 8. No series comes and goes."""
+        self._largest_shown = max(self._largest_shown, 1 << (self.models.largest_batch + 1).bit_length())
+        return self._decision.k_by_batch_size(self.models.traffic.context, self._largest_shown)
 
     def snapshot(self, now_s: float) -> Snapshot:
         """Immutable view for metrics and pages."""

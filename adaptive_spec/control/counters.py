@@ -20,6 +20,8 @@ from adaptive_spec.models.model_set import StepComparison
 
 STEP_EDGES_S = (*tuple(round(m * 10.0**e, 10) for e in range(-5, 1) for m in (1.0, 1.5, 2.0, 3.0, 5.0, 7.0)), 10.0)
 STAGES = ("draft", "verify", "draft_extend", "step")
+SWAP_REASONS = ("sweep", "gain", "drift", "rollback", "pin", "command")
+DROP_REASONS = ("lost", "torn", "invalid", "failed")
 WINDOW_STEPS = 256
 """Steps the current goodput and the gains are taken over."""
 MAX_EVENTS = 100

@@ -32,6 +32,8 @@ ROLLBACK_HOLD_S = 30.0
 """A K that was rolled back is not chosen again for so long."""
 SWAP_MEMORY_S = 30.0
 """Time constant with which swaps are forgotten: five swaps a minute at most in the long run, at the default dwell."""
+EVERY_SIZE = 64
+"""Batch sizes up to it are all shown: a bounded number of series, whatever the engine's largest batch."""
 USED_SHARE = 0.02
 """A batch size with a smaller share of recent steps does not make a change of the table a swap."""
 
@@ -171,9 +173,11 @@ class Decision:
         return min(max(traffic.batch_size, 1), self._info.max_batch), min(traffic.context, self.table.shape[1] - 1)
 
     def k_by_batch_size(self, context: int, largest: int) -> dict[int, int]:
-        """K of batch sizes 1..largest in a context bucket."""
+        """K of batch sizes 1..largest in a context bucket: all up to `EVERY_SIZE`, beyond it powers of two and the last one."""
         c = min(context, self.table.shape[1] - 1)
-        return {b: int(self.table[b, c]) for b in range(1, min(largest, self._info.max_batch) + 1)}
+        last = min(largest, self._info.max_batch)
+        sizes = [b for b in range(1, last + 1) if b <= EVERY_SIZE or b == last or b & (b - 1) == 0]
+        return {b: int(self.table[b, c]) for b in sizes}
 
     def _bans(self, shape: tuple[int, ...], now_s: float) -> NDArray[np.bool_] | None:
         """Entries rolled back lately, [batches, contexts, K + 1]; None: none."""

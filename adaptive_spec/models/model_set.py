@@ -44,6 +44,9 @@ WITH_GAPS = ("recent", "decks")
 MATERIAL_BIAS = 0.05
 """Mean relative error of predicted latency below which an alarm of the drift detector is ignored."""
 
+REFITTED = ("acceptance", "latency", "policy")
+"""Parts of a refit that a stopwatch is opened around."""
+
 Stopwatch = Callable[[str], AbstractContextManager[object]]
 """Returns a context that times the part it is given the name of. The clock is the caller's."""
 

@@ -13,11 +13,11 @@ from dataclasses import replace
 from functools import partial
 
 from adaptive_spec.config.settings import SidecarSettings
-from adaptive_spec.control.controller import Controller
 from adaptive_spec.runtime_folder import role_is_held
 from adaptive_spec.sidecar.history import History
 from adaptive_spec.sidecar.profile_plots import start_plots
 from adaptive_spec.sidecar.session import Session, waiting_engine
+from adaptive_spec.sidecar.usable import check_profile
 from adaptive_spec.sidecar.view import View
 from adaptive_spec.storage.profile_store_worker import StoreWorker
 from adaptive_spec.wire.engine_report import read_report
@@ -140,8 +140,8 @@ class EngineFollower:
     def _open(self, now_s: float) -> None:
         stored = None
         if self._store and (info := waiting_engine(self.settings)):
-            fresh = partial(Controller, self.settings.controller, info)
-            answer = self._store.ask(info, lambda profile: fresh().restore_profile(*profile), now_s)
+            usable = partial(check_profile, settings=self.settings.controller, info=info)
+            answer = self._store.ask(info, usable, now_s)
             if answer is None:
                 return
             stored = answer[0]

@@ -11,11 +11,12 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.registry import Collector
 
 from adaptive_spec import __version__
-from adaptive_spec.control.counters import HistogramData
+from adaptive_spec.control.counters import DROP_REASONS, SWAP_REASONS, Histogram, HistogramData
 from adaptive_spec.control.k_switches import REASONS
 from adaptive_spec.control.snapshot import Snapshot
 from adaptive_spec.domain.policy import Mode
-from adaptive_spec.sidecar.view import CurrentView, View
+from adaptive_spec.models.model_set import REFITTED
+from adaptive_spec.sidecar.view import CALLS, CurrentView, View
 from adaptive_spec.wire.engine_report import STATES
 
 PREFIX = "adaptive_spec_"
@@ -135,7 +136,7 @@ def _about_sidecar(family: _Families, view: View) -> Iterable[Metric]:
     yield family.counter(
         "controller_failures",
         "Controller calls that raised. A failed `observe` costs its record, others the policy until a refit succeeds.",
-        _by_name(view.failures),
+        _by_name({**dict.fromkeys(CALLS, 0), **view.failures}),
         ("call",),
     )
     text = "1 when the engine has run 256 steps in a row without a policy although one that acts was offered, else 0."
@@ -225,7 +226,8 @@ def _about_policy(family: _Families, s: Snapshot) -> Iterable[Metric]:
     yield family.gauge("policy_draft_tokens", "K of the policy by batch size.", by_batch, ("batch_size",))
     text = "Batch size of the newest decode step."
     yield family.gauge("batch_size_requests", text, _one(s.batch_size or None))
-    yield family.counter("policy_swaps", "Policy swaps, by reason.", _by_name(s.swaps), ("reason",))
+    swaps = {**dict.fromkeys(SWAP_REASONS, 0), **s.swaps}
+    yield family.counter("policy_swaps", "Policy swaps, by reason.", _by_name(swaps), ("reason",))
     reasons: dict[str, float] = {**dict.fromkeys(REASONS, 0), **s.k_switches}
     yield family.counter("k_switches", "Changes of the K that was run, by reason.", _by_name(reasons), ("reason",))
     text = "Steps that ran another K than the policy asked for, because the engine does not run that one at this batch size."
@@ -248,10 +250,11 @@ def _about_learning(family: _Families, s: Snapshot) -> Iterable[Metric]:
     yield family.counter(
         "observations_dropped",
         "Step records that were lost, torn, invalid, or failed to be learnt.",
-        _by_name(s.dropped),
+        _by_name({**dict.fromkeys(DROP_REASONS, 0), **s.dropped}),
         ("reason",),
     )
-    yield family.histogram("refit_duration_seconds", "Duration of a refit, by model.", s.refit_histograms, "model")
+    refits = {**dict.fromkeys(REFITTED, Histogram().data()), **s.refit_histograms}
+    yield family.histogram("refit_duration_seconds", "Duration of a refit, by model.", refits, "model")
     yield family.gauge("sweep_progress_ratio", "Progress of the cold-start sweep, 0..1; 1 = finished.", _one(s.sweep_progress))
     yield family.counter("sweep_steps", "Decode steps spent on sweeps.", _one(s.sweep_steps))
     yield family.gauge("probe_ratio", "Share of decode time lost to probing.", _one(s.probe_share))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import sys
 import time
 from collections import Counter
@@ -26,6 +27,7 @@ from adaptive_spec.errors import BadInput
 from adaptive_spec.runtime_folder import role_is_held
 from adaptive_spec.sidecar.counters_page import COUNTERS_NAME, CountersPage, KeptCounters, labels_of
 from adaptive_spec.sidecar.swap_reasons import SwapReasons
+from adaptive_spec.sidecar.usable import check_checkpoint, check_profile
 from adaptive_spec.sidecar.view import View
 from adaptive_spec.storage.archive import ArchiveError, load_archive, save_archive
 from adaptive_spec.storage.profile import (
@@ -45,6 +47,7 @@ from adaptive_spec.wire.ring import RingLayoutError, RingReader
 from adaptive_spec.wire.shared_file import set_aside
 
 CHECKPOINT = "checkpoint"
+NO_MODELS = Profile({}, {})
 POLL_RECORDS = 512
 """Most records learnt in one iteration, so that a long backlog does not delay the heartbeat."""
 SILENT_S = 5.0
@@ -83,6 +86,9 @@ class Session:
         self._counted_to = 0
         """Records of the ring below this index are counted already."""
         self._backlog_to = ring.cursor
+        self._good: tuple[Profile, int, int] | None = None
+        """The models that were last found usable, and generation and position of the ring that they were learnt to."""
+        self._forgotten = 0
         self.failures: Counter[str] = Counter()
         self._dropped: Counter[str] = Counter()
         self._record_s = -SILENT_S
@@ -168,8 +174,18 @@ class Session:
             log.debug("refit after record %d", self.ring.position)
         elif not records:
             self._publish(self._guarded("tick", controller.tick, now_s))
+        if controller.models_forgotten != self._forgotten:
+            self._forgotten = controller.models_forgotten
+            self._done("set_aside", self._set_files_aside)
         self._beat()
         return len(records)
+
+    def _set_files_aside(self) -> None:
+        """The models could not be fitted and are forgotten: what was kept of them is not to come back."""
+        self._good = None
+        for path in (self.settings.runtime_dir / f"{CHECKPOINT}.npz", self.profile_folder):
+            if os.path.lexists(path):
+                log.warning("%s: its models could not be fitted; set aside as %s", path, set_aside(path).name)
 
     def _relearn(self) -> int:
         """As `run_once`, for records that are counted already. Returns records learnt."""
@@ -334,20 +350,36 @@ class Session:
         return True
 
     def checkpoint(self) -> bool:
-        """Write the checkpoint. False: it failed; the failure is counted and logged."""
+        """Write the checkpoint, with the models as they are or, when those cannot be used, as they last could.
+
+        False: it failed; the failure is counted and logged.
+        """
+        return self._done("checkpoint", self._write_checkpoint)
+
+    def _write_checkpoint(self) -> None:
+        controller, info = self.controller, self.info
+        if controller.healthy:
+            profile = self.profile()
+            check_checkpoint(controller.state(profile), self.settings.controller, info)
+            self._good = profile, self.ring.generation, self.ring.position
+        profile, generation, position = self._good or (NO_MODELS, self.ring.generation, self.ring.position)
         meta = {
-            **identity_meta(self.info),
-            "generation": str(self.ring.generation),  # text: not every JSON reader keeps 64-bit integers exact
-            "position": self.ring.position,
+            **identity_meta(info),
+            "generation": str(generation),  # text: not every JSON reader keeps 64-bit integers exact
+            "position": position,
         }
-        path = self.settings.runtime_dir / f"{CHECKPOINT}.npz"
-        return self._done("checkpoint", lambda: save_archive(path, CHECKPOINT, self.controller.state(), meta))
+        save_archive(self.settings.runtime_dir / f"{CHECKPOINT}.npz", CHECKPOINT, controller.state(profile), meta)
 
     def save_profile(self) -> bool:
-        """Write the profile. False: it failed; the failure is counted and logged."""
-        return self._done(
-            "profile", lambda: save_profile(self.profile_folder, self.info, self.profile(), self.controller.policy_summary())
-        )
+        """Write the profile, of models that can be used. False: they cannot, or it failed; that is counted and logged."""
+        if not self.controller.healthy:
+            return False
+        return self._done("profile", self._write_profile)
+
+    def _write_profile(self) -> None:
+        profile = self.profile()
+        check_profile(profile, self.settings.controller, self.info)
+        save_profile(self.profile_folder, self.info, profile, self.controller.policy_summary())
 
     def profile(self) -> Profile:
         """Return what `save_profile` writes, as copies for another thread."""
@@ -496,6 +528,7 @@ def _from_folder(settings: SidecarSettings, info: EngineInfo, folder: Path) -> t
             for other in other_profiles(folder, info):
                 log.info("not this engine's profile: %s", other)
             return None
+        check_profile(profile, settings.controller, info)
         controller.restore_profile(profile.latency, profile.calibration)
     except Exception as error:  # whatever its files hold
         log.warning("profile %s cannot be used: %s; set aside as %s", folder, error, set_aside(folder).name)
@@ -509,6 +542,7 @@ def _from_store(settings: SidecarSettings, info: EngineInfo, stored: StoredProfi
         return None
     controller = Controller(settings.controller, info)
     try:
+        check_profile(stored.profile, settings.controller, info)
         controller.restore_profile(stored.profile.latency, stored.profile.calibration)
     except Exception as error:  # whatever it holds
         log.warning("the profile from the store cannot be used: %s", error)
@@ -524,6 +558,7 @@ def _from_checkpoint(settings: SidecarSettings, ring: RingReader) -> tuple[Contr
         archive = load_archive(path, CHECKPOINT)
         if difference := difference_of(archive.meta, ring.info):
             raise ArchiveError(f"{path.name} belongs to another engine: {difference}")
+        check_checkpoint(archive.arrays, settings.controller, ring.info)
         controller.restore(archive.arrays)
         position = int(archive.meta["position"]) if archive.meta["generation"] == str(ring.generation) else None
     except FileNotFoundError:

@@ -10,6 +10,12 @@ from adaptive_spec.domain.engine_info import EngineInfo
 from adaptive_spec.sidecar.history import HistoryPoint
 from adaptive_spec.wire.engine_report import EngineReport
 
+CALLS = (
+    "observe", "relearn", "refit", "tick", "command", "publish", "fail", "snapshot", "counters", "checkpoint", "profile", "page",
+    "set_aside",
+)  # fmt: skip
+"""Calls whose failures a session counts."""
+
 
 @dataclass(frozen=True)
 class View:

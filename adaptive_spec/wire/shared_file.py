@@ -13,10 +13,12 @@ import errno
 import fcntl
 import os
 import platform
+import shutil
 import stat
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -26,6 +28,10 @@ WEAKLY_ORDERED = platform.machine().lower() not in ("x86_64", "amd64", "i386", "
 """Whether this machine may reorder stores (ARM does): then a fence is needed between a content and the word that announces it."""
 
 _fence_lock = threading.Lock()
+
+
+KEPT_ASIDE = 3
+"""Files set aside of one name: the folder is often in memory."""
 
 
 class Closeable(ABC):
@@ -164,11 +170,22 @@ def identity_at(path: Path | str) -> Identity | None:
 
 
 def set_aside(path: Path) -> Path:
-    """Rename a damaged file to `NAME.damaged-N` (first free N) in its folder and return the new path. Raises OSError."""
-    number = 1
-    while os.path.lexists(target := path.with_name(f"{path.name}.damaged-{number}")):
-        number += 1
+    """Rename a damaged file or folder to `NAME.damaged-N`, N above all others, and return the new path. Raises OSError.
+
+    The `KEPT_ASIDE` newest stay, the others are deleted.
+    """
+    prefix = f"{path.name}.damaged-"
+    ends = (name.removeprefix(prefix) for name in os.listdir(path.parent) if name.startswith(prefix))
+    numbers = sorted(int(end) for end in ends if end.isascii() and end.isdigit() and len(end) < 10)
+    target = path.with_name(f"{prefix}{numbers[-1] + 1 if numbers else 1}")
     os.rename(path, target)
+    for number in numbers[: -(KEPT_ASIDE - 1)]:
+        old = path.with_name(f"{prefix}{number}")
+        with suppress(OSError):
+            if stat.S_ISDIR(os.lstat(old).st_mode):
+                shutil.rmtree(old)
+            else:
+                old.unlink()
     return target
 
 

@@ -3,7 +3,9 @@ from __future__ import annotations
 import shutil
 import subprocess
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 from prometheus_client import generate_latest
 from prometheus_client.metrics_core import Metric
@@ -11,13 +13,20 @@ from prometheus_client.openmetrics.exposition import generate_latest as generate
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families
 
-from adaptive_spec.control.counters import Event, HistogramData
+from adaptive_spec.config.settings import ControllerSettings, SidecarSettings
+from adaptive_spec.control.controller import Controller
+from adaptive_spec.control.counters import DROP_REASONS, SWAP_REASONS, Event, HistogramData
+from adaptive_spec.control.k_switches import REASONS
 from adaptive_spec.control.snapshot import Snapshot
-from adaptive_spec.domain.policy import Mode
+from adaptive_spec.domain.policy import Granularity, Mode
 from adaptive_spec.domain.staircase import Boundary, Segment
+from adaptive_spec.models.model_set import REFITTED
 from adaptive_spec.sidecar.metrics import metrics_registry
-from adaptive_spec.sidecar.view import CurrentView, View
-from tests.support.numbers_engine import engine_info
+from adaptive_spec.sidecar.session import Session
+from adaptive_spec.sidecar.view import CALLS, CurrentView, View
+from tests.support.numbers_engine import NumbersEngine, engine_info
+from tests.support.simulated_server import SimulatedServer, staircase
+from tests.support.simulated_server import engine_info as simulated_info
 
 CONTRACT = {
     "tile_boundary_tokens": ("gauge", {"boundary"}),
@@ -161,3 +170,52 @@ def test_a_version_without_a_time_has_no_age() -> None:
     """After a restart, before the first publication of this process."""
     families = _families(View(5.0, replace(SNAPSHOT, policy_time_s=None), engine_info(), True))
     assert not families["adaptive_spec_policy_age_seconds"].samples
+
+
+def test_every_counter_has_a_series_before_its_first_event(tmp_path: Path) -> None:
+    """Without one, increase() misses the first event."""
+    engine = NumbersEngine(tmp_path / "run")
+    session = Session.open(SidecarSettings(runtime_dir=tmp_path / "run", profile_dir=tmp_path / "profiles"))
+    assert session is not None
+    current_view = CurrentView(0.0)
+    current_view.view = session.view(None)
+    families = {f.name: f for f in metrics_registry(current_view).collect()}
+    wanted = {
+        "policy_swaps": ("reason", SWAP_REASONS), "observations_dropped": ("reason", DROP_REASONS),
+        "controller_failures": ("call", CALLS), "drift_events": ("signal", ("latency", "calibration")),
+        "k_switches": ("reason", REASONS), "slo_requests": ("result", ("within", "beyond")),
+    }  # fmt: skip
+    for name, (label, values) in wanted.items():
+        samples = {s.labels[label]: s.value for s in families[f"adaptive_spec_{name}"].samples if s.name.endswith("_total")}
+        assert samples == dict.fromkeys(values, 0.0), name
+    refits = {s.labels["model"] for s in families["adaptive_spec_refit_duration_seconds"].samples}
+    assert refits == set(REFITTED)
+    for _ in range(5):
+        engine.step()
+    session.run_once()
+    session.controller.refit(1.0, session._stopwatch)
+    assert set(session.controller.counters.refits) == set(REFITTED)
+    session.close()
+    engine.close()
+
+
+def test_batch_size_series_are_bounded_and_stay() -> None:
+    info = replace(engine_info(max_batch=4096), holds_batch=False)
+    controller = Controller(ControllerSettings(), info)
+    record = SimulatedServer(simulated_info(Granularity.BATCH), staircase()).step()
+    before: set[int] = set()
+    for b in (1, 3, 40, 4096, 700, 1):
+        rows = np.zeros(b, np.uint8)
+        for _ in range(3):
+            controller.observe(
+                replace(
+                    record, batch_size=b, k=0, num_tokens=b, padded_tokens=b, verify_len=rows, accept_len=rows,
+                    confidences=np.zeros((b, 0), np.float32), request_ids=np.arange(b, dtype=np.uint32),
+                ),
+                0.0,
+            )  # fmt: skip
+        shown = set(controller.snapshot(0.0).k_by_batch_size)
+        assert before <= shown
+        assert min(b, 64) in shown
+        before = shown
+    assert len(before) <= 64 + 6

@@ -11,14 +11,16 @@ import pytest
 from prometheus_client import generate_latest
 
 from adaptive_spec.config.settings import SidecarSettings
-from adaptive_spec.control.controller import FAILED_RECORDS
+from adaptive_spec.control.controller import FAILED_RECORDS, FAILED_REFITS, Controller
 from adaptive_spec.domain.policy import Mode
 from adaptive_spec.domain.step_record import StepRecord
 from adaptive_spec.engine_side.tap import PAGE_NAME, RING_NAME
 from adaptive_spec.errors import BadInput
 from adaptive_spec.sidecar.metrics import metrics_registry
 from adaptive_spec.sidecar.session import Session
+from adaptive_spec.sidecar.usable import check_checkpoint, check_profile
 from adaptive_spec.sidecar.view import CurrentView
+from adaptive_spec.storage.archive import load_archive
 from adaptive_spec.wire.policy_page import PolicyPageReader
 from adaptive_spec.wire.ring import RingReader, RingWriter
 from tests.support.models_anew import fits, metrics_of, models_anew, same_models, thinned
@@ -365,3 +367,57 @@ def test_one_sidecar_for_one_engine(settings: SidecarSettings, engine: NumbersEn
     with pytest.raises(BadInput, match="another sidecar is writing this policy page"):
         Session.open(settings)
     session.close()
+
+
+def test_models_that_cannot_be_fitted_are_not_kept_and_in_the_end_set_aside(
+    settings: SidecarSettings, engine: NumbersEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = _swept(_open(settings), engine)
+    assert session.save_profile()
+    assert session.checkpoint()
+    session.command("pin", 3)
+    controller = session.controller
+    monkeypatch.setattr(type(controller.models), "fit", _broken)
+    session._guarded("refit", controller.refit, time.monotonic())
+    assert not session.save_profile()
+    assert session.checkpoint(), "what was asked for is kept, with the models as they last were good"
+    fresh = Controller(settings.controller, engine.info)
+    monkeypatch.undo()
+    check_checkpoint(load_archive(settings.runtime_dir / "checkpoint.npz", "checkpoint").arrays, settings.controller, engine.info)
+    fresh.restore(load_archive(settings.runtime_dir / "checkpoint.npz", "checkpoint").arrays)
+    assert fresh.mode is Mode.PINNED
+    monkeypatch.setattr(type(controller.models), "fit", _broken)
+    for _ in range(FAILED_REFITS):
+        session._guarded("refit", controller.refit, time.monotonic())
+    session.run_once()
+    assert not (settings.runtime_dir / "checkpoint.npz").exists()
+    assert (settings.runtime_dir / "checkpoint.npz.damaged-1").exists()
+    assert not session.profile_folder.exists()
+    monkeypatch.undo()
+    session.command("unpin", None)
+    session._publish(controller.refit(time.monotonic() + 100.0))
+    assert controller.mode is Mode.SWEEP
+    _swept(session, engine)
+    assert session.save_profile()
+    session.close()
+
+
+def test_a_profile_without_what_a_policy_needs_cannot_be_used(settings: SidecarSettings, engine: NumbersEngine) -> None:
+    session = _swept(_open(settings), engine)
+    good = session.profile()
+    calibration = {key: array for key, array in good.calibration.items() if key != "losses"}
+    with pytest.raises(ValueError, match="losses"):
+        check_profile(good._replace(calibration=calibration), settings.controller, engine.info)
+    empty = {key: array[:0] if key == "cells.rows" else array for key, array in good.latency.items()}
+    with pytest.raises(ValueError, match="no measurements"):
+        check_profile(good._replace(latency=empty), settings.controller, engine.info)
+    check_profile(good, settings.controller, engine.info)
+    session.close()
+
+
+def test_at_most_three_files_are_set_aside(settings: SidecarSettings, engine: NumbersEngine) -> None:
+    for number in range(1, 7):
+        (settings.runtime_dir / "checkpoint.npz").write_bytes(b"%d" % number)
+        _open(settings).close()
+    aside = sorted(settings.runtime_dir.glob("checkpoint.npz.damaged-*"))
+    assert [(path.name[-1], path.read_bytes()) for path in aside] == [("4", b"4"), ("5", b"5"), ("6", b"6")]

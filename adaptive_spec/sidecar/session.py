@@ -337,6 +337,7 @@ class Session:
         controller = Controller(self.settings.controller, self.info)
         profile = other.profile()
         try:
+            check_profile(profile, self.settings.controller, self.info)
             controller.restore_profile(profile.latency, profile.calibration)
         except Exception:
             self._prior_refused = True
@@ -344,7 +345,7 @@ class Session:
             return False
         controller.counters = self.controller.counters
         controller.resume_version(self.page.last_version)
-        self.controller, self.origin = controller, "profile"
+        self.controller, self.origin, self._good, self._forgotten = controller, "profile", None, 0
         self._publish(self._guarded("tick", controller.tick, time.monotonic()))
         self.view(None)
         return True

@@ -12,7 +12,7 @@ from adaptive_spec.wire.engine_report import EngineReport
 
 CALLS = (
     "observe", "relearn", "refit", "tick", "command", "publish", "fail", "snapshot", "counters", "checkpoint", "profile", "page",
-    "set_aside",
+    "set_aside", "prior",
 )  # fmt: skip
 """Calls whose failures a session counts."""
 

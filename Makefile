@@ -20,7 +20,7 @@ help:
 	@echo "make stack [ARGS=\"--duration 90\"]            demo, Prometheus and Alertmanager with the shipped configuration"
 	@echo "make dashboards                             write the Grafana dashboards of dashboards/"
 	@echo "make manifests                              write the alerts as a Kubernetes object"
-	@echo "make images                                 build both images without a container engine and run them (root; 3 GB)"
+	@echo "make images                                 build the images without a container engine and run them (root; 3 GB)"
 	@echo "make vendor                                 fetch the status page's plotting library (needs npm)"
 	@echo "make sglang-matrix                          all that the plugin uses of SGLang, checked in wheels of several releases"
 	@echo "make vllm-matrix                            the same for vLLM"

@@ -1,8 +1,8 @@
-"""`make images`: build both images for real without a container engine, and run them as compose and Kubernetes run them.
+"""`make images`: build all images for real without a container engine, and run them as compose and Kubernetes run them.
 
 The Dockerfiles are built unchanged by buildah (chroot isolation). What cannot be had here is replaced by stand-ins: the base
-`python:...-slim` by this machine's Debian with its Python, the SGLang base by that and the packages that the server's Dockerfile
-relies on. Each image then runs in namespaces of its own (docker/confined.sh): uid 1000, no capabilities, read-only root, /tmp of
+`python:...-slim` by this machine's Debian with its Python, the bases of SGLang and vLLM by that and the packages that the servers'
+Dockerfiles rely on. Each image then runs in namespaces of its own (docker/confined.sh): uid 1000, no capabilities, read-only root, /tmp of
 the size that compose gives it. Needs root on Debian, and what apt and pip fetch; pip inside the build is set up as pip is here.
 """
 
@@ -46,8 +46,10 @@ PROGRAMS = {"buildah": "buildah", "mmdebstrap": "mmdebstrap", "unshare": "util-l
 BASE_PACKAGES = "python3,python3-venv,python3-pip,ca-certificates"
 SERVER_PACKAGES = ("numpy", "pydantic", "PyYAML")
 """What the server's Dockerfile expects of its base."""
-SERVER_BASE = "localhost/sglang-stand-in"
-TAGS = {"sidecar": "localhost/adaptive-spec-sidecar", "server": "localhost/sglang-adaptive-spec"}
+SERVER_BASE = "localhost/server-stand-in"
+TAGS = {
+    "sidecar": "localhost/adaptive-spec-sidecar", "server": "localhost/sglang-adaptive-spec", "vllm": "localhost/vllm-adaptive-spec",
+}  # fmt: skip
 
 
 def install_programs() -> None:
@@ -135,7 +137,7 @@ class Builder:
             self._do("rm", container)
 
     def server_base(self, name: str) -> None:
-        """Make the stand-in of the SGLang image: the base and the packages that the server's Dockerfile relies on."""
+        """Make the stand-in of the servers' images: the base and the packages that their Dockerfiles rely on."""
         if self._has(SERVER_BASE):
             return
         with tempfile.TemporaryDirectory() as folder:
@@ -186,7 +188,7 @@ SERVER_TMP = "64m"
 
 
 def check_images(builder: Builder, say: Callable[[str], None]) -> None:
-    """Run both images. Raises BadInput for what does not work in them."""
+    """Run all images. Raises BadInput for what does not work in them."""
     with tempfile.TemporaryDirectory(prefix="adaptive-spec-images-") as name:
         volumes = Path(name)
         for folder in ("run", "profiles"):
@@ -197,7 +199,7 @@ def check_images(builder: Builder, say: Callable[[str], None]) -> None:
             Mount(volumes / "run", "/run/adaptive-spec", "rw"),
             Mount(volumes / "profiles", "/var/lib/adaptive-spec", "rw"),
         )
-        for image, size in (("sidecar", tmp_size(compose_service("sidecar"))), ("server", SERVER_TMP)):
+        for image, size in (("sidecar", tmp_size(compose_service("sidecar"))), ("server", SERVER_TMP), ("vllm", SERVER_TMP)):
             configuration = builder.configuration(TAGS[image])
             with builder.mounted(TAGS[image]) as root:
                 used = run("du", "-sm", root).stdout.split()[0]
@@ -210,8 +212,9 @@ def check_images(builder: Builder, say: Callable[[str], None]) -> None:
                 if image == "sidecar":
                     check_sidecar(container, configuration, lambda words: say(f"sidecar: {words}"))
                 else:
-                    container.run("python3", "-c", "from adaptive_spec.engines.sglang import plugin; plugin.register()")
-                    say("server: the plugin loads, and does nothing without a mode")
+                    engine = "vllm" if image == "vllm" else "sglang"
+                    container.run("python3", "-c", f"from adaptive_spec.engines.{engine} import plugin; plugin.register()")
+                    say(f"{image}: the plugin loads, and does nothing without a mode")
 
 
 def write_materials(root: Path, image: str) -> Path:
@@ -235,7 +238,7 @@ def write_materials(root: Path, image: str) -> Path:
     help="Folder of the stand-in base and the images, about 3 GB; kept for the next time.",
 )  # fmt: skip
 def main(home: Path) -> None:
-    """Build both images without a container engine, and run them confined."""
+    """Build all images without a container engine, and run them confined."""
     begun_s = time.monotonic()
 
     def say(words: str) -> None:
@@ -252,9 +255,11 @@ def main(home: Path) -> None:
         builder.image(ROOT, DOCKER / "sidecar.Dockerfile", TAGS["sidecar"])
         say("sidecar built")
         builder.server_base(base)
-        say("stand-in for the SGLang image")
+        say("stand-in for the images of SGLang and vLLM")
         builder.image(ROOT, DOCKER / "server.Dockerfile", TAGS["server"], f"--build-arg=SGLANG_IMAGE={SERVER_BASE}")
         say("server built")
+        builder.image(ROOT, DOCKER / "vllm.Dockerfile", TAGS["vllm"], f"--build-arg=VLLM_IMAGE={SERVER_BASE}")
+        say("vllm built")
         check_images(builder, say)
     except BadInput as error:
         click.echo(f"images: {' '.join(str(error).removeprefix('images: ').split())}", err=True)

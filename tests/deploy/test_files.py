@@ -79,13 +79,13 @@ def test_no_secret_is_committed() -> None:
 
 
 @_needs("hadolint", "the extra dev brings it on Linux x86-64")
-@pytest.mark.parametrize("name", ["server", "sidecar"])
+@pytest.mark.parametrize("name", ["server", "sidecar", "vllm"])
 def test_dockerfiles_pass_hadolint(name: str) -> None:
     result = _run(_tool("hadolint") or "", "--no-color", DEPLOY / "docker" / f"{name}.Dockerfile")
     assert (result.returncode, result.stdout) == (0, "")
 
 
-@pytest.mark.parametrize("name", ["server", "sidecar"])
+@pytest.mark.parametrize("name", ["server", "sidecar", "vllm"])
 def test_dockerfiles_copy_only_files_of_the_build_context(name: str) -> None:
     let = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
     lines = (DEPLOY / "docker" / f"{name}.Dockerfile").read_text().splitlines()

@@ -23,7 +23,7 @@ from deploy.images import base_of, pip_settings
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
-IMAGES = ("server", "sidecar")
+IMAGES = ("server", "sidecar", "vllm")
 
 
 def _dockerfile(name: str) -> str:

@@ -270,9 +270,11 @@ class EngineTap:
             slots = min(self._slots, max(RING_BYTES_LIMIT // layout.slot_bytes - 1, MIN_SLOTS))
             self._ring = RingWriter.create(self._folder / RING_NAME, self.info, slots, allocate=allocate)
         except Exception as error:
-            if self._ring_failed != str(error):
-                self._ring_failed = str(error)
-                log.warning("record ring in %s: cannot be created, this engine cannot be observed: %s", self._folder, error)
+            # Not the whole text of an OSError, which names a temporary file and is another one each time.
+            reason = getattr(error, "strerror", None) or str(error)
+            if self._ring_failed != reason:
+                self._ring_failed = reason
+                log.warning("record ring in %s: cannot be created, this engine cannot be observed: %s", self._folder, reason)
 
     def _check_ring(self) -> None:
         """Make the ring again, and its folder, where it was deleted or damaged. Only the tap that has the role does."""

@@ -113,8 +113,9 @@ class OwnFiles:
         return document | ({"certfile": str(self._certfile.absolute())} if self._certfile else {})
 
     def _log_failure(self, error: OSError) -> None:
-        if self._failed != str(error):
-            self._failed = str(error)
+        reason = error.strerror or str(error)  # the whole text names a temporary file, and is another one each time
+        if self._failed != reason:
+            self._failed = reason
             log.error("runtime_dir '%s': cannot be written, ctl cannot find this sidecar: %s", self.folder, error.strerror)
 
 

@@ -161,3 +161,13 @@ def test_a_truncated_page_costs_nothing_while_its_heartbeat_is_fresh(run: Path, 
         page.renew()
         page.publish(policy_of(2, k=5))
         assert steps(tap, LOOK_STEPS + 1)[-1] == 5
+
+
+def test_why_there_is_no_ring_is_logged_once(run: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run.mkdir(mode=0o700)
+    (run / RING_NAME).mkdir()
+    tap = EngineTap.open(run, engine())
+    steps(tap, 3 * RETRY_STEPS)
+    assert caplog.text.count("record ring") == 1
+    assert "Is a directory" in caplog.text
+    tap.close()

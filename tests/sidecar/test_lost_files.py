@@ -190,3 +190,13 @@ def test_what_a_killed_sidecar_left_is_removed(tmp_path: Path) -> None:
 
 def test_nothing_attached_is_no_ignored_policy() -> None:
     assert not status_document(View(0.0), 0.0, 0.0)["policy_ignored"]
+
+
+def test_a_file_that_cannot_be_written_is_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "run").mkdir(mode=0o700)
+    (tmp_path / "run" / "control.token").mkdir()
+    own = OwnFiles(tmp_path / "run", None)
+    for _ in range(5):
+        own.keep()
+    assert caplog.text.count("cannot be written") == 1
+    own.close()

@@ -141,6 +141,8 @@ def _about_sidecar(family: _Families, view: View) -> Iterable[Metric]:
     )
     text = "1 when the engine has run 256 steps in a row without a policy although one that acts was offered, else 0."
     yield family.gauge("policy_ignored", text, _one(view.policy_ignored))
+    text = "Measured goodput over that of the same server without speculation, minus 1; absent where that was not measured."
+    yield family.gauge("gain_over_no_speculation_ratio", text, _one(view.gain_over_no_speculation))
     report = view.report
     states = [((state,), float(state == report.state)) for state in STATES] if report else []
     yield family.gauge(

@@ -18,6 +18,7 @@ from typing import ParamSpec
 from adaptive_spec.config.settings import SidecarSettings
 from adaptive_spec.control.controller import Controller
 from adaptive_spec.control.counters import Counters
+from adaptive_spec.control.no_speculation import GainOverNoSpeculation, without_speculation
 from adaptive_spec.control.snapshot import Snapshot
 from adaptive_spec.domain.engine_info import EngineInfo
 from adaptive_spec.domain.policy import Mode, Policy
@@ -96,6 +97,7 @@ class Session:
         self._beaten_ns = self._steady_ns = 0
         self._snapshot: Snapshot | None = None
         self._prior_refused = False
+        self._over_none = _gain_over_no_speculation(settings, ring.info)
         self._swap_reasons = SwapReasons()
 
     @classmethod
@@ -161,6 +163,8 @@ class Session:
         controller = self.controller
         for record in records:
             self._publish(self._learn(record, now_s))
+            if self._over_none is not None:
+                self._over_none.observe(record)
         if records:
             self._record_s = now_s
             self._count_ignored(records)
@@ -321,7 +325,7 @@ class Session:
         self._keep_counters()
         return View(
             now_s, self._snapshot, self.info, self.attached(now_s), dict(self.failures), self.origin, checkpoint_s,
-            policy_ignored=self.policy_ignored,
+            policy_ignored=self.policy_ignored, gain_over_no_speculation=self._over_none.gain if self._over_none else None,
         )  # fmt: skip
 
     def take_prior(self, other: Session) -> bool:
@@ -501,6 +505,23 @@ def waiting_engine(settings: SidecarSettings) -> EngineInfo | None:
     info = ring.info
     ring.close()
     return info
+
+
+def _gain_over_no_speculation(settings: SidecarSettings, info: EngineInfo) -> GainOverNoSpeculation | None:
+    """What a server without speculation has measured of this engine, None where there is no such profile."""
+    plain = without_speculation(info)
+    if info.candidates == plain.candidates:
+        return None
+    folder = settings.profile_dir / plain.profile_name
+    try:
+        profile = load_profile(folder, plain)
+        found = profile and GainOverNoSpeculation(settings.controller, plain, profile.latency, profile.calibration)
+    except Exception as error:  # whatever its files hold; the server without speculation sets it aside itself
+        log.warning("profile %s of the server without speculation cannot be used: %s", folder, error)
+        return None
+    if found is not None:
+        log.info("the gain over no speculation is measured against %s", folder)
+    return found
 
 
 def _start_controller(

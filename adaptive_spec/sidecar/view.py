@@ -27,8 +27,9 @@ class View:
     own report. history: points of the goodput chart, oldest first. store: operations of the profile store, counted by
     (operation, result), None without a store. annotations_sent, annotations_dropped: Grafana annotations, the dropped ones by
     reason; annotations_sent is None when no Grafana is configured. policy_ignored: the engine runs without a policy although one
-    that acts is offered. dp_ranks: of a server with data parallelism the view of each data-parallel rank, ascending; this one is
-    that of the first, with what belongs to the whole sidecar.
+    that acts is offered. gain_over_no_speculation: see `control.no_speculation`, None where that was not measured. dp_ranks: of a
+    server with data parallelism the view of each data-parallel rank, ascending; this one is that of the first, with what belongs
+    to the whole sidecar.
     """
 
     time_s: float
@@ -45,6 +46,7 @@ class View:
     annotations_sent: int | None = None
     annotations_dropped: Mapping[str, int] = field(default_factory=dict)
     policy_ignored: bool = False
+    gain_over_no_speculation: float | None = None
     dp_ranks: Mapping[int, View] = field(default_factory=dict)
 
 

@@ -429,9 +429,10 @@ def waits_on_the_host(batch: Any) -> int:
     """DISTURBED for a batch whose verify stage does work that the latency model does not cover, else 0.
 
     Grammars: verify waits for the drafted tokens on the host and computes the mask there. Log-probabilities: verify computes
-    them over the vocabulary for every accepted token.
+    them over the vocabulary for every accepted token. Hidden states: those of every token are kept and copied to the host.
     """
-    return _DISTURBED if batch.has_grammar or batch.return_logprob else 0
+    other = batch.has_grammar or batch.return_logprob or getattr(batch, "return_hidden_states", False)
+    return _DISTURBED if other else 0
 
 
 def _target_runner(worker: Any) -> Any:

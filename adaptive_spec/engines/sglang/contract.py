@@ -72,7 +72,11 @@ _VERIFY = _DSPARK + "dspark_verify.TargetVerifyExecutor"
 _WATCHED = (
     (_PLAIN, ("model_runner",), False),
     (_MODEL_RUNNER, ("max_running_requests",), False),
-    (_BATCH, ("reqs", "forward_mode", "is_extend_in_batch", "seq_lens_sum", "has_grammar", "return_logprob"), False),
+    (
+        _BATCH,
+        ("reqs", "forward_mode", "is_extend_in_batch", "seq_lens_sum", "has_grammar", "return_logprob", "return_hidden_states"),
+        False,
+    ),
     (_SRT + "managers.schedule_batch.Req", ("rid", "origin_input_ids", "output_ids", "is_retracted", "finished"), False),
     (_RESULT, ("num_correct_drafts_per_req_cpu",), True),
 )
@@ -126,6 +130,7 @@ NEEDS = (
     Need(COUNTS_AND_K, _MODEL_RUNNER, attributes=("max_running_requests",)),
     Need(COUNTS_AND_K, _BATCH, attributes=(
         "reqs", "forward_mode", "is_extend_in_batch", "seq_lens_sum", "spec_info", "has_grammar", "return_logprob",
+        "return_hidden_states",
     )),
     Need(COUNTS_AND_K, _SRT + "managers.schedule_batch.Req", attributes=(
         "rid", "origin_input_ids", "output_ids", "is_retracted", "finished",

@@ -109,7 +109,7 @@ class EagleRank:
             self.guard.failed("controller")
             self.policy = own
         self.worker.adaptive_controller.params = self.policy
-        self.grammar = False
+        self.grammar = self.hidden_states = False
         self.captured, self.forward_iter, self.last_k = False, 0, 0
         around = self.guard.around
         self._step = around("step", side.step_before, side.step_after, side.step_first)
@@ -133,7 +133,8 @@ class EagleRank:
         self.forward_iter += 1
         batch = SimpleNamespace(
             forward_mode=mode, is_extend_in_batch=False, reqs=requests, seq_lens_sum=kv_tokens, forward_iter=self.forward_iter,
-            has_grammar=self.grammar, return_logprob=False, spec_info=SimpleNamespace(topk_p=torch.full((rows, 1), 0.9)),
+            has_grammar=self.grammar, return_logprob=False, return_hidden_states=self.hidden_states,
+            spec_info=SimpleNamespace(topk_p=torch.full((rows, 1), 0.9)),
         )  # fmt: skip
 
         def forward(worker: Any, batch: Any) -> Any:

@@ -245,9 +245,11 @@ def test_a_step_that_waits_on_the_host_is_disturbed(tmp_path: Path) -> None:
     rank.attach()
     rank.step(2, 100)
     assert rank.last.flags == 0
-    rank.grammar = True
-    rank.step(2, 100)
-    assert rank.last.flags == StepFlag.DISTURBED
+    for what in ("grammar", "hidden_states"):
+        setattr(rank, what, True)
+        rank.step(2, 100)
+        assert rank.last.flags == StepFlag.DISTURBED
+        setattr(rank, what, False)
 
 
 @pytest.mark.parametrize("skips", [True, False])

@@ -35,7 +35,11 @@ GROUP_ROWS = 256
 """Recent requests an expectation is taken over, in groups of the batch size, at least `MIN_GROUPS` groups."""
 MIN_GROUPS = 2
 FREQUENT = 24
-"""Batch sizes forecast exactly at request granularity, besides the powers of two."""
+"""Batch sizes forecast exactly at request granularity, besides the powers of two, at most."""
+MOST_ROWS = 32 * GROUP_ROWS
+"""Requests that all exactly forecast batch sizes may sort together: as many as 32 small batch sizes need. It bounds the time of a
+forecast, whatever batch sizes were seen.
+"""
 
 
 class StageCost(Protocol):
@@ -207,7 +211,7 @@ def _per_request(models: ForecastInputs, seed: int, costs: Costs, outputs: Outpu
     grid = batch_grid(models.batches)
     by_slots: dict[int, Floats] = {}
     for b in grid:
-        groups = max(GROUP_ROWS // b, MIN_GROUPS)
+        groups = _groups(b)
         picked = rows[order[np.arange(groups * b) % len(rows)]].reshape(groups, b * max_k)
         best_first = np.argsort(-picked, axis=1)
         drafts, position = np.take_along_axis(picked, best_first, axis=1), best_first % max_k
@@ -264,5 +268,13 @@ def batch_grid(batches: NDArray[np.float64]) -> list[int]:
     seen = int(np.flatnonzero(batches > MIN_TALLY).max(initial=0))
     coarse = {2**e for e in range(13)}
     frequent = np.argsort(-batches, kind="stable")[:FREQUENT]
-    useful = {b for b in coarse if b <= min(largest, 2 * max(seen, 4))}
-    return sorted({1} | useful | {int(b) for b in frequent if batches[b] > MIN_TALLY and b > 0})
+    grid = {1} | {b for b in coarse if b <= min(largest, 2 * max(seen, 4))}
+    rows = sum(_groups(b) * b for b in grid)
+    for b in frequent.tolist():
+        if batches[b] > MIN_TALLY and b not in grid and b > 0 and (rows := rows + _groups(b) * b) <= MOST_ROWS:
+            grid.add(b)
+    return sorted(grid)
+
+
+def _groups(batch_size: int) -> int:
+    return max(GROUP_ROWS // batch_size, MIN_GROUPS)

@@ -13,6 +13,8 @@ from adaptive_spec.domain.step_record import StepRecord
 
 LARGEST_BUCKET = 2 * LARGEST_BATCH
 """Requests. A larger bucket, which no engine has, is not learnt: times are predicted for every token count up to the largest."""
+MOST_SIZES = 4096
+"""Sizes remembered: beyond that the one seen longest ago goes."""
 
 
 class Padding:
@@ -34,8 +36,11 @@ class Padding:
         else:
             size, bucket = record.batch_size, record.padded_tokens // (record.k + 1)
         if max(size, bucket) <= self._largest:
+            self.seen.pop(size, None)
             self.seen[size] = max(bucket, size)
             self.pads |= bucket > size
+            if len(self.seen) > MOST_SIZES:
+                del self.seen[next(iter(self.seen))]
 
     def padded_to(self, candidates: Iterable[int]) -> dict[int, int]:
         """Padded token count of every token count that was seen. candidates: the K the engine can run."""
@@ -48,13 +53,13 @@ class Padding:
         sizes = np.arange(largest + 1)
         if not self.pads:
             return sizes
-        buckets = np.unique(list(self.seen.values()))
+        seen, to = (np.fromiter(values, np.int64, len(self.seen)) for values in (self.seen.keys(), self.seen.values()))
+        buckets = np.unique(to)
         holding = buckets[np.minimum(np.searchsorted(buckets, sizes), len(buckets) - 1)]
-        most = max(bucket - size for size, bucket in self.seen.items())
+        most = int((to - seen).max())
         table = np.where((holding >= sizes) & (holding - sizes <= most), holding, sizes)
-        for size, bucket in self.seen.items():
-            if size <= largest:
-                table[size] = bucket
+        inside = seen <= largest
+        table[seen[inside]] = to[inside]
         return table
 
     def state(self) -> NDArray[np.float64]:

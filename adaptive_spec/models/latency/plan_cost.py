@@ -14,6 +14,8 @@ from adaptive_spec.models.latency.staircase import UNKNOWN_PER_DOUBLING
 
 UNMEASURED_FIXED = 0.08
 """Relative standard error of the fixed cost of a plan that was never measured."""
+MOST_PLANS = 512
+"""Plans with a mean of their own, the latest measured ones: costs of drafting are smooth, the regression has the others."""
 MISFIT_BETWEEN = 0.1
 """Relative deviation of a plan's fixed cost from the regression over all plans."""
 
@@ -31,7 +33,7 @@ class PlanCostModel:
     FEATURES = 6
 
     def __init__(self, memory_samples: float, max_batch: int, speed_factor: SpeedFactor) -> None:
-        self._means = LeadingMeans(memory_samples, speed_factor)
+        self._means = LeadingMeans(memory_samples, speed_factor, MOST_PLANS)
         self.stride = max_batch + 1
         self.coefficients: Floats = np.zeros(self.FEATURES)
         self._rows: Floats = self._means.rows()

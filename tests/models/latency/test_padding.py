@@ -42,6 +42,11 @@ def test_padded_token_counts() -> None:
     assert learnt(Granularity.REQUEST).padded_to([0, 2]) == {9: 24, 24: 24, 36: 48, 48: 48, 120: 120}
 
 
+def test_sizes_that_were_not_seen_for_long_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("adaptive_spec.models.latency.padding.MOST_SIZES", 3)
+    assert learnt().seen == {12: 16, 16: 16, 40: 40}
+
+
 def test_state_round_trip_and_refusal() -> None:
     twin = Padding(Granularity.BATCH)
     twin.restore(learnt().state())

@@ -123,3 +123,22 @@ def test_a_stale_mean_restarts_when_it_is_measured_again() -> None:
     for step in range(STALE_STEPS, STALE_STEPS + 3):
         table.observe(8, 0.0, 0.010, step)
     assert table.means[8].mean_y == pytest.approx(0.010), "the old samples do not count"
+
+
+def test_the_mean_measured_longest_ago_makes_room() -> None:
+    table = RobustMeans(64, SpeedFactor(), most=100)
+    rng = np.random.default_rng(1)
+    for step, key in enumerate(rng.integers(0, 10_000, 5000).tolist()):
+        table.observe(key, 0.0, 0.001 * (key + 1), step)
+        table.observe(7, 0.0, 0.008, step)
+    assert len(table.means) == 100
+    assert table.means[7].samples == pytest.approx(5000, abs=5), "the one measured again and again stays"
+    last = sorted(m.last_step for m in table.means.values())
+    assert last[0] > 4880, "the others are the latest"
+    again = RobustMeans(64, SpeedFactor(), most=10)
+    again.restore(table.state())
+    assert len(again.means) == 10
+    assert 7 in again.means
+    again.observe(20_000, 0.0, 0.01, 1)
+    assert len(again.means) == 10
+    assert {7, 20_000} <= set(again.means)

@@ -14,6 +14,8 @@ FIRST = 'position="1"'
 
 def overview() -> Dashboard:
     accepted, verified = rate("accepted_tokens_total"), rate("verified_tokens_total")
+    reached = rate("reached_tokens_total")
+    run_k = f"sum by (batch_size, k) ({rate('run_k_steps_total')})"
     within = rate("slo_requests_total", 'result="within"')
     panels = [
         number("Mode", "none", f"{series('mode')} == 1", "Current mode of the controller.", legend="{{mode}}", as_name=True),
@@ -41,6 +43,11 @@ def overview() -> Dashboard:
               "Accepted draft tokens per request and step, in steps with K > 0.", low=0),
         lines("Acceptance by position", "percentunit", {"position {{position}}": f"{accepted} / ({verified} > 0)"},
               "Accepted / verified draft tokens.", low=0, high=1),
+        lines("Acceptance given the one before", "percentunit", {"position {{position}}": f"{accepted} / ({reached} > 0)"},
+              "Accepted / verified draft tokens of which all before were accepted.", low=0, high=1),
+        lines("K that was run", "percentunit", {
+            "batch up to {{batch_size}}, K {{k}}": f"{run_k} / ignoring (k) group_left () (sum by (batch_size) ({run_k}) > 0)",
+        }, "Share of the steps of a batch size, in powers of two, by the K that was run, whoever chose it.", low=0, high=1),
         lines("Step time, predicted and measured", "s", {
             "measured": STEP_MEAN,
             "predicted": f"({STEP_MEAN}) * ignoring (stage) {rate('predicted_step_seconds_total')}"

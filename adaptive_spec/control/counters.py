@@ -25,6 +25,8 @@ DROP_REASONS = ("lost", "torn", "invalid", "failed")
 WINDOW_STEPS = 256
 """Steps the current goodput and the gains are taken over."""
 MAX_EVENTS = 100
+BATCH_BUCKETS = 13
+"""Buckets of batch sizes that steps are counted in by K: up to 1, 2, 4, ..., 4096 requests."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,12 @@ class Counters:
         self.draft = np.zeros(max_k, dtype=np.int64)
         self.verified = np.zeros(max_k, dtype=np.int64)
         self.accepted = np.zeros(max_k, dtype=np.int64)
+        self.reached = np.zeros(max_k, dtype=np.int64)
+        """Verified draft tokens of which all before were accepted: those that could be accepted."""
+        self.accept_lens = np.zeros(max_k + 1, dtype=np.int64)
+        """Requests of steps with K > 0 by accepted draft tokens."""
+        self.run_steps = np.zeros((BATCH_BUCKETS, max_k + 1), dtype=np.int64)
+        """Steps by bucket of batch sizes and by the K that was run."""
         self.expected_accepted = 0.0
         self.output_tokens = 0
         self.steps = 0
@@ -107,7 +115,10 @@ class Counters:
         self.decode_s += record.step_s
         self.limited_steps += bool(record.flags & StepFlag.LIMITED)
         k = min(record.k, len(self.draft))
+        self.run_steps[batch_bucket(record.batch_size), k] += 1
         if k:
+            self.reached += _reaching(np.minimum(record.verify_len, record.accept_len.astype(np.int64) + 1), len(self.reached))
+            self.accept_lens += np.bincount(np.minimum(record.accept_len, len(self.draft)), minlength=len(self.accept_lens))
             self.draft[:k] += record.batch_size
             self.verified += _reaching(record.verify_len, len(self.verified))
             self.accepted += _reaching(record.accept_len, len(self.accepted))
@@ -180,7 +191,9 @@ class Counters:
             "scalars": {name: getattr(self, name) for name in _SCALARS},
             "drift": dict(self.drift), "swaps": dict(self.swaps), "dropped": dict(self.dropped),
             "k_switches": dict(self.k_switches), "limited_steps": self.limited_steps,
-            "sweep_steps": self.sweep_steps, "requests": dict(self.requests), "last_event_id": self.last_event_id,
+            "sweep_steps": self.sweep_steps, "requests": dict(self.requests), "reached": self.reached.tolist(),
+            "accept_lens": self.accept_lens.tolist(), "run_steps": self.run_steps.tolist(),
+            "last_event_id": self.last_event_id,
             "stages": {name: [h.counts, h.sum_s] for name, h in self.stages.items()},
             "refits": {name: [h.counts, h.sum_s] for name, h in self.refits.items()},
         }  # fmt: skip
@@ -198,9 +211,16 @@ class Counters:
         """Take over `state()`, also of an engine with another largest K. Raises ValueError when it cannot be one."""
         try:
             positions = {name: self._fitting(state[name]) for name in ("draft", "verified", "accepted")}
+            tables: dict[str, Any] = {}
             scalars = {name: type(getattr(self, name))(state["scalars"][name]) for name in _SCALARS}
             tallies = {name: Counter({str(k): int(v) for k, v in state[name].items()}) for name in ("drift", "swaps", "dropped")}
             # Absent from checkpoints of older versions.
+            for name in ("reached", "accept_lens", "run_steps"):
+                present: np.ndarray[Any, np.dtype[np.int64]] = getattr(self, name)
+                found = np.array(state.get(name, np.zeros_like(present)), dtype=np.int64)
+                if found.shape != present.shape or (found < 0).any():
+                    raise ValueError(f"counters are damaged: {name}: a value is negative or the shape is wrong")
+                tables[name] = found
             tallies["k_switches"] = Counter({reason: int(state.get("k_switches", {}).get(reason, 0)) for reason in REASONS})
             tallies["requests"] = Counter({name: int(state.get("requests", {}).get(name, 0)) for name in self.requests})
             scalars["limited_steps"] = int(state.get("limited_steps", 0))
@@ -213,7 +233,7 @@ class Counters:
         counted = [v for name, v in scalars.items() if name != "probe_lost_s"]
         if any((v < 0).any() for v in positions.values()) or any(v < 0 for v in counted):
             raise ValueError("counters are damaged: a value is negative")
-        for name, value in {**positions, **scalars, **tallies}.items():
+        for name, value in {**positions, **tables, **scalars, **tallies}.items():
             setattr(self, name, value)
         self.stages.update(histograms["stages"])
         self.refits.update(histograms["refits"])
@@ -233,7 +253,12 @@ def _histogram(counts: list[int], sum_s: float) -> Histogram:
     return histogram
 
 
-def _reaching(lengths: np.ndarray[Any, np.dtype[np.uint8]], max_k: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+def batch_bucket(batch_size: int) -> int:
+    """Index of the bucket of a batch size: bucket i holds those above 2^(i - 1) up to 2^i; the last one also larger ones."""
+    return min(max(batch_size - 1, 0).bit_length(), BATCH_BUCKETS - 1)
+
+
+def _reaching(lengths: np.ndarray[Any, np.dtype[Any]], max_k: int) -> np.ndarray[Any, np.dtype[np.int64]]:
     """How many requests reached positions 1..max_k."""
     tally = np.bincount(lengths, minlength=max_k + 1)
     return np.asarray(tally[::-1].cumsum()[::-1][1 : max_k + 1])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from adaptive_spec.control.counters import Counters, Event, HistogramData
+from adaptive_spec.control.counters import Counters, Event, HistogramData, batch_bucket
 from adaptive_spec.control.explanation import Considered
 from adaptive_spec.control.publication import Publisher
 from adaptive_spec.control.sweep import Sweep
@@ -75,6 +75,12 @@ class Snapshot:
     """Seconds that a change of K costs, None while too few were measured."""
     observe_only: bool = False
     """The mode is shadow, though another was asked for, because the engine runs none of the policies made for it."""
+    reached_tokens: tuple[int, ...] = ()
+    """Verified draft tokens of which all before were accepted, by position."""
+    accept_lens: tuple[int, ...] = ()
+    """Requests of steps with K > 0 by accepted draft tokens 0, 1, ..., max_k."""
+    run_steps: Mapping[tuple[int, int], int] = field(default_factory=dict)
+    """Steps by (upper end of the bucket of batch sizes: 1, 2, 4, ...; K that was run), for every K of the engine."""
     slo_requests: Mapping[str, int] = field(default_factory=dict)
     """Requests that ended, by whether their time per output token was within the target ("within", "beyond")."""
     slo_tpot_s: float | None = None
@@ -117,6 +123,15 @@ def build_snapshot(
         probe_share=counters.probe_lost_s / counters.decode_s if counters.decode_s > 0.0 else 0.0,
         events=tuple(counters.events), batch_size=models.batch_size,
         k_switches=dict(counters.k_switches), limited_steps=counters.limited_steps, switch_s=models.switch_cost.measured_s,
+        reached_tokens=tuple(counters.reached.tolist()), accept_lens=tuple(counters.accept_lens.tolist()),
+        run_steps={
+            (2**i, k): int(counters.run_steps[i, k]) for i in range(batch_bucket(info.max_batch) + 1) for k in _run_k(info)
+        },
         context=models.context, considered=considered, last_k=last_k,
         slo_requests=dict(counters.requests), slo_tpot_s=None if models.token_times is None else models.token_times.target_s,
     )  # fmt: skip
+
+
+def _run_k(info: EngineInfo) -> list[int]:
+    """K that steps can have: the candidates and the launch K."""
+    return sorted({*info.candidates, min(info.launch_k, info.max_k)})

@@ -87,6 +87,15 @@ class _Families:
             family.add_metric([*values, *self._constant.values()], number)
         return family
 
+    def lengths(self, name: str, text: str, counts: tuple[int, ...]) -> Metric:
+        """Histogram of whole numbers 0, 1, ...: one bucket each."""
+        family = HistogramMetricFamily(PREFIX + name, text, labels=tuple(self._constant))
+        if counts:
+            sums = [float(sum(counts[: i + 1])) for i in range(len(counts))]
+            buckets = [*((f"{i}.0", n) for i, n in enumerate(sums)), ("+Inf", sums[-1])]
+            family.add_metric([*self._constant.values()], buckets, float(sum(i * n for i, n in enumerate(counts))))
+        return family
+
     def histogram(self, name: str, text: str, rows: Mapping[str, HistogramData], label: str) -> Metric:
         # refit_duration_seconds has its own label `model` (which model was refitted), so it cannot carry the engine's as well.
         constant = {key: value for key, value in self._constant.items() if key != label}
@@ -197,6 +206,17 @@ def _about_tokens(family: _Families, s: Snapshot) -> Iterable[Metric]:
     yield family.counter("draft_tokens", "Draft tokens proposed.", _by_position(s.draft_tokens), position)
     yield family.counter("verified_tokens", "Draft tokens verified.", _by_position(s.verified_tokens), position)
     yield family.counter("accepted_tokens", "Draft tokens accepted.", _by_position(s.accepted_tokens), position)
+    text = "Draft tokens verified of which all before were accepted: accepted / reached is the acceptance given the one before."
+    yield family.counter("reached_tokens", text, _by_position(s.reached_tokens), position)
+    yield family.lengths(
+        "request_accepted_tokens",
+        "Accepted draft tokens per request and step, without the bonus token, in steps with K > 0. Its mean is accept_len: "
+        "spec_accept_length of SGLang less 1.",
+        s.accept_lens,
+    )
+    by_k = [((str(size), str(k)), float(n)) for (size, k), n in s.run_steps.items()]
+    text = "Decode steps by the K that was run. batch_size: the power of two at or next above the requests of the step."
+    yield family.counter("run_k_steps", text, by_k, ("batch_size", "k"))
     text = "Draft tokens that the calibration expected to be accepted."
     yield family.counter("expected_accepted_tokens", text, _one(s.expected_accepted_tokens))
     yield family.counter("output_tokens", "Output tokens, bonus tokens included.", _one(s.output_tokens))

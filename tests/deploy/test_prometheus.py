@@ -17,7 +17,8 @@ from tests.support.processes import SidecarProcess, run_cli
 RULES = sorted((DEPLOY / "rules").glob("*.yaml"))
 NAMES = {
     "CalibrationDecay", "LatencyModelDrift", "PredictedGainNotRealised", "PolicyFlapping", "PolicyStale", "SidecarDown",
-    "EngineDetached", "ObservationsDropped", "StuckInFallback", "PluginNotLoaded", "PolicyIgnored",
+    "EngineDetached", "ObservationsDropped", "StuckInFallback", "PluginNotLoaded", "PolicyIgnored", "DraftsWorthless",
+    "AnnotationsRefused",
 }  # fmt: skip
 
 

@@ -77,6 +77,7 @@ SNAPSHOT = Snapshot(
     drift_events={"latency": 1}, swaps={"sweep": 1, "gain": 2}, predicted_gain=0.2, measured_gain=-0.1, observations=20,
     dropped={"lost": 3}, refit_histograms={"all": HISTOGRAM}, sweep_steps=12, sweep_progress=1.0, sweep_s=0.5, probe_share=0.001,
     events=(Event(1.0, "swap", "K 2 to 3"),), k_switches={"trial": 4}, limited_steps=7, switch_s=0.0003,
+    reached_tokens=(40, 15), accept_lens=(5, 2, 3), run_steps={(1, 0): 0, (1, 2): 4},
 )  # fmt: skip
 
 
@@ -125,6 +126,11 @@ def test_values() -> None:
     assert _value(families, "k_switches_total", reason="trial") == 4
     assert _value(families, "k_switches_total", reason="allowed") == 0, "every reason from the start"
     assert _value(families, "plan_limited_steps_total") == 7
+    assert _value(families, "reached_tokens_total", position="2") == 15
+    assert _value(families, "request_accepted_tokens_count") == 10
+    assert _value(families, "request_accepted_tokens_bucket", le="1.0") == 7
+    assert _value(families, "run_k_steps_total", batch_size="1", k="0") == 0, "every batch size and K from the start"
+    assert _value(families, "run_k_steps_total", batch_size="1", k="2") == 4
     assert _value(families, "k_switch_cost_seconds") == 0.0003
     assert _value(families, "policy_measured_gain_ratio") == -0.1
     assert _value(families, "drift_events_total", signal="latency") == 1

@@ -1,9 +1,10 @@
 """`make images`: build all images for real without a container engine, and run them as compose and Kubernetes run them.
 
 The Dockerfiles are built unchanged by buildah (chroot isolation). What cannot be had here is replaced by stand-ins: the base
-`python:...-slim` by this machine's Debian with its Python, the bases of SGLang and vLLM by that and the packages that the servers'
-Dockerfiles rely on. Each image then runs in namespaces of its own (docker/confined.sh): uid 1000, no capabilities, read-only root, /tmp of
-the size that compose gives it. Needs root on Debian, and what apt and pip fetch; pip inside the build is set up as pip is here.
+`python:...-slim` by this machine's Debian with its Python, the bases of SGLang and vLLM by that and the packages that the
+servers' Dockerfiles rely on. Each image then runs in namespaces of its own (docker/confined.sh): uid 1000, no capabilities,
+read-only root, /tmp of the size that compose gives it. Needs root on Debian, and what apt and pip fetch; pip inside the build
+is set up as pip is here.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ SERVER_PACKAGES = ("numpy", "pydantic", "PyYAML")
 """What the server's Dockerfile expects of its base."""
 SERVER_BASE = "localhost/server-stand-in"
 TAGS = {
-    "sidecar": "localhost/adaptive-spec-sidecar", "server": "localhost/sglang-adaptive-spec", "vllm": "localhost/vllm-adaptive-spec",
+    "sidecar": "localhost/adaptive-spec-sidecar", "server": "localhost/sglang-adaptive-spec",
+    "vllm": "localhost/vllm-adaptive-spec",
 }  # fmt: skip
 
 

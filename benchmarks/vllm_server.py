@@ -3,9 +3,9 @@
     python -m benchmarks.vllm_server [--rounds N] [--models models|models-informative|models-64m] [--lengths on|off] [--json OUT]
 
 Every round sends the same prompts to every arm, in rotated order: the adaptive policy, each K pinned, and the launch schedule
-alone (the sidecar in shadow). --lengths off: one K for all requests of a batch. Prints tokens per second of each arm, and the
-median over rounds of the adaptive arm's ratio to it; a ratio is taken inside a round, so that a slower machine in one round does
-not count.
+alone (the sidecar in shadow). --lengths off: one K for all requests of a batch. Prints tokens per second of each arm, and
+median and quartiles over rounds of the adaptive arm's ratio to it; a ratio is taken inside a round, so that a slower machine in
+one round does not count.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -35,7 +36,8 @@ STATIC = [[1, 2, 5], [3, 6, 3], [7, 12, 1], [13, 16, 0]]
 MIXES = {"mixed": "abcdef", "predictable": "aabc", "erratic": "deff"}
 CONCURRENCIES = (1, 4, 8)
 TOKENS = (40, 100)
-WARM_UP_S = 20.0
+WARM_UP_S, SWEEP_TIMEOUT_S = 20.0, 300.0
+"""Traffic before the first round: at least so long, and until the sweep has ended."""
 
 
 class Arms:
@@ -69,20 +71,21 @@ class Arms:
         self.wrong += sum(ids != prompt.continuation(n) for ids, (prompt, n) in zip(outputs, prompts, strict=True))
         return sum(map(len, outputs)) / seconds
 
-    def result(self) -> dict[str, dict[str, float]]:
-        """By arm: mean tokens/s, and the median ratio of adaptive to it."""
+    def result(self) -> dict[str, dict[str, Any]]:
+        """By arm: mean tokens/s, and quartiles of the ratio of adaptive to it, taken round by round."""
         adaptive = self.rates["adaptive"]
         return {
             name: {
                 "tokens_per_s": statistics.fmean(rates),
-                "adaptive_ratio": statistics.median(a / r for a, r in zip(adaptive, rates, strict=True)),
+                "adaptive_ratio": statistics.quantiles([a / r for a, r in zip(adaptive, rates, strict=True)], n=4),
+                "rounds": rates,
             }
             for name, rates in self.rates.items()
         }
 
 
 @click.command(help=__doc__)
-@click.option("--rounds", type=click.IntRange(1), default=9, show_default=True)
+@click.option("--rounds", type=click.IntRange(2), default=9, show_default=True)
 @click.option("--models", type=click.Choice(["models", "models-informative", "models-64m"]), default="models-informative")
 @click.option("--lengths", type=click.Choice(["on", "off"]), default="on", show_default=True)
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
@@ -107,9 +110,11 @@ def main(rounds: int, models: str, lengths: str, seed: int, json_file: Path | No
     server = DemoServer("vLLM", command, api, runtime_dir, folder / "server.log")
     try:
         server.wait(threading.Event())
-        arms = Arms(ControlClient.find(runtime_dir, None, None), api)
-        warm_s = time.monotonic() + WARM_UP_S
-        while time.monotonic() < warm_s:
+        client = ControlClient.find(runtime_dir, None, None)
+        arms, begun_s = Arms(client, api), time.monotonic()
+        while (client.status()["mode"] == "sweep" or time.monotonic() < begun_s + WARM_UP_S) and (
+            time.monotonic() < begun_s + SWEEP_TIMEOUT_S
+        ):
             for concurrency in CONCURRENCIES:
                 arms._rate(_prompts(dice, "mixed", 2 * concurrency), concurrency)
         for number in range(rounds):
@@ -122,7 +127,9 @@ def main(rounds: int, models: str, lengths: str, seed: int, json_file: Path | No
         server.end()
     result = {"models": models, "lengths": lengths, "rounds": rounds, "wrong": arms.wrong, "arms": arms.result()}
     for name, figures in arms.result().items():
-        click.echo(f"{name:10} {figures['tokens_per_s']:8.0f} tokens/s   adaptive / it {figures['adaptive_ratio']:.3f}")
+        low, middle, high = figures["adaptive_ratio"]
+        ratio = f"median {middle:.3f}, quartiles {low:.3f} to {high:.3f}"
+        click.echo(f"{name:10} {figures['tokens_per_s']:8.0f} tokens/s   adaptive / it: {ratio}")
     click.echo(f"outputs that differ from the target's: {arms.wrong}")
     if json_file is not None:
         json_file.write_text(json.dumps(result, indent=1))

@@ -26,8 +26,8 @@ from adaptive_spec.wire.engine_report import EngineReport, read_report
 from adaptive_spec.wire.ring import RingReader
 from tests.support.models_anew import Metrics, metrics_of
 
-START_PATIENCE_S = 600.0
-PATIENCE_S = 120.0
+START_PATIENCE_S = 1800.0
+PATIENCE_S = 600.0
 
 
 class VllmServer:

@@ -12,7 +12,7 @@ Layout of one slot, little-endian (layout version 2). Slots lie `slot_bytes` apa
 | 40 | u32 | num_tokens: tokens in the verify forward, sum of verify_len + 1 |
 | 44 | u32 | padded_tokens: the same after padding to a graph bucket |
 | 48 | u32 | batch_size: requests in the step |
-| 52 | u16 | rows: requests described below: batch_size, at most max_batch |
+| 52 | u16 | rows: requests described below: at most batch_size and max_batch; not those that had ended |
 | 54 | u8  | k: draft tokens proposed per request |
 | 55 | u8  | flags, see `StepFlag` |
 | 56 | f32 | draft_s |
@@ -68,7 +68,7 @@ def decode_slot(slot: bytes | memoryview, layout: SlotLayout) -> StepRecord | No
     """Return the record in a slot's bytes, or None when its counts do not fit the layout. Keeps a copy of the record's bytes."""
     (_, step, time_ns, kv, version, num_tokens, padded, batch, rows, k, flags,
      draft, verify, extend, whole) = HEAD.unpack_from(slot, 0)  # fmt: skip
-    if rows != min(batch, layout.max_batch) or k > layout.max_k:
+    if rows > min(batch, layout.max_batch) or k > layout.max_k:
         return None
     end = record_bytes(rows, k)
     data = bytes(slot[HEAD.size : end])

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +28,19 @@ class Steps:
     policy: int = 0
     trials: int = 0
     k_switches: int = 0
-    by_k: Counter[int] = field(default_factory=Counter)
+    by_k: dict[int, int] = field(default_factory=dict)
 
     def add(self, record: StepRecord, switched: bool) -> None:
         self.steps += 1
         self.policy += not record.flags & StepFlag.FALLBACK
         self.trials += bool(record.flags & StepFlag.TRIAL)
         self.k_switches += switched
-        self.by_k[record.k] += 1
+        self.by_k[record.k] = self.by_k.get(record.k, 0) + 1
+
+    def figures(self) -> dict[str, Any]:
+        """JSON form; may be called while another thread adds steps."""
+        by_k = {str(k): steps for k, steps in sorted(self.by_k.copy().items())}
+        return {"steps": self.steps, "policy": self.policy, "trials": self.trials, "k_switches": self.k_switches, "by_k": by_k}
 
 
 class RingFollower:
@@ -83,7 +88,7 @@ class RingFollower:
             "pid": info.pid if info else None, "model": info.model if info else "", "gpu": info.gpu if info else "",
             "k": self.k, "batch_size": self.batch_size, "decode_steps": self.steps, "output_tokens": self.output_tokens,
             "decode_s": round(self.decode_s, 6), "k_switches": self.switches,
-            "steps_not_as_asked": self.not_as_asked, "arms": {name: asdict(steps) for name, steps in list(self._arms.items())},
+            "steps_not_as_asked": self.not_as_asked, "arms": {name: steps.figures() for name, steps in self._arms.copy().items()},
             "goodput_tokens_per_s": sum(n for n, _ in window) / seconds if seconds else 0.0,
             "acceptance": {kind: [round(a / v, 4) if v else None for v, a in rows] for kind, rows in self._counts.items()},
         }  # fmt: skip

@@ -49,7 +49,10 @@ class HttpConnection:
         self.since_s = asyncio.get_running_loop().time()
 
     async def run(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Serve until the connection ends. Closes it. Raises nothing but CancelledError."""
+        """Serve until the connection ends. Closes it.
+
+        Raises OSError, TimeoutError or h11.ProtocolError when the client has gone or does not read.
+        """
         self._reader, self._writer = reader, writer
         writer.transport.set_write_buffer_limits(high=WRITE_BYTES)
         try:
@@ -62,11 +65,13 @@ class HttpConnection:
                     break
                 first = False
                 await asyncio.sleep(0)  # nothing above need have waited: one with many requests in a packet lets others in
-            await self._linger()
-        except (OSError, TimeoutError, h11.ProtocolError):
-            pass  # the client has gone, or does not read
+            if self._parser.their_state is not h11.MUST_CLOSE and self._parser.their_state is not h11.DONE:
+                await self._linger()
+            else:
+                await self._finish()
         finally:
             writer.transport.abort()
+            del self._reader, self._writer
 
     def _enter(self, *, waiting: bool) -> None:
         self.waiting, self.since_s = waiting, asyncio.get_running_loop().time()
@@ -183,5 +188,10 @@ class HttpConnection:
             left = LINGER_BYTES
             while left > 0 and (data := await self._reader.read(READ_BYTES)):
                 left -= len(data)
+        await self._finish()
+
+    async def _finish(self) -> None:
+        """Send what is still to be sent, and the end."""
+        async with asyncio.timeout(LINGER_S):
             self._writer.close()
             await self._writer.wait_closed()

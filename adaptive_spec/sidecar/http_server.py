@@ -14,10 +14,13 @@ import logging
 import resource
 import socket
 import threading
+import traceback
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
+
+import h11
 
 from adaptive_spec.sidecar.allowed_hosts import AllowedHosts
 from adaptive_spec.sidecar.certificates import Certificates
@@ -96,6 +99,8 @@ class WebServer:
         self._listening.setblocking(False)
         self._listening.listen(BACKLOG)
         while True:
+            # sock_accept does not wait while connections are there: each that was accepted is read from before many more come.
+            await asyncio.sleep(0)
             try:
                 accepted, address = await self._loop.sock_accept(self._listening)
             except OSError as error:  # most likely no file descriptor is left
@@ -114,9 +119,12 @@ class WebServer:
         protocol = asyncio.StreamReaderProtocol(reader)
         try:
             transport, _ = await self._loop.connect_accepted_socket(lambda: protocol, accepted, **self._tls())
-        except OSError:  # it has gone, or did not speak TLS in time
-            return
-        await connection.run(reader, asyncio.StreamWriter(transport, protocol, reader, self._loop))
+            await connection.run(reader, asyncio.StreamWriter(transport, protocol, reader, self._loop))
+        except (OSError, TimeoutError, h11.ProtocolError, asyncio.CancelledError) as error:
+            # It has gone, did not speak TLS, or did not read. asyncio keeps the error, and its frames the connection: a cycle of
+            # references with hundreds of kilobytes, which the garbage collector finds too late.
+            traceback.clear_frames(error.__traceback__)
+            error.__traceback__ = None
 
     def _tls(self) -> dict[str, Any]:
         if self._certificates is None:

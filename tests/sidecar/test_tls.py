@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import socket
 import ssl
+import time
+from asyncio.sslproto import SSLProtocol
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -16,7 +19,8 @@ from adaptive_spec.client.tls import ClientTls
 from adaptive_spec.config.load import load_settings
 from adaptive_spec.errors import BadInput
 from adaptive_spec.sidecar.certificates import Certificates
-from adaptive_spec.sidecar.http_server import MAX_PER_CLIENT
+from adaptive_spec.sidecar.http_server import MAX_PER_CLIENT, WebServer
+from adaptive_spec.sidecar.view import CurrentView
 from tests.support.certificates import Authority
 from tests.support.processes import PATIENCE_S, SidecarProcess, assert_one_line, run_cli, wait_for
 
@@ -113,6 +117,24 @@ def test_clients_that_do_not_speak_tls_keep_no_one_out(tmp_path: Path, authority
                 while answer := connection.recv(4096):
                     assert not answer.startswith(b"HTTP/")
         assert run_cli("ctl", "status", "--runtime-dir", sidecar.runtime_dir).returncode == 0
+
+
+def test_an_ended_connection_holds_no_memory(tmp_path: Path, authority: Authority) -> None:
+    """Without a collection of garbage: asyncio has 256 KiB of buffers for each."""
+    certificates = Certificates(authority.issue("server.pem", "127.0.0.1"), None, None)
+    server = WebServer(CurrentView(time.monotonic()), "127.0.0.1", 0, "token", (), certificates)
+    context = ssl.create_default_context(cafile=authority.ca)
+    gc.disable()
+    try:
+        for index in range(20):
+            with socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE_S) as connection:
+                if index % 2:
+                    with context.wrap_socket(connection, server_hostname="127.0.0.1") as tls:
+                        tls.sendall(b"GET / HTTP/1.1\r\n")
+        wait_for(lambda: sum(isinstance(item, SSLProtocol) for item in gc.get_objects()) <= 1, "the connections to be let go")
+    finally:
+        gc.enable()
+        server.close()
 
 
 def test_old_versions_are_refused(tmp_path: Path, authority: Authority) -> None:

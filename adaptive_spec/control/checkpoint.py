@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from adaptive_spec.control.modes import Request
 from adaptive_spec.domain.arrays import Arrays
 from adaptive_spec.domain.policy import Mode
+from adaptive_spec.models.plausible import LARGEST_WEIGHT, plausible
 
 STATE_VERSION = 1
 
@@ -83,7 +84,11 @@ class ControllerState:
             )  # fmt: skip
             if state.table.ndim != 2 or not state.mode or state.policy_version < 0:
                 raise ValueError("checkpoint is damaged: policy: the table must have 2 dimensions and the version be at least 0")
-        except (KeyError, TypeError) as error:
+            plausible("table", state.policy["table"], (None, None), 0.0, 255.0)
+            plausible("batches", state.batches, (None,), 0.0, LARGEST_WEIGHT)
+            plausible("kv_per_request", [state.kv_per_request], (1,), 0.0, LARGEST_WEIGHT)
+            plausible("sweep_steps, version", [state.sweep_steps, state.policy_version], (2,), 0.0, LARGEST_WEIGHT)
+        except (KeyError, TypeError, OverflowError) as error:
             raise ValueError(f"checkpoint is damaged: {error}") from error
         return state
 

@@ -5,6 +5,7 @@ The controller owns the only `Counters`. They survive a warm restart; events do 
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping
@@ -27,6 +28,8 @@ WINDOW_STEPS = 256
 MAX_EVENTS = 100
 BATCH_BUCKETS = 13
 """Buckets of batch sizes that steps are counted in by K: up to 1, 2, 4, ..., 4096 requests."""
+LARGEST_COUNT = 1e18
+"""Of a counter that is read from a file."""
 
 
 @dataclass(frozen=True)
@@ -218,21 +221,27 @@ class Counters:
             for name in ("reached", "accept_lens", "run_steps"):
                 present: np.ndarray[Any, np.dtype[np.int64]] = getattr(self, name)
                 found = np.array(state.get(name, np.zeros_like(present)), dtype=np.int64)
-                if found.shape != present.shape or (found < 0).any():
+                if found.ndim != present.ndim or (found < 0).any():
                     raise ValueError(f"counters are damaged: {name}: a value is negative or the shape is wrong")
-                tables[name] = found
+                # With another largest K they begin at 0: cut, they would go back to a value that rate() takes for new.
+                tables[name] = found if found.shape == present.shape else np.zeros_like(present)
             tallies["k_switches"] = Counter({reason: int(state.get("k_switches", {}).get(reason, 0)) for reason in REASONS})
             tallies["requests"] = Counter({name: int(state.get("requests", {}).get(name, 0)) for name in self.requests})
             scalars["limited_steps"] = int(state.get("limited_steps", 0))
             scalars["last_event_id"] = int(state.get("last_event_id", 0))
             scalars["sweep_steps"] = int(state.get("sweep_steps", 0))
             histograms = {name: {s: _histogram(*h) for s, h in state[name].items()} for name in ("stages", "refits")}
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, OverflowError) as error:
             raise ValueError(f"counters are damaged: {error}") from error
         # probe_lost_s may be negative: trials may give more goodput than the best plan was predicted to give.
         counted = [v for name, v in scalars.items() if name != "probe_lost_s"]
+        counted += [v for tally in tallies.values() for v in tally.values()]
+        counted += [v for by_name in histograms.values() for h in by_name.values() for v in (*h.counts, h.sum_s)]
         if any((v < 0).any() for v in positions.values()) or any(v < 0 for v in counted):
             raise ValueError("counters are damaged: a value is negative")
+        largest = max(map(float, (*counted, abs(scalars["probe_lost_s"]))))
+        if not (all(math.isfinite(v) for v in (*counted, scalars["probe_lost_s"])) and largest <= LARGEST_COUNT):
+            raise ValueError(f"counters are damaged: a value is not in 0..{LARGEST_COUNT:g}")
         for name, value in {**positions, **tables, **scalars, **tallies}.items():
             setattr(self, name, value)
         self.stages.update(histograms["stages"])

@@ -322,7 +322,10 @@ class ModelSet:
             self.padding.restore(latency["padding"])
             self.verify.restore({"rows": latency["cells.rows"], "noise": latency["cells.noise"]})
             for name, stage in self.stages.items():
-                stage.restore({"rows": latency[f"{name}.rows"], "noise": latency[f"{name}.noise"]})
+                parts = {part: latency[f"{name}.{part}"] for part in ("rows", "noise")}
+                if f"{name}.plans" in latency:  # absent from profiles of older versions
+                    parts["plans"] = latency[f"{name}.plans"]
+                stage.restore(parts)
             if "overhead" in latency:  # absent from profiles of older versions; learnt anew in a few steps
                 self.overhead.restore(latency["overhead"])
             if "switch_cost" in latency:  # absent from profiles of older versions

@@ -5,15 +5,16 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import ParamSpec
+from typing import Any, ParamSpec
 
 from adaptive_spec.config.settings import SidecarSettings
 from adaptive_spec.control.controller import Controller
@@ -45,7 +46,7 @@ from adaptive_spec.storage.profile_store import StoredProfile
 from adaptive_spec.wire.liveness import process_alive
 from adaptive_spec.wire.policy_page import PolicyPage, payload_bytes
 from adaptive_spec.wire.ring import RingLayoutError, RingReader
-from adaptive_spec.wire.shared_file import set_aside
+from adaptive_spec.wire.shared_file import KEPT_ASIDE, set_aside
 
 CHECKPOINT = "checkpoint"
 NO_MODELS = Profile({}, {})
@@ -370,6 +371,7 @@ class Session:
         profile, generation, position = self._good or (NO_MODELS, self.ring.generation, self.ring.position)
         meta = {
             **identity_meta(info),
+            "configuration": _key(info),
             "generation": str(generation),  # text: not every JSON reader keeps 64-bit integers exact
             "position": position,
         }
@@ -500,11 +502,12 @@ def waiting_engine(settings: SidecarSettings) -> EngineInfo | None:
 
     Raises BadInput as `Session.open` does.
     """
-    if (settings.runtime_dir / f"{CHECKPOINT}.npz").exists() or (ring := _open_ring(settings.runtime_dir / RING_NAME)) is None:
+    ring = _open_ring(settings.runtime_dir / RING_NAME)
+    if ring is None:
         return None
     info = ring.info
     ring.close()
-    return info
+    return None if _has_checkpoint(settings.runtime_dir, info) else info
 
 
 def _gain_over_no_speculation(settings: SidecarSettings, info: EngineInfo) -> GainOverNoSpeculation | None:
@@ -573,10 +576,54 @@ def _from_store(settings: SidecarSettings, info: EngineInfo, stored: StoredProfi
     return controller, "store", None
 
 
+def _key(info: EngineInfo) -> str:
+    """What a checkpoint goes by: all that is fixed while an engine runs, and the same after it restarts."""
+    return f"{info.digest:016x}"
+
+
+def _has_checkpoint(folder: Path, info: EngineInfo) -> bool:
+    """Whether there is a checkpoint of this engine, or one that cannot be read and is to be set aside first."""
+    if (folder / f"{CHECKPOINT}-{_key(info)}.npz").exists():
+        return True
+    try:
+        return not _foreign(load_archive(folder / f"{CHECKPOINT}.npz", CHECKPOINT).meta, info)
+    except FileNotFoundError:
+        return False
+    except ArchiveError:
+        return True
+
+
+def _foreign(meta: Mapping[str, Any], info: EngineInfo) -> str:
+    """In what the engine of a checkpoint is another one, "" when it is this one."""
+    if difference := difference_of(meta, info):
+        return difference
+    return "" if meta.get("configuration", _key(info)) == _key(info) else "its K, largest batch or the like are others"
+
+
+def _change_checkpoint(folder: Path, info: EngineInfo) -> None:
+    """Keep the checkpoint of another engine under a name of its own, and take back that of this one. Raises OSError."""
+    path, own = folder / f"{CHECKPOINT}.npz", folder / f"{CHECKPOINT}-{_key(info)}.npz"
+    try:
+        meta = load_archive(path, CHECKPOINT).meta
+    except (FileNotFoundError, ArchiveError):
+        meta = None
+    if meta is not None and (difference := _foreign(meta, info)):
+        key = str(meta.get("configuration", ""))
+        kept = folder / f"{CHECKPOINT}-{key if re.fullmatch('[0-9a-f]{16}', key) else '0' * 16}.npz"
+        os.replace(path, kept)
+        log.info("%s is of another engine (%s): kept as %s", path, difference, kept.name)
+        others = sorted((other for other in folder.glob(f"{CHECKPOINT}-*.npz") if other != own), key=lambda p: p.lstat().st_mtime)
+        for other in others[:-KEPT_ASIDE]:
+            other.unlink()
+    if own.exists() and not path.exists():
+        os.replace(own, path)
+
+
 def _from_checkpoint(settings: SidecarSettings, ring: RingReader) -> tuple[Controller, str, int | None] | None:
     path = settings.runtime_dir / f"{CHECKPOINT}.npz"
     controller = Controller(settings.controller, ring.info)
     try:
+        _change_checkpoint(settings.runtime_dir, ring.info)
         archive = load_archive(path, CHECKPOINT)
         if difference := difference_of(archive.meta, ring.info):
             raise ArchiveError(f"{path.name} belongs to another engine: {difference}")

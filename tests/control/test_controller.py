@@ -305,7 +305,7 @@ def test_a_mode_newly_configured_wins_over_the_checkpoint() -> None:
     assert same.mode is Mode.PINNED
 
 
-def test_a_profile_replaces_the_sweep_and_one_of_another_engine_is_refused() -> None:
+def test_a_profile_replaces_the_sweep_also_with_another_max_k() -> None:
     s = server()
     latency, calibration = s.controller.latency_state(), s.controller.calibration_state()
     fresh = Controller(ControllerSettings(), s.info)
@@ -313,11 +313,12 @@ def test_a_profile_replaces_the_sweep_and_one_of_another_engine_is_refused() -> 
     assert fresh.mode is Mode.ACTIVE
     assert fresh.tick(0.0) is not None, "decides at once from the profile"
     smaller = Controller(ControllerSettings(), engine_info(Granularity.BATCH, max_k=3))
-    with pytest.raises(ValueError, match="shape"):
-        smaller.restore_profile(latency, calibration)
-    assert smaller.mode is Mode.SWEEP
     with pytest.raises(ValueError, match="lacks"):
         smaller.restore_profile({}, calibration)
+    assert smaller.mode is Mode.SWEEP
+    smaller.restore_profile(latency, calibration)
+    assert smaller.mode is Mode.ACTIVE
+    assert smaller.tick(0.0) is not None, "what fits is kept"
 
 
 def test_counters_are_exact() -> None:

@@ -56,7 +56,24 @@ def test_acceptance_given_the_one_before_accepted_lengths_and_the_k_that_ran() -
     old = {name: value for name, value in counters.state().items() if name not in ("reached", "accept_lens", "run_steps")}
     again.restore(old)
     assert again.reached.sum() == again.accept_lens.sum() == again.run_steps.sum() == 0, "a checkpoint of an older version"
-    for name, damaged in (("reached", [1, 2]), ("run_steps", [[-1]])):
+    for name, damaged in (("reached", [[1, 2]]), ("run_steps", [[-1]])):
         with pytest.raises(ValueError, match=name):
             again.restore({**counters.state(), name: damaged})
     assert [batch_bucket(b) for b in (1, 2, 3, 4, 5, 4096, 9999)] == [0, 1, 2, 2, 3, 12, 12]
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), 1e300, -1.0])
+@pytest.mark.parametrize("where", ["draft", "scalar", "tally", "histogram"])
+def test_no_implausible_number_is_taken_over(where: str, value: float) -> None:
+    state = Counters(3).state()
+    match where:
+        case "draft":
+            state["draft"][1] = value
+        case "scalar":
+            state["scalars"]["measured_s"] = value
+        case "tally":
+            state["swaps"]["gain"] = value
+        case "histogram":
+            state["stages"]["verify"] = [state["stages"]["verify"][0], value]
+    with pytest.raises(ValueError, match=r"counters are damaged|cannot convert"):
+        Counters(3).restore(state)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from prometheus_client import generate_latest
 
@@ -17,7 +18,7 @@ from adaptive_spec.domain.step_record import StepRecord
 from adaptive_spec.engine_side.tap import PAGE_NAME, RING_NAME
 from adaptive_spec.errors import BadInput
 from adaptive_spec.sidecar.metrics import metrics_registry
-from adaptive_spec.sidecar.session import Session
+from adaptive_spec.sidecar.session import Session, waiting_engine
 from adaptive_spec.sidecar.usable import check_checkpoint, check_profile
 from adaptive_spec.sidecar.view import CurrentView
 from adaptive_spec.storage.archive import load_archive
@@ -135,19 +136,6 @@ def test_damaged_checkpoint_is_set_aside(
     session.close()
 
 
-def test_checkpoint_of_another_engine_is_set_aside(settings: SidecarSettings, engine: NumbersEngine) -> None:
-    session = _open(settings)
-    session.checkpoint()
-    session.close()
-    engine.close()
-    other = NumbersEngine(settings.runtime_dir, engine_info("other"))
-    session = _open(settings)
-    assert session.origin == "sweep"
-    assert (settings.runtime_dir / "checkpoint.npz.damaged-1").exists()
-    session.close()
-    other.close()
-
-
 def test_profile_skips_the_sweep(settings: SidecarSettings, engine: NumbersEngine, caplog: pytest.LogCaptureFixture) -> None:
     session = _swept(_open(settings), engine)
     assert session.save_profile()
@@ -182,19 +170,69 @@ def test_damaged_profile_is_set_aside_and_the_sweep_runs(
     session.close()
 
 
-def test_profile_of_another_shape_is_set_aside(settings: SidecarSettings, engine: NumbersEngine) -> None:
-    """Same model, GPU and TP, but other draft lengths: the profile must not be used."""
+OTHER_CONFIGURATIONS: list[dict[str, Any]] = [
+    {"candidates": (0, 1, 2)}, {"candidates": (0, 1, 2, 3, 4, 5, 6)}, {"max_batch": 12}, {"max_batch": 4},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", OTHER_CONFIGURATIONS)
+def test_of_a_profile_of_another_configuration_what_fits_is_kept(
+    settings: SidecarSettings, engine: NumbersEngine, changes: dict[str, Any]
+) -> None:
+    """Same model, GPU and TP, but other draft lengths or another largest batch: the staircase is the same."""
     session = _swept(_open(settings), engine)
     session.save_profile()
-    folder = session.profile_folder
+    session.checkpoint()
+    folder, boundaries = session.profile_folder, session.controller.snapshot(0.0).boundaries
+    draft_s, _ = session.controller.models.stages["draft"].predict(2, 4)
     session.close()
     engine.close()
-    other = NumbersEngine(settings.runtime_dir, replace(engine.info, candidates=(0, 1, 2)))
+    other = NumbersEngine(settings.runtime_dir, replace(engine.info, **changes))
     session = _open(settings)
-    assert session.origin == "sweep"
-    assert not folder.exists()
-    assert folder.with_name(f"{folder.name}.damaged-1").exists()
+    assert session.origin == "profile"
+    assert folder.exists()
+    session.run_once()
+    session.controller.refit(time.monotonic())
+    assert [b.tokens for b in session.controller.snapshot(0.0).boundaries] == [b.tokens for b in boundaries]
+    again_s, _ = session.controller.models.stages["draft"].predict(2, 4)
+    np.testing.assert_allclose(again_s[1:, 1:], draft_s[1:, 1:], rtol=0.05, err_msg="costs of drafting, by K and batch size")
     session.close()
+    other.close()
+    back = NumbersEngine(settings.runtime_dir, engine.info)
+    session = _open(settings)
+    assert session.origin == "checkpoint", "that of this engine, kept while the other one ran"
+    assert not list(settings.runtime_dir.glob("*.damaged-*"))
+    session.close()
+    back.close()
+
+
+def test_checkpoints_of_the_last_three_other_engines_are_kept(settings: SidecarSettings) -> None:
+    for number in range(6):
+        engine = NumbersEngine(settings.runtime_dir, engine_info(f"model {number}"))
+        session = _open(settings)
+        assert session.origin == "sweep"
+        assert session.checkpoint()
+        session.close()
+        engine.close()
+    assert len(list(settings.runtime_dir.glob("checkpoint-*.npz"))) == 3
+    assert not list(settings.runtime_dir.glob("*.damaged-*"))
+    for number, origin in ((3, "checkpoint"), (0, "sweep")):
+        engine = NumbersEngine(settings.runtime_dir, engine_info(f"model {number}"))
+        session = _open(settings)
+        assert session.origin == origin
+        session.close()
+        engine.close()
+
+
+def test_the_store_is_asked_when_only_another_engine_has_a_checkpoint(settings: SidecarSettings, engine: NumbersEngine) -> None:
+    assert waiting_engine(settings) is not None
+    session = _open(settings)
+    session.checkpoint()
+    session.close()
+    assert waiting_engine(settings) is None, "its own checkpoint is better"
+    engine.close()
+    other = NumbersEngine(settings.runtime_dir, engine_info("other"))
+    assert waiting_engine(settings) == other.info
     other.close()
 
 

@@ -22,6 +22,7 @@ from river.optim import SGD
 
 from adaptive_spec.domain.arrays import Floats
 from adaptive_spec.domain.survival import GRID_POINTS, LOGIT_LIMIT, SurvivalMap
+from adaptive_spec.models.plausible import LARGEST_COEFFICIENT, labels_counted, plausible
 
 GRID: Floats = np.linspace(-LOGIT_LIMIT, LOGIT_LIMIT, GRID_POINTS)
 GRID_SCORE: Floats = 1.0 / (1.0 + np.exp(-GRID))
@@ -58,12 +59,7 @@ class ScoreHistogram:
 
     def restore(self, state: NDArray[np.float64]) -> None:
         """Raise ValueError when the array cannot be a histogram of this shape."""
-        state = np.asarray(state, dtype=np.float64)
-        if state.shape != (2, *self.verified.shape) or not np.isfinite(state).all() or (state < 0).any():
-            raise ValueError(
-                f"score histogram has shape {state.shape}, must be {(2, *self.verified.shape)}, all values finite and >= 0"
-            )
-        self.verified, self.accepted = state[0].copy(), state[1].copy()
+        self.verified, self.accepted = labels_counted("score histogram", state, self.verified.shape)
 
 
 def sigmoid(x: Floats) -> Floats:
@@ -151,10 +147,8 @@ class RiverLogistic:
 
     def restore(self, coefficients: NDArray[np.float64]) -> None:
         """Raise ValueError unless the array is finite and [max_k, 2]."""
-        if coefficients.shape != (len(self.models), 2) or not np.isfinite(coefficients).all():
-            raise ValueError(
-                f"logistic coefficients have shape {coefficients.shape}, must be {(len(self.models), 2)}, all finite"
-            )
+        shape = (len(self.models), 2)
+        coefficients = plausible("logistic coefficients", coefficients, shape, -LARGEST_COEFFICIENT, LARGEST_COEFFICIENT)
         for model, (intercept, slope) in zip(self.models, coefficients.tolist(), strict=True):
             self._set(model, intercept, slope)
 

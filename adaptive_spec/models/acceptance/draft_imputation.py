@@ -87,12 +87,12 @@ class RecentDrafts:
         """Take over `state()` as of step 0. Raises ValueError, and changes nothing, when it cannot be one."""
         found = {}
         for name, own in (("recent", self._rows), ("decks", self._donors)):
-            array = np.asarray(state[name], dtype=np.float32)
+            array = np.asarray(state[name])
             if array.shape != own.shape:
                 raise ValueError(f"{name} has shape {array.shape}, must be {own.shape}")
             if not (np.isnan(array) | ((array > 0) & (array <= 1))).all():
                 raise ValueError(f"{name} must hold confidences in (0, 1], or NaN")
-            found[name] = array
+            found[name] = array.astype(np.float32)
         self._rows, self._donors = found["recent"], found["decks"]
         self._step = np.where(np.isnan(self._rows[:, :1]).all(axis=1), -np.inf, 0.0)
         self._donor_step = np.where(np.isnan(self._donors[:, :, 0]), -np.inf, 0.0)

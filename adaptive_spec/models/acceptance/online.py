@@ -26,12 +26,15 @@ from adaptive_spec.models.acceptance.calibration_maps import GRID, RiverLogistic
 from adaptive_spec.models.acceptance.draft_imputation import RecentDrafts
 from adaptive_spec.models.acceptance.position_counts import PositionCounts
 from adaptive_spec.models.acceptance.reliability import BINS, Reliability
+from adaptive_spec.models.plausible import LARGEST_WEIGHT, by_position, plausible
 
 SWITCH_MARGIN = 0.002
 RIVER_SAMPLES = 128
 """Labels per learnt chunk that River sees."""
 MIN_LABELS = 20.0
 """Labels a position keeps, however long it has not been drafted."""
+UNLABELLED = 400.0
+"""Steps without a label after which nothing is known of a position, see `conditional_rates`."""
 KINDS = ("chain", "logistic", "binned", "linear")
 
 
@@ -276,30 +279,33 @@ class AcceptanceModel:
         }
 
     def restore(self, state: Mapping[str, NDArray[np.float64]]) -> None:
-        """Take over `state()`. Raises ValueError, and changes nothing, when it does not fit this model."""
-        fresh = AcceptanceModel(self.max_k, 2.0)
-        fresh.cumulative.restore(state["cumulative"])
-        fresh.at_risk.restore(state["at_risk"])
+        """Take over `state()`, also of a model with another max_k: positions beyond are left out, missing ones have no labels.
+
+        Raises ValueError, and changes nothing, when it cannot be a state.
+        """
+        n = self.max_k
+        fresh = AcceptanceModel(n, 2.0)
+        fresh.cumulative.restore(by_position(state["cumulative"], 1, n, 0.0))
+        fresh.at_risk.restore(by_position(state["at_risk"], 1, n, 0.0))
         if "unscored" in state:  # absent from profiles of earlier versions
-            fresh.unscored.restore(np.asarray(state["unscored"]))
-        unlabelled = np.asarray(state.get("unlabelled_steps", np.zeros(self.max_k)), dtype=np.float64)  # absent as above
-        if unlabelled.shape != (self.max_k,) or not np.isfinite(unlabelled).all() or (unlabelled < 0.0).any():
-            raise ValueError(f"unlabelled_steps must be {self.max_k} finite numbers >= 0")
-        fresh.river.restore(np.asarray(state["river"]))
-        fresh.recent.restore(state)
-        shapes = {"losses": (len(KINDS), 2), "reliability": (2, 3, BINS), "totals": (3,)}
-        for name, shape in {**shapes, "serving": (1,), "samples": (1,)}.items():
-            if np.asarray(state[name]).shape != shape:
-                raise ValueError(f"{name} has shape {np.asarray(state[name]).shape}, must be {shape}")
-        serving = int(state["serving"][0])
-        if not 0 <= serving < len(KINDS):
-            raise ValueError(f"serving is {serving}, wanted 0..{len(KINDS) - 1}")
+            fresh.unscored.restore(by_position(state["unscored"], 1, n, 0.0))
+        unlabelled = state.get("unlabelled_steps", np.zeros(n))  # absent as above
+        unlabelled = plausible("unlabelled_steps", by_position(unlabelled, 0, n, UNLABELLED), (n,), 0.0, LARGEST_WEIGHT)
+        known = np.array(state["river"], dtype=np.float64)[:n]
+        fresh.river.restore(np.concatenate((known, np.tile([0.0, 1.0], (n - len(known), 1)))))
+        recent = {"recent": by_position(state["recent"], 1, n, np.nan), "decks": by_position(state["decks"], 0, n, np.nan)}
+        fresh.recent.restore(recent)
+        losses = plausible("losses", state["losses"], (len(KINDS), 2), 0.0, LARGEST_WEIGHT)
+        reliability = plausible("reliability", state["reliability"], (2, 3, BINS), 0.0, LARGEST_WEIGHT)
+        totals = plausible("totals", state["totals"], (3,), 0.0, LARGEST_WEIGHT)
+        samples = plausible("samples", state["samples"], (1,), 0.0, LARGEST_WEIGHT)
+        serving = int(plausible("serving", state["serving"], (1,), 0.0, len(KINDS) - 1)[0])
         self.cumulative, self.at_risk, self.river, self.recent = fresh.cumulative, fresh.at_risk, fresh.river, fresh.recent
         self.unscored = fresh.unscored
-        self.losses = {kind: np.array(row, dtype=np.float64) for kind, row in zip(KINDS, state["losses"], strict=True)}
-        self.kind, self.samples = KINDS[serving], int(state["samples"][0])
-        self.reliability.by_prediction, self.reliability.by_score = (np.array(table) for table in state["reliability"])
-        self.reliability.totals = np.array(state["totals"])
+        self.losses = {kind: np.array(row, dtype=np.float64) for kind, row in zip(KINDS, losses, strict=True)}
+        self.kind, self.samples = KINDS[serving], int(samples[0])
+        self.reliability.by_prediction, self.reliability.by_score = (np.array(table) for table in reliability)
+        self.reliability.totals = totals
         self.unlabelled_steps = unlabelled.copy()
         self.steps = 0
         self._waiting.clear()

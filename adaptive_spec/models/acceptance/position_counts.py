@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adaptive_spec.domain.arrays import Floats
+from adaptive_spec.models.plausible import labels_counted
 
 
 class PositionCounts:
@@ -33,7 +34,4 @@ class PositionCounts:
 
     def restore(self, state: NDArray[np.float64]) -> None:
         """Take over `state()`. Raises ValueError when it cannot be one."""
-        state = np.asarray(state, dtype=np.float64)
-        if state.shape != (2, len(self.verified)) or not np.isfinite(state).all() or (state < 0.0).any():
-            raise ValueError(f"counts have shape {state.shape}, wanted {(2, len(self.verified))}, all values finite and >= 0")
-        self.verified, self.accepted = state[0].copy(), state[1].copy()
+        self.verified, self.accepted = labels_counted("counts", state, self.verified.shape)

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from adaptive_spec.domain.arrays import Floats
 from adaptive_spec.models.latency.plan_cost import non_negative_least_squares
+from adaptive_spec.models.plausible import LARGEST_WEIGHT, plausible
 
 FEATURES = 4
 DECAY = 1.0 - 1.0 / 256.0
@@ -94,8 +95,9 @@ class OverheadModel:
     def restore(self, state: NDArray[Any]) -> None:
         """Take over `state()`. Raises ValueError, and changes nothing, when it cannot be one."""
         found = np.asarray(state, dtype=np.float64)
-        if found.shape != (FEATURES, FEATURES + 2) or not np.isfinite(found).all() or found[0, -1] < 0.0:
-            raise ValueError(f"overhead: must be {FEATURES} rows of {FEATURES + 2} finite numbers, got shape {list(found.shape)}")
+        plausible("overhead", found, (FEATURES, FEATURES + 2), -LARGEST_WEIGHT, LARGEST_WEIGHT)
+        if found[0, -1] < 0.0:
+            raise ValueError(f"overhead: the median change must be at least 0, got {found[0, -1]:g}")
         if np.linalg.eigvalsh(found[:, :FEATURES]).min() < -1e-6 * max(float(found[0, 0]), 1.0):
             raise ValueError("overhead: must have a Gram matrix, got one with a negative eigenvalue")
         self._gram, self._moment = found[:, :FEATURES].copy(), found[:, FEATURES].copy()

@@ -8,9 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adaptive_spec.domain.arrays import Floats
+from adaptive_spec.domain.engine_info import LARGEST_BATCH
 from adaptive_spec.models.latency.robust_mean import ABSENT_S, LeadingMeans
 from adaptive_spec.models.latency.speed_factor import SpeedFactor
 from adaptive_spec.models.latency.staircase import UNKNOWN_PER_DOUBLING
+from adaptive_spec.models.plausible import LARGEST_WEIGHT, plausible
 
 UNMEASURED_FIXED = 0.08
 """Relative standard error of the fixed cost of a plan that was never measured."""
@@ -82,11 +84,23 @@ class PlanCostModel:
         return value, value * error
 
     def state(self) -> dict[str, NDArray[np.float64]]:
-        return self._means.state()
+        """As `RobustMeans.state`, and the plan (K, batch size) of each row: a row's key depends on the largest batch."""
+        state = self._means.state()
+        return {**state, "plans": np.stack(np.divmod(state["rows"][:, 0], self.stride), axis=-1)}
 
     def restore(self, state: Mapping[str, NDArray[np.float64]]) -> None:
-        """Take over `state()`. Raises ValueError when it cannot be one."""
-        self._means.restore(state)
+        """Take over `state()`, also of an engine with another largest batch or K: plans beyond this one's are left out.
+
+        Without "plans", as older versions wrote it, the largest batch must be the same. Raises ValueError when it cannot be a
+        state.
+        """
+        if "plans" not in state:
+            self._means.restore(state)
+            return
+        rows = plausible("rows", state["rows"], (None, 7), -LARGEST_WEIGHT, LARGEST_WEIGHT)
+        plans = plausible("plans", state["plans"], (len(rows), 2), 0.0, LARGEST_BATCH)
+        rows[:, 0] = plans[:, 0] * self.stride + plans[:, 1]
+        self._means.restore({**state, "rows": rows[plans[:, 1] < self.stride]})
 
     @staticmethod
     def _features(k: Floats, b: Floats) -> Floats:

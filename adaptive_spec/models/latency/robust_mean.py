@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from adaptive_spec.domain.arrays import Floats
 from adaptive_spec.models.latency.speed_factor import MAX_SIGMA, MIN_JUMP, MIN_SIGMA, SpeedFactor, running_median
+from adaptive_spec.models.plausible import LARGEST_WEIGHT, plausible
 
 YOUNG_SAMPLES = 8
 """Samples of a new mean that are kept one by one."""
@@ -49,6 +50,14 @@ MOST_MEANS = 1024
 MAX_SHAPE_CHANGES = 8
 """Latest changes of the curve's shape that are remembered."""
 CLIP_SIGMAS = 4.0
+MOST_ROWS = 1 << 18
+LARGEST_SQUARES = 1e32
+"""Of a sum of squared differences of KV tokens over the memory of `Slope`."""
+COLUMNS = (
+    ("key", 0.0, 2.0**21), ("weight", 1e-12, LARGEST_WEIGHT), ("mean_x", 0.0, 2.0**41), ("seconds", 1e-15, 1e9),
+    ("samples", 0.0, LARGEST_WEIGHT), ("age in steps", 0.0, LARGEST_WEIGHT), ("unseen error", 0.0, 1.0),
+)  # fmt: skip
+"""Columns of `rows` with the smallest and the largest value that is plausible in a file: those that records may lead to."""
 
 
 class RobustMean:
@@ -246,16 +255,14 @@ class RobustMeans:
 
     def restore(self, state: Mapping[str, NDArray[np.float64]]) -> None:
         """Take over `state()` as of step 0 and the present speed factor. Raises ValueError when it cannot be one."""
-        rows, noise = np.asarray(state["rows"], dtype=np.float64), np.asarray(state["noise"], dtype=np.float64)
-        if (
-            rows.ndim != 2
-            or rows.shape[1] != 7
-            or noise.shape != (3,)
-            or not (np.isfinite(rows).all() and np.isfinite(noise).all())
-        ):
-            raise ValueError(f"rows, noise: shapes {rows.shape}, {noise.shape}, must be (n, 7), (3,) and all values finite")
-        if (rows[:, 0] < 0).any() or (rows[:, 1] <= 0).any() or (rows[:, 3] <= 0).any() or not 0 < noise[0] < 1:
-            raise ValueError("rows, noise: keys must be at least 0, weights and seconds greater than 0, noise between 0 and 1")
+        rows = plausible("rows", state["rows"], (None, 7), -LARGEST_WEIGHT, LARGEST_WEIGHT)
+        if len(rows) > MOST_ROWS:
+            raise ValueError(f"rows: must be at most {MOST_ROWS}, got {len(rows)}")
+        for column, (name, low, high) in enumerate(COLUMNS):
+            plausible(f"rows: {name}", rows[:, column], (None,), low, high)
+        noise = plausible("noise", state["noise"], (3,), -LARGEST_SQUARES, LARGEST_SQUARES)
+        if not 0.0 < noise[0] < 1.0 or noise[1] < 0.0:
+            raise ValueError("noise: must be between 0 and 1, and squares at least 0")
         self.means.clear()
         self.median_noise, self.slope.xx, self.slope.xy = noise.tolist()
         latest = rows[np.argsort(-rows[:, 5], kind="stable")][-self.most :]

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from adaptive_spec.domain.policy import Granularity
 from adaptive_spec.domain.step_record import StepFlag, StepRecord
 from adaptive_spec.models.latency.speed_factor import SpeedFactor
+from adaptive_spec.models.plausible import LARGEST_WEIGHT, plausible
 
 MEMORY_SAMPLES = 256
 """Latest samples the mean is taken over. With step times that vary by 3 % it is then known to 0.3 % of a step."""
@@ -99,7 +100,8 @@ class SwitchCost:
     def restore(self, state: NDArray[Any]) -> None:
         """Take over `state()`. Raises ValueError unless it is one row of at most `MEMORY_SAMPLES` finite seconds."""
         samples = np.asarray(state, dtype=np.float64)
-        if samples.ndim != 1 or len(samples) > MEMORY_SAMPLES or not np.isfinite(samples).all():
-            raise ValueError(f"switch_cost: must be at most {MEMORY_SAMPLES} finite seconds, got shape {list(samples.shape)}")
+        plausible("switch_cost", samples, (None,), -LARGEST_WEIGHT, LARGEST_WEIGHT)
+        if len(samples) > MEMORY_SAMPLES:
+            raise ValueError(f"switch_cost: must be at most {MEMORY_SAMPLES} finite seconds, got {len(samples)}")
         self._samples = deque((samples * math.exp(-self._speed_factor.value)).tolist(), maxlen=MEMORY_SAMPLES)
         self.refit()

@@ -129,9 +129,28 @@ def test_state_round_trip_and_refusal_of_damage() -> None:
     assert twin.kind == model.kind
     np.testing.assert_allclose(twin.survival.table, model.survival.table, atol=1e-6)
     np.testing.assert_allclose(twin.recent_survival(), model.recent_survival(), atol=1e-5)
-    with pytest.raises(ValueError, match="shape"):
-        AcceptanceModel(4, 400).restore(model.state())
-    broken = dict(model.state())
-    broken["cumulative"] = -broken["cumulative"]
-    with pytest.raises(ValueError, match=">= 0"):
+    for max_k in (3, 7):
+        other = AcceptanceModel(max_k, 400)
+        other.restore(model.state())
+        both = min(max_k, 5)
+        np.testing.assert_allclose(other.conditional_rates()[0][:both], model.conditional_rates()[0][:both])
+        assert other.survival.table.shape[0] == max_k
+        assert np.isfinite(other.recent_survival()).all()
+
+
+LEARNT = "cumulative at_risk unscored losses reliability totals samples unlabelled_steps serving decks"
+
+
+@pytest.mark.parametrize("value", [-1.0, np.nan, np.inf, 1e300])
+@pytest.mark.parametrize("name", LEARNT.split())
+def test_no_implausible_number_is_taken_over(name: str, value: float) -> None:
+    model = trained(20)
+    twin = AcceptanceModel(5, 400)
+    before = twin.state()
+    broken = {key: array.copy() for key, array in model.state().items()}
+    broken[name].flat[0] = value
+    if name == "decks" and np.isnan(value):
+        return  # not known
+    with pytest.raises(ValueError, match=name if name not in ("cumulative", "at_risk", "unscored") else "histogram|counts"):
         twin.restore(broken)
+    assert all(np.array_equal(before[key], array, equal_nan=True) for key, array in twin.state().items())

@@ -140,9 +140,9 @@ def test_counts_are_kept_with_the_model_and_absent_from_older_files() -> None:
     older = {name: array for name, array in state.items() if name != "unscored"}
     again.restore(older)
     assert again.conditional_rates()[0] == pytest.approx(np.full(5, 0.5)), "nothing else had labels"
-    with pytest.raises(ValueError, match="counts have shape"):
-        again.restore({**state, "unscored": np.zeros((2, 4))})
-    with pytest.raises(ValueError, match="finite"):
+    with pytest.raises(ValueError, match="counts has shape"):
+        again.restore({**state, "unscored": np.zeros((3, 4))})
+    with pytest.raises(ValueError, match="counts: all values must be in"):
         again.restore({**state, "unscored": np.full((2, 5), np.nan)})
 
 

@@ -268,8 +268,13 @@ def test_state_round_trip_and_refusal() -> None:
     assert model.fit is not None
     np.testing.assert_allclose(twin.fit.mean_s, model.fit.mean_s)
     assert [b.tokens for b in twin.fit.boundaries] == [b.tokens for b in model.fit.boundaries]
-    broken = dict(model.state())
-    broken["rows"] = broken["rows"].copy()
-    broken["rows"][0, 3] = np.nan
-    with pytest.raises(ValueError, match="all values finite"):
-        twin.restore(broken)
+    for column, value in ((0, -1.0), (0, 1e18), (1, 0.0), (2, -1.0), (3, np.nan), (3, 1e300), (4, np.inf), (5, -1.0), (6, 2.0)):
+        broken = {name: array.copy() for name, array in model.state().items()}
+        broken["rows"][0, column] = value
+        with pytest.raises(ValueError, match="rows"):
+            twin.restore(broken)
+    for position, value in ((0, 1.0), (0, np.nan), (1, -1.0), (2, np.inf)):
+        broken = {name: array.copy() for name, array in model.state().items()}
+        broken["noise"][position] = value
+        with pytest.raises(ValueError, match="noise"):
+            twin.restore(broken)

@@ -280,7 +280,7 @@ class Controller:
         ):
             return ()
         b, c = self._decision.entry(traffic)
-        k_now, min_gain = int(self._decision.table[b, c]), self.settings.policy.min_gain
+        k_now, min_gain = int(self._decision.table[b, c]), self.settings.policy.min_gain + forecast.unrest
         plans = probe_plans(forecast, proposal.goodput, b, c, k_now, self.info.granularity, min_gain)
         return self._budget.choose(plans, forecast.switch_s)
 

@@ -5,7 +5,8 @@
     follow    compare the steps after a swap with what the previous table would have given; roll back if it would have been better
 
 A swap waits after the one before: `min_dwell_s`, twice as long for every swap lately (exponential backoff), drift or not. Where
-times or acceptance keep changing, what is known of them is worth little, and the table holds. A batch size that is served for the
+times or acceptance keep changing, what is known of them is worth little, and the table holds. So it does while all plans become
+slower and faster in turn: a K must then gain more than that (`Forecast.unrest`). A batch size that is served for the
 first time does not wait: its K was extrapolated until then.
 """
 
@@ -74,7 +75,7 @@ class Decision:
         """What the last proposal was made of, None before the first."""
 
     def propose(self, forecast: Forecast, traffic: Traffic, now_s: float, first: bool) -> Proposal:
-        """Best table by the forecast. first: take the best K everywhere, whatever ran before."""
+        """Best table by the forecast. first: take the best K everywhere, however small its gain."""
         rails = self._settings
         goodput = forecast.goodput * self.allowed[:, None, :]
         if rails.slo_tpot_ms is not None:
@@ -82,9 +83,11 @@ class Decision:
         worth = charge_switches(goodput, forecast.tokens_per_request, traffic.batches, traffic.crossings, forecast.switch_s)
         current = table_for(self.table, goodput.shape[1])
         banned = None if first else self._bans(goodput.shape, now_s)
-        hurdle = np.zeros_like(worth) if first else hurdles(forecast.uncertainty, current, rails.min_gain)
-        wanted = worth.argmax(axis=-1).astype(np.uint8) if first else better_table(worth, hurdle, current, banned)
-        wanted = self.runnable(wanted)
+        if first:
+            hurdle = np.full_like(worth, forecast.unrest)
+        else:
+            hurdle = hurdles(forecast.uncertainty, current, rails.min_gain, forecast.unrest)
+        wanted = self.runnable(better_table(worth, hurdle, current, banned))
         self.considered = Considered(now_s, rails, forecast, goodput, worth, hurdle, banned, current, wanted)
         used = traffic.batches > USED_SHARE * max(traffic.batches.sum(), 1e-9)
         new = used & ~self._served

@@ -22,13 +22,14 @@ def within_target(goodput: Floats, seconds_per_token: Floats, target_s: float) -
     return np.where(kept, goodput, 0.0)
 
 
-def hurdles(uncertainty: Floats, current: Table, min_gain: float) -> Floats:
+def hurdles(uncertainty: Floats, current: Table, min_gain: float, unrest: float = 0.0) -> Floats:
     """Relative gain in goodput over the present K that each K must exceed, [batches, contexts, K + 1].
 
-    min_gain and half a standard error of the comparison: with a full one, a K that was not measured would never be tried.
+    min_gain and half a standard error of the comparison: with a full one, a K that was not measured would never be tried. unrest:
+    of the forecast; what is measured while slowness comes and goes is wrong by up to as much.
     """
     b, c = np.indices(current.shape)
-    return np.asarray(min_gain + 0.5 * np.hypot(uncertainty, uncertainty[b, c, current][..., None]))
+    return np.asarray(min_gain + unrest + 0.5 * np.hypot(uncertainty, uncertainty[b, c, current][..., None]))
 
 
 def better_table(goodput: Floats, hurdle: Floats, current: Table, banned: NDArray[np.bool_] | None = None) -> Table:

@@ -78,6 +78,8 @@ class Forecast:
     kv_per_request: tuple[float, ...]
     slowest_share: Floats | None = None
     """[max_k + 1], expected output of the slowest request over that of the mean one; None without a target for it."""
+    unrest: float = 0.0
+    """Slowness of all plans that came and went lately, see `SpeedFactor.unrest`."""
 
     def seconds_per_token(self) -> Floats:
         """Expected seconds per output token of the slowest request (without a target: of the mean one), as goodput is; inf: not
@@ -162,7 +164,7 @@ def forecast(models: ForecastInputs, seed: int) -> Forecast | None:
     return Forecast(
         goodput, uncertainty, tokens, fixed_s, verify_s, verify_error_s, slope, edges, models.acceptance.survival,
         expected_tokens, models.switch_s, stage_s, verify_tokens, tuple(centres),
-        models.slowest_share,
+        models.slowest_share, models.verify.speed_factor.unrest,
     )  # fmt: skip
 
 

@@ -80,3 +80,9 @@ def test_a_verdict_survives_a_forecast_with_fewer_context_buckets() -> None:
     for _ in range(SwapWatch.MIN_STEPS):
         watch.add(1, 1, 10, 0.1)
     assert not watch.failed(goodput(100, 100))
+
+
+def test_a_gain_no_larger_than_the_unrest_is_not_taken() -> None:
+    values, errors = goodput(100, 120), np.zeros((3, 1, 2))
+    assert (better_table(values, hurdles(errors, table(0), 0.01, 0.1), table(0)) == 1).all()
+    assert (better_table(values, hurdles(errors, table(0), 0.01, 0.3), table(0)) == 0).all()

@@ -32,6 +32,8 @@ MIN_SHIFT = 0.08
 """Change of the speed factor (log) that is announced; smaller ones are common on a shared machine."""
 SHIFT_SAMPLES, SHIFT_S = 48, 1.0
 """Samples, and seconds of steps, that a new speed factor must last before it is announced: most bursts are shorter."""
+UNREST_SAMPLES, MAX_JUMPS = 500, 32
+"""Samples for which a slowness that came and went is remembered, as long as batch sizes are; jumps remembered."""
 MIN_JUMP = 0.04
 MAX_LOG_FACTOR = 20.0
 """Reset to 0 when |log factor| exceeds this, to avoid overflow."""
@@ -62,6 +64,11 @@ class SpeedFactor:
         self._samples_beyond, self._seconds_beyond = 0, 0.0
         self._mean_residual = 0.0
         self._window: deque[float] = deque(maxlen=WINDOW)
+        self._samples = 0
+        self._jumps: deque[tuple[int, float]] = deque(maxlen=MAX_JUMPS)
+        """(sample, change) of the latest jumps."""
+        self._base_value = 0.0
+        """Of `base` at the last residual."""
 
     @property
     def value(self) -> float:
@@ -79,8 +86,21 @@ class SpeedFactor:
         """
         return max(MIN_JUMP, 4.5 * 1.25 * sigma / math.sqrt(WINDOW), 2.0 * self.median_residual / SCALE_OF_MEDIAN)
 
+    @property
+    def unrest(self) -> float:
+        """Size (log) of a slowness that came and went within the last `UNREST_SAMPLES`, 0: none did.
+
+        The smaller of what the jumps up and the jumps down sum to, at most the largest jump. One lasting change has no unrest.
+        While there is unrest, part of what is measured belongs to the plan and part to the moment.
+        """
+        moves = [moved for sample, moved in self._jumps if self._samples - sample < UNREST_SAMPLES]
+        ups, downs = sum(m for m in moves if m > 0.0), -sum(m for m in moves if m < 0.0)
+        return min(ups, downs, max(map(abs, moves), default=0.0))
+
     def follow(self, residual: float, sigma: float) -> float:
         """Take one residual, log(seconds / expected at the present speed factor); return the change of `value`."""
+        self._follow_base()
+        self._samples += 1
         self.median_residual = running_median(self.median_residual, abs(residual), 1.01)
         limit = self.jump_limit(sigma)
         self._window.append(residual)
@@ -95,10 +115,20 @@ class SpeedFactor:
                 moved = statistics.median(r for r in self._window if r / median > 0.5)
                 self._window.clear()
                 self._mean_residual = 0.0
+                self._jumps.append((self._samples, moved))
         self._own += moved
         if abs(self._own) > MAX_LOG_FACTOR:
             self._own = self.announced = 0.0  # every mean starts again when it is next measured
         return moved
+
+    def _follow_base(self) -> None:
+        """Where the base has jumped, the residuals in the window are of before: the jump must not be followed twice."""
+        if self._base is None:
+            return
+        if abs(self._base.value - self._base_value) >= MIN_JUMP:
+            self._window.clear()
+            self._mean_residual = 0.0
+        self._base_value = self._base.value
 
     def shift(self, seconds: float = math.inf) -> Shift | None:
         """Call once after every sample. Returns a Shift when the value has stayed away from `announced` long enough.

@@ -52,3 +52,26 @@ def test_spikes_move_nothing() -> None:
         spike = math.log(5.0) if rng.random() < 0.02 else 0.0
         speed_factor.follow(float(rng.normal(0.0, SIGMA)) + spike - speed_factor.value, SIGMA)
     assert abs(speed_factor.value) < 0.01
+
+
+def test_a_slowness_that_comes_and_goes_is_unrest_and_a_lasting_one_is_not() -> None:
+    rng = np.random.default_rng(4)
+    lasting = SpeedFactor()
+    follow(lasting, np.repeat([0.0, 0.4], 100), rng)
+    assert lasting.unrest == 0.0
+    bursts = SpeedFactor()
+    follow(bursts, np.tile(np.repeat([0.0, 0.4], 40), 5), rng)
+    assert bursts.unrest == pytest.approx(0.4, abs=0.1)
+    follow(bursts, np.zeros(600), rng)
+    assert bursts.unrest == 0.0, "forgotten"
+
+
+def test_a_jump_of_the_base_is_not_followed_a_second_time() -> None:
+    rng = np.random.default_rng(5)
+    base = SpeedFactor()
+    stage = SpeedFactor(base)
+    for value in np.repeat([0.0, 1.0], 60):
+        for factor in (base, stage):
+            factor.follow(float(value - factor.value + rng.normal(0.0, SIGMA)), SIGMA)
+        assert stage.value < 1.2
+    assert stage.value == pytest.approx(1.0, abs=0.05)

@@ -195,6 +195,8 @@ def quartiles(ratios: Sequence[float]) -> str:
 
 @contextlib.contextmanager
 def servers(started: list[Arm]) -> Iterator[None]:
+    """End the servers with the block, also on SIGTERM: they are in sessions of their own, and most of them are stopped."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         yield
     finally:

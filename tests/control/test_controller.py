@@ -315,7 +315,6 @@ def test_a_profile_replaces_the_sweep_also_with_another_max_k() -> None:
     smaller = Controller(ControllerSettings(), engine_info(Granularity.BATCH, max_k=3))
     with pytest.raises(ValueError, match="lacks"):
         smaller.restore_profile({}, calibration)
-    assert smaller.mode is Mode.SWEEP
     smaller.restore_profile(latency, calibration)
     assert smaller.mode is Mode.ACTIVE
     assert smaller.tick(0.0) is not None, "what fits is kept"

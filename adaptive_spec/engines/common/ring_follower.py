@@ -22,17 +22,15 @@ WINDOW_STEPS = 512
 
 @dataclass
 class Steps:
-    """Steps of one way of choosing K. policy: a policy of the sidecar acted. by_k: steps by K."""
+    """Steps of one way of choosing K. by_k: steps by K."""
 
     steps: int = 0
-    policy: int = 0
     trials: int = 0
     k_switches: int = 0
     by_k: dict[int, int] = field(default_factory=dict)
 
     def add(self, record: StepRecord, switched: bool) -> None:
         self.steps += 1
-        self.policy += not record.flags & StepFlag.FALLBACK
         self.trials += bool(record.flags & StepFlag.TRIAL)
         self.k_switches += switched
         self.by_k[record.k] = self.by_k.get(record.k, 0) + 1
@@ -40,7 +38,7 @@ class Steps:
     def figures(self) -> dict[str, Any]:
         """JSON form; may be called while another thread adds steps."""
         by_k = {str(k): steps for k, steps in sorted(self.by_k.copy().items())}
-        return {"steps": self.steps, "policy": self.policy, "trials": self.trials, "k_switches": self.k_switches, "by_k": by_k}
+        return {"steps": self.steps, "trials": self.trials, "k_switches": self.k_switches, "by_k": by_k}
 
 
 class RingFollower:

@@ -49,6 +49,6 @@ def test_steps_are_counted_by_arm_and_the_figures_are_json(tmp_path: Path) -> No
     assert json.loads(json.dumps(figures)) == figures
     assert (figures["decode_steps"], figures["k_switches"], figures["steps_not_as_asked"]) == (8, 4, 1)
     assert figures["arms"] == {
-        "adaptive": {"steps": 3, "policy": 3, "trials": 0, "k_switches": 2, "by_k": {"3": 1, "5": 2}},
-        "own": {"steps": 3, "policy": 1, "trials": 0, "k_switches": 1, "by_k": {"1": 1, "3": 2}},
+        "adaptive": {"steps": 3, "trials": 0, "k_switches": 2, "by_k": {"3": 1, "5": 2}},
+        "own": {"steps": 3, "trials": 0, "k_switches": 1, "by_k": {"1": 1, "3": 2}},
     }

@@ -61,8 +61,8 @@ from tests.engines.sglang.dspark_swap_checks import policy
 from tests.engines.sglang.eagle_rank import Board, loop
 
 SERVER_ARGS = {
-    "device": "cuda", "attn_dp_size": 1, "ep_join_mode": None, "pp_size": 1, "dp_size": 1, "disaggregation_mode": "null",
-    "speculative_num_draft_tokens": GAMMA + 1,
+    "device": "cuda", "attn_dp_size": 1, "ep_join_mode": None, "pp_size": 1, "dp_size": 1,
+    "disaggregation_mode": "null", "speculative_num_draft_tokens": GAMMA + 1,
 }  # fmt: skip
 
 
@@ -131,7 +131,7 @@ def unhooked(monkeypatch: pytest.MonkeyPatch) -> None:
     for target in {need.path: need for need in contract.NEEDS if need.hook}.values():
         owner, name = target.path.rsplit(".", 1)
         found = pkgutil.resolve_name(owner)
-        monkeypatch.setattr(found, name, vars(found)[name])
+        monkeypatch.setattr(found, name, vars(found).get(name) or getattr(found, name))  # some are inherited
 
 
 @pytest.fixture
@@ -206,14 +206,20 @@ def test_a_renamed_target_refuses_dspark_only(monkeypatch: pytest.MonkeyPatch, f
 def test_eagle_servers_do_not_even_import_dspark(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     HookRegistry.reset()
     plugin._install(PluginSettings("active", folder), "sglang test")
-    assert list(HookRegistry._hooks) == [need.path for need in contract.hooks_of(contract.OBSERVE)]
+    hooked = [need.path for need in contract.hooks_of(contract.OBSERVE)]
+    assert list(HookRegistry._hooks) == [*hooked, "sglang.srt.managers.scheduler.Scheduler.maybe_init_draft_worker"]
 
 
 def test_other_algorithms_are_answered_as_before(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     HookRegistry.reset()
     plugin._install(PluginSettings("active", folder), "sglang test")
     HookRegistry.apply_hooks()
-    SpeculativeAlgorithm.NGRAM.create_worker(SimpleNamespace(speculative_algorithm="NGRAM", disable_overlap_schedule=False))
+    SpeculativeAlgorithm.NGRAM.create_worker(
+        SimpleNamespace(
+            speculative_algorithm="NGRAM", disable_overlap_schedule=False, device="cpu", disaggregation_mode="null", pp_size=1,
+            speculative_num_steps=2, speculative_num_draft_tokens=4, speculative_use_rejection_sampling=False,
+        )
+    )  # fmt: skip
     report = read_report(folder)
     assert report is not None
     assert (report.state, report.reason) == ("refused", "speculative_algorithm=NGRAM (only EAGLE/EAGLE3 are supported)")

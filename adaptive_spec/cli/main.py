@@ -89,10 +89,11 @@ def sidecar(config: Path | None, **overrides: Any) -> None:
         os.environ.setdefault(name, "1")
     from adaptive_spec.config.load import load_settings
 
-    settings = load_settings(config, {key: value for key, value in overrides.items() if value is not None})
+    given = {key: value for key, value in overrides.items() if value is not None}
+    settings = load_settings(config, given)
     from adaptive_spec.sidecar.process import run_sidecar
 
-    run_sidecar(settings)
+    run_sidecar(settings, lambda: load_settings(config, given))
 
 
 @cli.command()

@@ -9,8 +9,10 @@ from __future__ import annotations
 import logging
 import subprocess
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from adaptive_spec.config.settings import SidecarSettings
 from adaptive_spec.runtime_folder import role_is_held
@@ -122,6 +124,15 @@ class EngineFollower:
         if self.session is not None and other.session is not None and self.session.take_prior(other.session):
             self._swept = True
             log.info("data-parallel rank %s continues from the models of rank %s", self.dp_rank, other.dp_rank)
+
+    def take_settings(self, changed: Mapping[str, Any]) -> None:
+        """Take new settings. Those of the controller begin with a new session, which continues from the checkpoint."""
+        again = "controller" in changed and self.session is not None
+        if again:
+            self.close(profile=False)
+        self.settings = self.settings.model_copy(update=dict(changed))
+        if again:
+            self._open(time.monotonic())
 
     def close(self, *, profile: bool = True) -> None:
         """Write checkpoint and profile, and close the session."""

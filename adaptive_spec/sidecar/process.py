@@ -14,10 +14,12 @@ import queue
 import signal
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 
 from adaptive_spec import __version__
 from adaptive_spec.config.settings import SidecarSettings
+from adaptive_spec.errors import BadInput
 from adaptive_spec.runtime_folder import dp_rank_dirs, role_is_held
 from adaptive_spec.sidecar.certificates import Certificates
 from adaptive_spec.sidecar.engine_follower import EngineFollower, Intervals
@@ -35,6 +37,8 @@ BEAT_INTERVAL_S = 1.0
 FOLLOW_INTERVAL_S = 0.25
 MOST_DP_RANKS = 64
 """Data-parallel ranks that one sidecar follows; those beyond are named in the log and run without it."""
+RELOADED = ("controller", "checkpoint_interval_s", "poll_interval_s", "log_level")
+"""Settings that SIGHUP changes. The others belong to what is open: folders, ports, clients, keys."""
 
 log = logging.getLogger(__name__)
 
@@ -45,8 +49,10 @@ class Sidecar:
     Raises BadInput for what the operator must correct: a folder, the port, the token file, a ring of another version.
     """
 
-    def __init__(self, settings: SidecarSettings) -> None:
+    def __init__(self, settings: SidecarSettings, read_again: Callable[[], SidecarSettings] | None = None) -> None:
         self.settings = settings
+        self._read_again = read_again or (lambda: settings)
+        self._reload = threading.Event()
         self._own_files = OwnFiles(settings.runtime_dir, settings.control_token_file)
         try:
             check_writable(settings.profile_dir)
@@ -70,6 +76,7 @@ class Sidecar:
         """Run the loop until SIGTERM or SIGINT."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self._stop.set())
+        signal.signal(signal.SIGHUP, lambda *_: self._reload.set())
         self._own_files.announce(self._web.url, self.settings.certfile)
         log.info("adaptive-spec %s, pid %d, serving on %s", __version__, os.getpid(), self._web.url)
         log.info("waiting for an engine in %s", self.settings.runtime_dir)
@@ -86,8 +93,28 @@ class Sidecar:
             self._own_files.close()
         log.info("stopped")
 
+    def _take_settings(self) -> None:
+        """Read the settings again: take those of `RELOADED`, refuse the others in a line each. Never ends the sidecar."""
+        self._reload.clear()
+        try:
+            new = self._read_again()
+        except BadInput as error:
+            log.error("SIGHUP: %s; the settings stay as they were", " ".join(str(error).split()))
+            return
+        changed = [name for name in SidecarSettings.model_fields if getattr(new, name) != getattr(self.settings, name)]
+        for name in (name for name in changed if name not in RELOADED):
+            log.warning("SIGHUP: %s: cannot be changed while the sidecar runs; restart it", name)
+        taken = {name: getattr(new, name) for name in changed if name in RELOADED}
+        self.settings = self.settings.model_copy(update=taken)
+        logging.getLogger().setLevel(self.settings.log_level.upper())
+        for engine in self._engines.values():
+            engine.take_settings(taken)
+        log.info("SIGHUP: settings read again, changed: %s", ", ".join(taken) or "none")
+
     def _run_once(self) -> None:
         now_s = time.monotonic()
+        if self._reload.is_set():
+            self._take_settings()
         due = self._intervals.due
         if due("follow", FOLLOW_INTERVAL_S, now_s):
             self._own_files.keep()
@@ -217,7 +244,7 @@ def _certificates(settings: SidecarSettings) -> Certificates | None:
     return Certificates(settings.certfile, settings.keyfile, settings.client_ca) if settings.certfile else None
 
 
-def run_sidecar(settings: SidecarSettings) -> None:
-    """Run a sidecar in this process until SIGTERM or SIGINT. Raises BadInput."""
+def run_sidecar(settings: SidecarSettings, read_again: Callable[[], SidecarSettings] | None = None) -> None:
+    """Run a sidecar in this process until SIGTERM or SIGINT. read_again: reads the settings after SIGHUP. Raises BadInput."""
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s")
-    Sidecar(settings).run()
+    Sidecar(settings, read_again).run()

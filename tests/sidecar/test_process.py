@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import stat
 import time
@@ -22,6 +23,8 @@ from adaptive_spec.sidecar.process import Sidecar
 from adaptive_spec.wire.ring import RingWriter
 from tests.support.numbers_engine import NumbersEngine, engine_info
 from tests.support.processes import SidecarProcess, assert_one_line, run_cli, wait_for
+
+REFUSAL = "the settings stay as they were"
 
 
 class RunningEngine:
@@ -209,3 +212,28 @@ def test_token_is_kept_and_private(runtime_dir: Path, profiles: Path) -> None:
         begun = time.monotonic()
         sidecar.stop()
         assert time.monotonic() - begun < 10.0
+
+
+def test_sighup_takes_what_can_change_and_refuses_the_rest_in_a_line(
+    runtime_dir: Path, profiles: Path, engine: RunningEngine
+) -> None:
+    config = _config(runtime_dir, "controller: {mode: active}")
+    with SidecarProcess(runtime_dir, profiles, *config) as sidecar:
+        before = sidecar.wait_status(_active, "the sweep to end")
+        _config(runtime_dir, "controller: {mode: shadow}\nlog_level: debug\ngrafana: {timeout_s: 9.0}\n")
+        sidecar.process.send_signal(signal.SIGHUP)
+        status = sidecar.wait_status(lambda status: status["mode"] == "shadow", "the new mode")
+        assert status["origin"] == "checkpoint"
+        assert status["decode_steps"] >= before["decode_steps"]
+        assert status["sweep"]["steps"] == before["sweep"]["steps"]
+        for content in ("controller: {mode: purple}", "controller: [", "nonsense: 1"):
+            _config(runtime_dir, content)
+            refusals = sidecar.log.read_text().count(REFUSAL)
+            sidecar.process.send_signal(signal.SIGHUP)
+            wait_for(lambda before=refusals: sidecar.log.read_text().count(REFUSAL) > before, "a refusal")
+        log = sidecar.stop()
+    lines = [line for line in log.splitlines() if "SIGHUP" in line]
+    assert any("grafana: cannot be changed while the sidecar runs; restart it" in line for line in lines)
+    assert any("settings read again, changed: log_level, controller" in line for line in lines)
+    assert any("controller.mode: must be 'active' or 'shadow', got 'purple'" in line for line in lines)
+    assert "Traceback" not in log

@@ -230,10 +230,14 @@ def test_sighup_takes_what_can_change_and_refuses_the_rest_in_a_line(
             _config(runtime_dir, content)
             refusals = sidecar.log.read_text().count(REFUSAL)
             sidecar.process.send_signal(signal.SIGHUP)
-            wait_for(lambda before=refusals: sidecar.log.read_text().count(REFUSAL) > before, "a refusal")
+            _wait_for_another(sidecar, refusals)
         log = sidecar.stop()
     lines = [line for line in log.splitlines() if "SIGHUP" in line]
     assert any("grafana: cannot be changed while the sidecar runs; restart it" in line for line in lines)
     assert any("settings read again, changed: log_level, controller" in line for line in lines)
     assert any("controller.mode: must be 'active' or 'shadow', got 'purple'" in line for line in lines)
     assert "Traceback" not in log
+
+
+def _wait_for_another(sidecar: SidecarProcess, refusals: int) -> None:
+    wait_for(lambda: sidecar.log.read_text().count(REFUSAL) > refusals, "a refusal")

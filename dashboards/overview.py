@@ -23,7 +23,8 @@ def overview() -> Dashboard:
                "Output tokens per second of decode time, over recent steps.",
                decimals=0),
         number("Gain over the launch K", "percentunit", series("policy_measured_gain_ratio"),
-               "Measured goodput against the estimated goodput of the launch K, which is the K of the server's flags.",
+               "Goodput against that of the launch K, the K of the server's flags. Measured by the control arm where it has "
+               "a standard error (next panels), else an estimate by the forecast of the launch K.",
                decimals=1,
                base="red", bounds=((-0.05, "yellow"), (0, "green"))),
         number("Mean accept_len", "tokens", f"sum({accepted}) / (sum({rate('draft_tokens_total', FIRST)}) > 0)",
@@ -55,7 +56,10 @@ def overview() -> Dashboard:
         }, "Mean time of a decode step.", low=0),
         lines("Gain over the launch K", "percentunit", {
             "predicted": series("policy_predicted_gain_ratio"), "measured": series("policy_measured_gain_ratio"),
-        }, "0 % = same goodput as with the launch K, which is estimated."),
+            "measured, standard error": series("policy_measured_gain_error_ratio"),
+            "estimate": series("policy_estimated_gain_ratio"),
+        }, "0 % = same goodput as with the launch K. measured: the launch K on a small share of steps (control_share), with its "
+           "standard error; without an error it is the estimate: against the forecast of the launch K."),
         lines("Swaps by reason", "none", {"{{reason}}": f"sum by (reason) ({increase('policy_swaps_total')})"},
               "sweep: after a cold start. gain: another K is better. drift: the models changed. rollback: a swap was undone.",
               bars=True, low=0),

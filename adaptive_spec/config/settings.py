@@ -106,6 +106,15 @@ class PolicySettings(_Section):
             "Share of decode time that may be spent on measuring plans that are not the best, 0..0.2. 0 switches probing off."
         ),
     )
+    control_share: float = Field(
+        0.002,
+        ge=0.0,
+        le=0.05,
+        description=(
+            "Share of decode steps that run the launch K, so that the gain over it is measured with a standard error, 0..0.05; "
+            "what they lose is paid from `probe_budget`. Larger: the error shrinks sooner. 0: off, the gain is an estimate."
+        ),
+    )
     max_age_s: float = Field(
         30.0,
         ge=1.0,

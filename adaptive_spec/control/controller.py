@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from adaptive_spec.config.settings import ControllerSettings
 from adaptive_spec.control.checkpoint import ControllerState
+from adaptive_spec.control.control_arm import ControlArm
 from adaptive_spec.control.counters import Counters, Histogram
 from adaptive_spec.control.decision import Decision, Proposal
 from adaptive_spec.control.engine_response import OBSERVE_ONLY, EngineResponse, PendingTrials
@@ -37,7 +38,7 @@ from adaptive_spec.control.publication import Publisher
 from adaptive_spec.control.snapshot import Snapshot, build_snapshot
 from adaptive_spec.control.sweep import Sweep
 from adaptive_spec.domain.engine_info import EngineInfo
-from adaptive_spec.domain.policy import Mode, Policy, Trial
+from adaptive_spec.domain.policy import Granularity, Mode, Policy, Trial
 from adaptive_spec.domain.step_record import StepFlag, StepRecord
 from adaptive_spec.models.acceptance.online import StepScore
 from adaptive_spec.models.goodput import Forecast
@@ -73,6 +74,7 @@ class Controller:
             info, self._decision.allowed, settings.policy.min_gain, step_choice=settings.policy.slo_tpot_ms is None
         )
         self._budget = ProbeBudget(settings.policy.probe_budget)
+        self._control_arm = ControlArm(settings.policy.control_share, min(info.launch_k, info.max_k))
         self._sweep = self._new_sweep()
         self._sweep_started_s: float | None = None
         self._swept = False
@@ -139,6 +141,7 @@ class Controller:
         findings = self.models.observe(record)
         self._failed_records = 0
         self._budget.earn(record.step_s)
+        self._control_arm.observe(record)
         self.counters.count(record)
         self._counted = True
         self.counters.count_switch(switch_reason(self._last_record, record, self.info))
@@ -264,10 +267,31 @@ class Controller:
         if proposal.swap is not None:
             self.counters.count_swap(proposal.swap, now_s, text)
             return self._publish(now_s)
+        if trials := self._control(forecast, proposal):
+            policy = self._publish(now_s, trials)
+            self._control_arm.begin(policy.version)
+            return policy
         trials = self._probes(forecast, proposal)
         if trials or self._publisher.outdated(self.mode, self._decision.table, forecast):
             return self._publish(now_s, trials)
         return None
+
+    def _control(self, forecast: Forecast, proposal: Proposal) -> tuple[Trial, ...]:
+        """The launch K for some steps, to measure the gain over it, as far as the probing budget allows."""
+        arm = self._control_arm
+        if self.mode is not Mode.ACTIVE or self._engine_response.observe_only or not arm.due:
+            return ()
+        trial = arm.trial
+        row, context = self._decision.entry(self.models.traffic)
+        if trial.batch_size > self.info.max_batch or not self._decision.allowed[trial.batch_size, trial.k]:
+            return ()  # the guard rails, or the engine, exclude the launch K
+        k_now = int(self._decision.table[row, context])
+        if k_now == trial.k and self.info.granularity is Granularity.BATCH:
+            arm.count_same()
+            return ()
+        now, launch = proposal.goodput[row, context, k_now], proposal.goodput[row, context, trial.k]
+        loss = 1.0 - launch / now if now > 0.0 else 1.0
+        return (trial,) if self._budget.affords(max(loss, 0.0), trial.steps, forecast.switch_s) else ()
 
     def _probes(self, forecast: Forecast, proposal: Proposal) -> tuple[Trial, ...]:
         """Trials of plans that may be better than the present one, as far as the budget allows."""
@@ -544,5 +568,6 @@ class Controller:
         return build_snapshot(
             now_s, mode, reason, self.observe_only, self.k_by_batch_size(),
             info=self.info, models=self.models, counters=self.counters, publisher=self._publisher, sweep=self._sweep,
-            considered=self._decision.considered, last_k=self._last_record.k if self._last_record else None,
+            considered=self._decision.considered,
+            control_gain=self._control_arm.gain(), last_k=self._last_record.k if self._last_record else None,
         )  # fmt: skip

@@ -102,6 +102,10 @@ class ProbeBudget:
             trials.append(candidate.trial)
         return tuple(trials)
 
+    def affords(self, loss: float, steps: int, switch_s: float) -> bool:
+        """Whether so many steps with a relative loss of goodput, and the two changes of K around them, can be paid now."""
+        return self.credit_s >= max(loss, self.MIN_LOSS) * steps * self.step_s + 2.0 * switch_s and self.share > 0.0
+
     def _cost_s(self, candidate: ProbeCandidate) -> float:
         return max(candidate.loss, self.MIN_LOSS) * candidate.trial.steps * max(self.step_s, 1e-9)
 

@@ -56,6 +56,7 @@ class Snapshot:
     swaps: Mapping[str, int]
     predicted_gain: float | None
     measured_gain: float | None
+    """By the control arm where `measured_gain_error` is known, else the estimate: against the forecast of the launch K."""
     observations: int
     dropped: Mapping[str, int]
     refit_histograms: Mapping[str, HistogramData]
@@ -75,6 +76,10 @@ class Snapshot:
     """Seconds that a change of K costs, None while too few were measured."""
     observe_only: bool = False
     """The mode is shadow, though another was asked for, because the engine runs none of the policies made for it."""
+    measured_gain_error: float | None = None
+    """Standard error of the gain that the control arm measured; None: `measured_gain` is an estimate."""
+    estimated_gain: float | None = None
+    """Measured goodput of recent steps against the forecast of the launch K in the same steps."""
     reached_tokens: tuple[int, ...] = ()
     """Verified draft tokens of which all before were accepted, by position."""
     accept_lens: tuple[int, ...] = ()
@@ -96,11 +101,15 @@ class Snapshot:
 def build_snapshot(
     now_s: float, mode: Mode, reason: str, observe_only: bool, k_by_batch_size: Mapping[int, int], *,
     info: EngineInfo, models: ModelSet, counters: Counters, publisher: Publisher, sweep: Sweep, considered: Considered | None,
-    last_k: int | None,
+    last_k: int | None, control_gain: tuple[float, float] | None,
 ) -> Snapshot:  # fmt: skip
-    """The snapshot of a controller made of these parts. mode, reason: as shown (shadow when `observe_only`)."""
+    """The snapshot of a controller made of these parts. mode, reason: as shown (shadow when `observe_only`).
+
+    control_gain: see `ControlArm.gain`.
+    """
     fit, quality = models.staircase, models.acceptance.reliability
-    predicted_gain, measured_gain = counters.gains()
+    predicted_gain, estimated_gain = counters.gains()
+    measured_gain, gain_error = control_gain or (estimated_gain, None)
     return Snapshot(
         time_s=now_s, mode=mode, observe_only=observe_only,
         reason=reason, engine=info.name, launch_k=info.launch_k,
@@ -117,6 +126,7 @@ def build_snapshot(
         calibration_log_loss=quality.log_loss, calibration_curve=quality.curve(),
         drift_events=dict(counters.drift), swaps=dict(counters.swaps),
         predicted_gain=predicted_gain, measured_gain=measured_gain,
+        measured_gain_error=gain_error, estimated_gain=estimated_gain,
         observations=counters.observations, dropped=dict(counters.dropped),
         refit_histograms={name: h.data() for name, h in counters.refits.items()},
         sweep_steps=counters.sweep_steps, sweep_progress=sweep.progress if mode is Mode.SWEEP else 1.0, sweep_s=counters.sweep_s,

@@ -45,6 +45,6 @@ class History:
         steps, self._steps = self._steps, s.decode_steps if s else -1
         if s is None or s.decode_steps == steps:
             return HistoryPoint(now_s, None, None, None, None)
-        goodput, gain = s.goodput_tokens_per_s, s.measured_gain
+        goodput, gain = s.goodput_tokens_per_s, s.estimated_gain
         launch = goodput / (1.0 + gain) if goodput is not None and gain is not None and gain > -1.0 else None
         return HistoryPoint(now_s, goodput, launch, s.batch_size or None, s.k_by_batch_size.get(s.batch_size))

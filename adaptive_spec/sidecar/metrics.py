@@ -263,8 +263,13 @@ def _about_policy(family: _Families, s: Snapshot) -> Iterable[Metric]:
     yield family.gauge("slo_target_seconds", text, _one(s.slo_tpot_s))
     text = "Predicted goodput gain over the launch K; 0 = no gain."
     yield family.gauge("policy_predicted_gain_ratio", text, _one(s.predicted_gain))
-    text = "Measured goodput divided by the estimated goodput of the launch K, minus 1; 0 = no gain."
+    text = "Goodput gain over the launch K, 0 = no gain: measured by the control arm while policy_measured_gain_error_ratio is "
+    text += "present, else an estimate: against the forecast of the launch K."
     yield family.gauge("policy_measured_gain_ratio", text, _one(s.measured_gain))
+    text = "Standard error of policy_measured_gain_ratio; absent while that is an estimate: too few steps of the control arm."
+    yield family.gauge("policy_measured_gain_error_ratio", text, _one(s.measured_gain_error))
+    text = "Estimate of the gain: measured goodput of recent steps against the forecast of the launch K in the same steps."
+    yield family.gauge("policy_estimated_gain_ratio", text, _one(s.estimated_gain))
 
 
 def _about_learning(family: _Families, s: Snapshot) -> Iterable[Metric]:

@@ -111,6 +111,8 @@ def _of_engine(view: View, heartbeat_s: float, now_s: float) -> dict[str, Any]:
         "k_switch_ms": None if s.switch_s is None else 1e3 * s.switch_s,
         "predicted_gain": s.predicted_gain,
         "measured_gain": s.measured_gain,
+        "measured_gain_error": s.measured_gain_error,
+        "estimated_gain": s.estimated_gain,
         "gain_over_no_speculation": view.gain_over_no_speculation,
         "observations": s.observations,
         "dropped": dict(s.dropped),

@@ -25,7 +25,7 @@ def test_no_steps_give_a_gap() -> None:
 
 def test_unknown_values_are_none() -> None:
     history = History()
-    history.add(replace(SNAPSHOT, measured_gain=None, batch_size=0), 0.0)
+    history.add(replace(SNAPSHOT, estimated_gain=None, batch_size=0), 0.0)
     assert history.points == (HistoryPoint(0.0, 100.0, None, None, None),)
 
 

@@ -77,7 +77,7 @@ SNAPSHOT = Snapshot(
     drift_events={"latency": 1}, swaps={"sweep": 1, "gain": 2}, predicted_gain=0.2, measured_gain=-0.1, observations=20,
     dropped={"lost": 3}, refit_histograms={"all": HISTOGRAM}, sweep_steps=12, sweep_progress=1.0, sweep_s=0.5, probe_share=0.001,
     events=(Event(1.0, "swap", "K 2 to 3"),), k_switches={"trial": 4}, limited_steps=7, switch_s=0.0003,
-    reached_tokens=(40, 15), accept_lens=(5, 2, 3), run_steps={(1, 0): 0, (1, 2): 4},
+    estimated_gain=-0.1, reached_tokens=(40, 15), accept_lens=(5, 2, 3), run_steps={(1, 0): 0, (1, 2): 4},
 )  # fmt: skip
 
 

@@ -5,21 +5,19 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ParamSpec
+from typing import ParamSpec
 
 from adaptive_spec.config.settings import SidecarSettings
 from adaptive_spec.control.controller import Controller
 from adaptive_spec.control.counters import Counters
-from adaptive_spec.control.no_speculation import GainOverNoSpeculation, without_speculation
 from adaptive_spec.control.snapshot import Snapshot
 from adaptive_spec.domain.engine_info import EngineInfo
 from adaptive_spec.domain.policy import Mode, Policy
@@ -28,27 +26,29 @@ from adaptive_spec.engine_side.tap import LOOK_STEPS, PAGE_NAME, RING_NAME
 from adaptive_spec.errors import BadInput
 from adaptive_spec.runtime_folder import role_is_held
 from adaptive_spec.sidecar.counters_page import COUNTERS_NAME, CountersPage, KeptCounters, labels_of
+from adaptive_spec.sidecar.starting_models import (
+    CHECKPOINT,
+    checkpoint_key,
+    gain_over_no_speculation,
+    has_checkpoint,
+    start_controller,
+)
 from adaptive_spec.sidecar.swap_reasons import SwapReasons
 from adaptive_spec.sidecar.usable import check_checkpoint, check_profile
 from adaptive_spec.sidecar.view import View
-from adaptive_spec.storage.archive import ArchiveError, load_archive, save_archive
+from adaptive_spec.storage.archive import save_archive
 from adaptive_spec.storage.profile import (
     Profile,
-    difference_of,
     identity,
     identity_meta,
-    load_profile,
-    other_profiles,
     save_profile,
-    written_s,
 )
 from adaptive_spec.storage.profile_store import StoredProfile
 from adaptive_spec.wire.liveness import process_alive
 from adaptive_spec.wire.policy_page import PolicyPage, payload_bytes
 from adaptive_spec.wire.ring import RingLayoutError, RingReader
-from adaptive_spec.wire.shared_file import KEPT_ASIDE, set_aside
+from adaptive_spec.wire.shared_file import set_aside
 
-CHECKPOINT = "checkpoint"
 NO_MODELS = Profile({}, {})
 POLL_RECORDS = 512
 """Most records learnt in one iteration, so that a long backlog does not delay the heartbeat."""
@@ -98,7 +98,7 @@ class Session:
         self._beaten_ns = self._steady_ns = 0
         self._snapshot: Snapshot | None = None
         self._prior_refused = False
-        self._over_none = _gain_over_no_speculation(settings, ring.info)
+        self._over_none = gain_over_no_speculation(settings, ring.info)
         self._swap_reasons = SwapReasons()
 
     @classmethod
@@ -122,7 +122,7 @@ class Session:
                 return None
             raise BadInput(f"runtime_dir: {error.strerror or error}; must be a folder of one engine and one sidecar") from error
         log.info("attached to %s (pid %d)", identity(info), info.pid)
-        controller, origin, position = _start_controller(settings, ring, stored)
+        controller, origin, position = start_controller(settings, ring, stored)
         if position is not None:
             ring.seek(position)
         controller.resume_version(page.last_version)
@@ -371,7 +371,7 @@ class Session:
         profile, generation, position = self._good or (NO_MODELS, self.ring.generation, self.ring.position)
         meta = {
             **identity_meta(info),
-            "configuration": _key(info),
+            "configuration": checkpoint_key(info),
             "generation": str(generation),  # text: not every JSON reader keeps 64-bit integers exact
             "position": position,
         }
@@ -507,133 +507,4 @@ def waiting_engine(settings: SidecarSettings) -> EngineInfo | None:
         return None
     info = ring.info
     ring.close()
-    return None if _has_checkpoint(settings.runtime_dir, info) else info
-
-
-def _gain_over_no_speculation(settings: SidecarSettings, info: EngineInfo) -> GainOverNoSpeculation | None:
-    """What a server without speculation has measured of this engine, None where there is no such profile."""
-    plain = without_speculation(info)
-    if info.candidates == plain.candidates:
-        return None
-    folder = settings.profile_dir / plain.profile_name
-    try:
-        profile = load_profile(folder, plain)
-        found = profile and GainOverNoSpeculation(settings.controller, plain, profile.latency, profile.calibration)
-    except Exception as error:  # whatever its files hold; the server without speculation sets it aside itself
-        log.warning("profile %s of the server without speculation cannot be used: %s", folder, error)
-        return None
-    if found is not None:
-        log.info("the gain over no speculation is measured against %s", folder)
-    return found
-
-
-def _start_controller(
-    settings: SidecarSettings, ring: RingReader, stored: StoredProfile | None
-) -> tuple[Controller, str, int | None]:
-    """Return controller, origin of its models, and ring position to continue at (None: the oldest record)."""
-    checkpoint = _from_checkpoint(settings, ring)
-    if checkpoint is not None:
-        return checkpoint
-    folder = settings.profile_dir / ring.info.profile_name
-    ways = [partial(_from_folder, settings, ring.info, folder), partial(_from_store, settings, ring.info, stored)]
-    if stored is not None and stored.written_s > written_s(folder):
-        ways.reverse()
-    for way in ways:
-        started = way()
-        if started is not None:
-            return started
-    return Controller(settings.controller, ring.info), "sweep", None
-
-
-def _from_folder(settings: SidecarSettings, info: EngineInfo, folder: Path) -> tuple[Controller, str, None] | None:
-    controller = Controller(settings.controller, info)
-    try:
-        profile = load_profile(folder, info)
-        if profile is None:
-            for other in other_profiles(folder, info):
-                log.info("not this engine's profile: %s", other)
-            return None
-        check_profile(profile, settings.controller, info)
-        controller.restore_profile(profile.latency, profile.calibration)
-    except Exception as error:  # whatever its files hold
-        log.warning("profile %s cannot be used: %s; set aside as %s", folder, error, set_aside(folder).name)
-        return None
-    log.info("already profiled, skipping warmup (%s)", folder)
-    return controller, "profile", None
-
-
-def _from_store(settings: SidecarSettings, info: EngineInfo, stored: StoredProfile | None) -> tuple[Controller, str, None] | None:
-    if stored is None:
-        return None
-    controller = Controller(settings.controller, info)
-    try:
-        check_profile(stored.profile, settings.controller, info)
-        controller.restore_profile(stored.profile.latency, stored.profile.calibration)
-    except Exception as error:  # whatever it holds
-        log.warning("the profile from the store cannot be used: %s", error)
-        return None
-    log.info("already profiled by another replica, skipping warmup (profile of %.0f in the store)", stored.written_s)
-    return controller, "store", None
-
-
-def _key(info: EngineInfo) -> str:
-    """What a checkpoint goes by: all that is fixed while an engine runs, and the same after it restarts."""
-    return f"{info.digest:016x}"
-
-
-def _has_checkpoint(folder: Path, info: EngineInfo) -> bool:
-    """Whether there is a checkpoint of this engine, or one that cannot be read and is to be set aside first."""
-    if (folder / f"{CHECKPOINT}-{_key(info)}.npz").exists():
-        return True
-    try:
-        return not _foreign(load_archive(folder / f"{CHECKPOINT}.npz", CHECKPOINT).meta, info)
-    except FileNotFoundError:
-        return False
-    except ArchiveError:
-        return True
-
-
-def _foreign(meta: Mapping[str, Any], info: EngineInfo) -> str:
-    """In what the engine of a checkpoint is another one, "" when it is this one."""
-    if difference := difference_of(meta, info):
-        return difference
-    return "" if meta.get("configuration", _key(info)) == _key(info) else "its K, largest batch or the like are others"
-
-
-def _change_checkpoint(folder: Path, info: EngineInfo) -> None:
-    """Keep the checkpoint of another engine under a name of its own, and take back that of this one. Raises OSError."""
-    path, own = folder / f"{CHECKPOINT}.npz", folder / f"{CHECKPOINT}-{_key(info)}.npz"
-    try:
-        meta = load_archive(path, CHECKPOINT).meta
-    except (FileNotFoundError, ArchiveError):
-        meta = None
-    if meta is not None and (difference := _foreign(meta, info)):
-        key = str(meta.get("configuration", ""))
-        kept = folder / f"{CHECKPOINT}-{key if re.fullmatch('[0-9a-f]{16}', key) else '0' * 16}.npz"
-        os.replace(path, kept)
-        log.info("%s is of another engine (%s): kept as %s", path, difference, kept.name)
-        others = sorted((other for other in folder.glob(f"{CHECKPOINT}-*.npz") if other != own), key=lambda p: p.lstat().st_mtime)
-        for other in others[:-KEPT_ASIDE]:
-            other.unlink()
-    if own.exists() and not path.exists():
-        os.replace(own, path)
-
-
-def _from_checkpoint(settings: SidecarSettings, ring: RingReader) -> tuple[Controller, str, int | None] | None:
-    path = settings.runtime_dir / f"{CHECKPOINT}.npz"
-    controller = Controller(settings.controller, ring.info)
-    try:
-        _change_checkpoint(settings.runtime_dir, ring.info)
-        archive = load_archive(path, CHECKPOINT)
-        if difference := difference_of(archive.meta, ring.info):
-            raise ArchiveError(f"{path.name} belongs to another engine: {difference}")
-        check_checkpoint(archive.arrays, settings.controller, ring.info)
-        controller.restore(archive.arrays)
-        position = int(archive.meta["position"]) if archive.meta["generation"] == str(ring.generation) else None
-    except FileNotFoundError:
-        return None
-    except Exception as error:  # whatever it holds
-        log.warning("checkpoint %s cannot be used: %s; set aside as %s", path, error, set_aside(path).name)
-        return None
-    log.info("continuing from the checkpoint (%s)", path)
-    return controller, "checkpoint", position
+    return None if has_checkpoint(settings.runtime_dir, info) else info

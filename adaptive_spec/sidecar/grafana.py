@@ -32,6 +32,8 @@ FOLDER_UID = "adaptive-spec"
 ATTEMPTS = 3
 FIRST_PAUSE_S = 0.5
 MARKED_KINDS = ("swap", "drift")
+REMEMBERED_SESSIONS = 64
+"""Sessions whose last event id is kept: more than one only where the first data-parallel rank changes."""
 LARGEST_TOKEN_FILE = 4096
 """Bytes of a token file at most."""
 
@@ -259,8 +261,8 @@ class Annotator:
     """Writes swaps and drift events to Grafana as annotations, tagged adaptive-spec, kind, model and gpu.
 
     The sidecar's loop calls `offer`, which queues the new events of a snapshot and returns at once. Every event is queued once:
-    its id is larger than those before it. A full queue drops its oldest event. One thread sends; a failure drops the event. Call
-    `begin` for every controller.
+    its id is larger than those before it in its session. A full queue drops its oldest event. One thread sends; a failure drops
+    the event.
     """
 
     def __init__(self, grafana: Grafana, queue_length: int, unix_s: Callable[[], float] = time.time) -> None:
@@ -270,7 +272,8 @@ class Annotator:
         self._length = queue_length
         self._change = threading.Condition()
         self._closing = self._failed = False
-        self._last_id = 0
+        self._last_ids: dict[int, int] = {}
+        """By session, the one offered last at the end."""
         self._thread = threading.Thread(target=self._send, name="grafana", daemon=True)
         self._thread.start()
 
@@ -287,16 +290,15 @@ class Annotator:
         )
         return cls(grafana, settings.queue_length)
 
-    def begin(self) -> None:
-        """The events of another controller follow: their ids begin anew."""
-        self._last_id = 0
-
-    def offer(self, snapshot: Snapshot, info: EngineInfo, now_s: float) -> None:
-        """Queue the new events. now_s: on the clock of the events. Never waits, never raises."""
-        fresh = [event for event in snapshot.events if event.id > self._last_id]
+    def offer(self, snapshot: Snapshot, info: EngineInfo, now_s: float, session: int) -> None:
+        """Queue the new events. now_s: on the clock of the events. session: whose ids they are. Never waits, never raises."""
+        last_id = self._last_ids.pop(session, 0)
+        fresh = [event for event in snapshot.events if event.id > last_id]
+        self._last_ids[session] = fresh[-1].id if fresh else last_id
+        if len(self._last_ids) > REMEMBERED_SESSIONS:
+            del self._last_ids[next(iter(self._last_ids))]
         if not fresh:
             return
-        self._last_id = fresh[-1].id
         unix_s = self._unix_s()
         with self._change:
             for event in fresh:

@@ -122,7 +122,7 @@ class Sidecar:
             self._drop_those_of_before()
             for rank, engine in self._engines.items():
                 if rank is not None or len(self._engines) == 1 or engine.alive:
-                    self._follow(engine, now_s)
+                    engine.follow(now_s)
             self._share_prior()
         learnt = sum([engine.run_once() for engine in self._engines.values()])
         answered = self._answer_commands()
@@ -138,12 +138,6 @@ class Sidecar:
             self._own_files.beat()
         if not learnt:
             self._stop.wait(self.settings.poll_interval_s)
-
-    def _follow(self, engine: EngineFollower, now_s: float) -> None:
-        before = engine.session
-        engine.follow(now_s)
-        if self._annotator and before is None and engine.session is not None and engine is self._first():
-            self._annotator.begin()
 
     def _first(self) -> EngineFollower:
         """The engine of a server without data parallelism, else that of the first rank."""
@@ -222,7 +216,7 @@ class Sidecar:
         view = replace(views[first], store=self._store.summary() if self._store else None)
         if (annotator := self._annotator) is not None:
             if view.snapshot and view.info:
-                annotator.offer(view.snapshot, view.info, time.monotonic())
+                annotator.offer(view.snapshot, view.info, time.monotonic(), view.session)
             counts = annotator.counts
             view = replace(view, annotations_sent=counts.sent, annotations_dropped=dict(counts.dropped))
         if first is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import logging
 import os
 import sys
@@ -62,6 +63,8 @@ IGNORED_STEPS = 4 * LOOK_STEPS
 """Steps in a row without a policy, while one is offered, that are a fault: the engine looks for a new page every LOOK_STEPS."""
 
 log = logging.getLogger(__name__)
+_numbers = itertools.count(1)
+"""Of the sessions of this process."""
 Arguments = ParamSpec("Arguments")
 
 
@@ -84,6 +87,7 @@ class Session:
         """Use open files. Callers use `open`."""
         self.settings, self.ring, self.page, self.controller = settings, ring, page, controller
         self.origin = origin
+        self._number = next(_numbers)
         self._counters_page = CountersPage(settings.runtime_dir / COUNTERS_NAME)
         self._counted_to = 0
         """Records of the ring below this index are counted already."""
@@ -327,6 +331,7 @@ class Session:
         return View(
             now_s, self._snapshot, self.info, self.attached(now_s), dict(self.failures), self.origin, checkpoint_s,
             policy_ignored=self.policy_ignored, gain_over_no_speculation=self._over_none.gain if self._over_none else None,
+            session=self._number,
         )  # fmt: skip
 
     def take_prior(self, other: Session) -> bool:

@@ -19,7 +19,7 @@ from adaptive_spec.control.no_speculation import GainOverNoSpeculation, without_
 from adaptive_spec.domain.engine_info import EngineInfo
 from adaptive_spec.sidecar.usable import check_checkpoint, check_profile
 from adaptive_spec.storage.archive import ArchiveError, load_archive
-from adaptive_spec.storage.profile import difference_of, load_profile, other_profiles, written_s
+from adaptive_spec.storage.profile import ForeignProfileError, difference_of, load_profile, other_profiles, written_s
 from adaptive_spec.storage.profile_store import StoredProfile
 from adaptive_spec.wire.ring import RingReader
 from adaptive_spec.wire.shared_file import KEPT_ASIDE, set_aside
@@ -75,7 +75,8 @@ def _from_folder(settings: SidecarSettings, info: EngineInfo, folder: Path) -> t
         check_profile(profile, settings.controller, info)
         controller.restore_profile(profile.latency, profile.calibration)
     except Exception as error:  # whatever its files hold
-        log.warning("profile %s cannot be used: %s; set aside as %s", folder, error, set_aside(folder).name)
+        why = "foreign" if isinstance(error, ForeignProfileError) else "damaged"
+        log.warning("profile %s cannot be used: %s; set aside as %s", folder, error, set_aside(folder, why).name)
         return None
     log.info("already profiled, skipping warmup (%s)", folder)
     return controller, "profile", None

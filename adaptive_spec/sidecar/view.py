@@ -27,7 +27,8 @@ class View:
     own report. history: points of the goodput chart, oldest first. store: operations of the profile store, counted by
     (operation, result), None without a store. annotations_sent, annotations_dropped: Grafana annotations, the dropped ones by
     reason; annotations_sent is None when no Grafana is configured. policy_ignored: the engine runs without a policy although one
-    that acts is offered. gain_over_no_speculation: see `control.no_speculation`, None where that was not measured. dp_ranks: of a
+    that acts is offered. gain_over_no_speculation: see `control.no_speculation`, None where that was not measured.
+    session: number of the session that the snapshot is of, 0 without one; event ids are unique within one. dp_ranks: of a
     server with data parallelism the view of each data-parallel rank, ascending; this one is that of the first, with what belongs
     to the whole sidecar.
     """
@@ -47,6 +48,7 @@ class View:
     annotations_dropped: Mapping[str, int] = field(default_factory=dict)
     policy_ignored: bool = False
     gain_over_no_speculation: float | None = None
+    session: int = 0
     dp_ranks: Mapping[int, View] = field(default_factory=dict)
 
 

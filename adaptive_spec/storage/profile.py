@@ -47,7 +47,11 @@ class Profile(NamedTuple):
 
 
 class ProfileError(ValueError):
-    """A profile that is damaged or of another engine. The message is one line."""
+    """A profile that is damaged. The message is one line."""
+
+
+class ForeignProfileError(ProfileError):
+    """A profile of another engine."""
 
 
 def check_writable(profile_dir: Path) -> None:
@@ -67,7 +71,7 @@ def check_writable(profile_dir: Path) -> None:
 
 
 def load_profile(folder: Path, info: EngineInfo) -> Profile | None:
-    """Read a profile; None when there is none. Raises ProfileError when it is damaged or of another engine."""
+    """Read a profile; None when there is none. Raises ProfileError: damaged; ForeignProfileError: another engine's."""
     if not folder.is_dir() or not any((folder / f"{kind}.npz").exists() for kind in (LATENCY_MODEL, CALIBRATION)):
         return None
     arrays = []
@@ -79,7 +83,7 @@ def load_profile(folder: Path, info: EngineInfo) -> Profile | None:
         except ArchiveError as error:
             raise ProfileError(str(error)) from error
         if difference := difference_of(archive.meta, info):
-            raise ProfileError(f"{kind}.npz is of another engine: {difference}")
+            raise ForeignProfileError(f"{kind}.npz is of another engine: {difference}")
         arrays.append(archive.arrays)
     _check_policy_file(folder / "policy.json")
     return Profile(*arrays)

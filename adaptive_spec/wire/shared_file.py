@@ -169,12 +169,12 @@ def identity_at(path: Path | str) -> Identity | None:
     return _identity(status)
 
 
-def set_aside(path: Path) -> Path:
-    """Rename a damaged file or folder to `NAME.damaged-N`, N above all others, and return the new path. Raises OSError.
+def set_aside(path: Path, why: str = "damaged") -> Path:
+    """Rename a file or folder to `NAME.damaged-N`, N above all others, and return the new path. Raises OSError.
 
-    The `KEPT_ASIDE` newest stay, the others are deleted.
+    why: what to call it in place of damaged. The `KEPT_ASIDE` newest stay, the others are deleted.
     """
-    prefix = f"{path.name}.damaged-"
+    prefix = f"{path.name}.{why}-"
     ends = (name.removeprefix(prefix) for name in os.listdir(path.parent) if name.startswith(prefix))
     numbers = sorted(int(end) for end in ends if end.isascii() and end.isdigit() and len(end) < 10)
     target = path.with_name(f"{prefix}{numbers[-1] + 1 if numbers else 1}")

@@ -184,7 +184,7 @@ def test_every_swap_and_drift_event_becomes_one_annotation(server: GrafanaServer
     ]
     annotator = Annotator(client(server), 64, unix_s=lambda: 1_000_000.0)
     for count in (2, 2, 3, 3):
-        annotator.offer(replace(SNAPSHOT, events=tuple(events[:count])), engine_info(), 103.0)
+        annotator.offer(replace(SNAPSHOT, events=tuple(events[:count])), engine_info(), 103.0, 1)
     wait_for(lambda: annotator.counts.sent == 2, "two annotations")
     assert [(a["time"], a["tags"], a["text"]) for a in server.annotations] == [
         (999_998_000, ["adaptive-spec", "swap", "numbers", "cpu"], "K 3→5 at batch 4"),
@@ -201,7 +201,7 @@ def test_a_slow_grafana_does_not_block_and_drops_are_counted(server: GrafanaServ
     begun_s = time.monotonic()
     for i in range(50):
         events.append(Event(float(i), "swap", f"swap {i}", i + 1))
-        annotator.offer(replace(SNAPSHOT, events=tuple(events)), engine_info(), float(i))
+        annotator.offer(replace(SNAPSHOT, events=tuple(events)), engine_info(), float(i), 1)
     assert time.monotonic() - begun_s < 5.0, "offer does not wait for the server"
     assert annotator.counts.sent == 0
     assert annotator.counts.dropped["queue_full"] in (46, 47), "one is being sent, three are queued"
@@ -214,11 +214,11 @@ def test_refusals_are_counted_and_logged_once(server: GrafanaServer, caplog: pyt
     server.status = 401
     annotator = Annotator(client(server), 64)
     events = tuple(Event(float(i), "swap", f"swap {i}", i + 1) for i in range(5))
-    annotator.offer(replace(SNAPSHOT, events=events), engine_info(), 9.0)
+    annotator.offer(replace(SNAPSHOT, events=events), engine_info(), 9.0, 1)
     wait_for(lambda: annotator.counts.dropped["refused"] == 5, "five refusals")
     assert len(caplog.records) == 1
     server.status = 0
-    annotator.offer(replace(SNAPSHOT, events=(*events, Event(6.0, "drift", "x", 6))), engine_info(), 9.0)
+    annotator.offer(replace(SNAPSHOT, events=(*events, Event(6.0, "drift", "x", 6))), engine_info(), 9.0, 1)
     wait_for(lambda: annotator.counts.sent == 1, "the annotation after the refusals")
     annotator.close()
 
@@ -228,28 +228,32 @@ def test_events_of_equal_content_made_anew_for_every_view_are_sent_once(server: 
     annotator = Annotator(client(server), 64)
     for _ in range(20):
         events = (Event(1.0, "drift", "latency", 7), Event(1.0, "swap", "K 3→5", 8))
-        annotator.offer(replace(SNAPSHOT, events=events), engine_info(), 9.0)
+        annotator.offer(replace(SNAPSHOT, events=events), engine_info(), 9.0, 1)
     wait_for(lambda: annotator.counts.sent == 2, "two annotations")
-    annotator.offer(replace(SNAPSHOT, events=(Event(2.0, "swap", "K 5→3", 9),)), engine_info(), 9.0)
+    annotator.offer(replace(SNAPSHOT, events=(Event(2.0, "swap", "K 5→3", 9),)), engine_info(), 9.0, 1)
     wait_for(lambda: annotator.counts.sent == 3, "the next one")
-    annotator.begin()  # another engine's controller
-    annotator.offer(replace(SNAPSHOT, events=(Event(3.0, "swap", "K 1→2", 1),)), engine_info(), 9.0)
-    wait_for(lambda: annotator.counts.sent == 4, "the one of another controller")
-    assert [a["text"] for a in server.annotations] == ["latency", "K 3→5", "K 5→3", "K 1→2"]
+    other = replace(SNAPSHOT, events=(Event(3.0, "swap", "K 1→2", 1),))
+    annotator.offer(other, engine_info(), 9.0, 2)
+    wait_for(lambda: annotator.counts.sent == 4, "the one of another session")
+    for session in (1, 2, 1):  # the first data-parallel rank is another one, and then the same again
+        annotator.offer(replace(SNAPSHOT, events=events) if session == 1 else other, engine_info(), 9.0, session)
+    annotator.offer(replace(other, events=(*other.events, Event(4.0, "swap", "K 2→3", 2))), engine_info(), 9.0, 2)
+    wait_for(lambda: annotator.counts.sent == 5, "the last one")
+    assert [a["text"] for a in server.annotations] == ["latency", "K 3→5", "K 5→3", "K 1→2", "K 2→3"]
     annotator.close()
 
 
 def test_a_rotated_token_is_used_at_once(server: GrafanaServer, token_file: Path) -> None:
     annotator = Annotator.of(GrafanaSettings(url=server.url, token_file=token_file))
     assert annotator is not None
-    annotator.offer(replace(SNAPSHOT, events=(Event(1.0, "swap", "before", 1),)), engine_info(), 9.0)
+    annotator.offer(replace(SNAPSHOT, events=(Event(1.0, "swap", "before", 1),)), engine_info(), 9.0, 1)
     wait_for(lambda: annotator.counts.sent == 1, "the annotation with the first token")
     server.token = "glsa_next-token"
     token_file.write_text("")  # in the middle of being replaced: the token at hand is used, and refused
-    annotator.offer(replace(SNAPSHOT, events=(Event(2.0, "swap", "between", 2),)), engine_info(), 9.0)
+    annotator.offer(replace(SNAPSHOT, events=(Event(2.0, "swap", "between", 2),)), engine_info(), 9.0, 1)
     wait_for(lambda: annotator.counts.dropped["refused"] == 1, "the refusal")
     token_file.write_text("glsa_next-token\n")
-    annotator.offer(replace(SNAPSHOT, events=(Event(3.0, "swap", "after", 3),)), engine_info(), 9.0)
+    annotator.offer(replace(SNAPSHOT, events=(Event(3.0, "swap", "after", 3),)), engine_info(), 9.0, 1)
     wait_for(lambda: annotator.counts.sent == 2, "the annotation with the next token")
     annotator.close()
 

@@ -170,6 +170,43 @@ def test_damaged_profile_is_set_aside_and_the_sweep_runs(
     session.close()
 
 
+def test_a_profile_of_another_engine_is_called_foreign(
+    settings: SidecarSettings, engine: NumbersEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As when a folder was copied by hand and renamed: nothing in it is damaged."""
+    session = _swept(_open(settings), engine)
+    session.save_profile()
+    folder = session.profile_folder
+    session.close()
+    engine.close()
+    other = NumbersEngine(settings.runtime_dir, replace(engine.info, fingerprint=(("quantization", "fp8"),)))
+    there = settings.profile_dir / other.info.profile_name
+    assert there != folder
+    folder.rename(there)
+    session = _open(settings)
+    assert session.origin == "sweep"
+    assert not there.exists()
+    assert sorted(path.name for path in there.with_name(f"{there.name}.foreign-1").glob("*.npz")) == [
+        "calibration.npz", "latency_model.npz",
+    ]  # fmt: skip
+    assert not list(settings.profile_dir.glob("*.damaged-*"))
+    assert "quantization: must be fp8, got None" in caplog.text
+    session.close()
+    other.close()
+
+
+def test_each_session_has_a_number_of_its_own(settings: SidecarSettings, engine: NumbersEngine) -> None:
+    """Ids of events are unique within one: what was sent of one session says nothing of those of the next."""
+    numbers = []
+    for _ in range(2):
+        session = _open(settings)
+        engine.step()
+        session.run_once()
+        numbers.append(session.view(None).session)
+        session.close()
+    assert 0 < numbers[0] < numbers[1]
+
+
 OTHER_CONFIGURATIONS: list[dict[str, Any]] = [
     {"candidates": (0, 1, 2)}, {"candidates": (0, 1, 2, 3, 4, 5, 6)}, {"max_batch": 12}, {"max_batch": 4},
 ]  # fmt: skip

@@ -14,7 +14,7 @@ help:
 	@echo "make site                                   the documentation as HTML in build/site; fails on a dead link"
 	@echo "make wheel                                  dist/adaptive_spec-VERSION-py3-none-any.whl, to install elsewhere"
 	@echo "make release-check                          build the release and try it in a fresh environment (minutes)"
-	@echo "make benchmarks                             policies against each other, simulated; writes docs/benchmarks.md"
+	@echo "make benchmarks [ARGS=\"--seed 7\"]            policies against each other, simulated; writes docs/benchmarks.md"
 	@echo "make fuzz [ARGS=\"csv --seconds 60\"]         fuzz what is read from outside the process"
 	@echo "make gpu-report OUT=DIR                     verify latency, boundaries, overhead, K on this device (CUDA, or the CPU)"
 	@echo "make stack [ARGS=\"--duration 90\"]            demo, Prometheus and Alertmanager with the shipped configuration"

@@ -46,7 +46,7 @@ MAX_UNSEEN_ERROR = 0.3
 MAX_FOLLOWED, FAR = 0.7, 1.5
 """Change of the log speed factor that a mean is assumed to follow unmeasured, and the one beyond which it restarts."""
 MOST_MEANS = 1024
-"""Means kept by default: beyond that the one measured longest ago goes. With 1024 token counts a refit takes at most 20 ms."""
+"""Means kept by default: beyond that the one measured longest ago goes. It bounds a refit, see `benchmarks/refit.py`."""
 MAX_SHAPE_CHANGES = 8
 """Latest changes of the curve's shape that are remembered."""
 CLIP_SIGMAS = 4.0

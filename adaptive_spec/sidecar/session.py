@@ -289,7 +289,11 @@ class Session:
         if not self.ring.replaced():
             return True
         self._read_rest()
-        ring = _open_ring(self.ring.path)
+        try:
+            ring = _open_ring(self.ring.path)
+        except BadInput as error:  # damage or a replaced file; its engine makes it again
+            _log_once(f"{error}; waiting for the engine to make it again")
+            return True
         if ring is None:
             return True  # replaced once more meanwhile: tried again at the next call
         if replace(ring.info, pid=0) != replace(self.info, pid=0):

@@ -29,11 +29,11 @@ def verify_s(tokens: int) -> float:
 class NumbersEngine:
     """Runs steps as fast as they are asked for; its times are numbers, nothing waits for them."""
 
-    def __init__(self, runtime_dir: Path, info: EngineInfo | None = None, seed: int = 0) -> None:
+    def __init__(self, runtime_dir: Path, info: EngineInfo | None = None, seed: int = 0, max_age_s: float = 30.0) -> None:
         self.info = info or engine_info()
-        self.tap = EngineTap.open(runtime_dir, self.info)
+        self.tap = EngineTap.open(runtime_dir, self.info, max_age_s)
         self.rng = np.random.default_rng(seed)
-        self.steps = 0
+        self.steps = self.output_tokens = 0
 
     def step(self, batch_size: int = 2) -> int:
         """Do one step; returns its K."""
@@ -51,6 +51,7 @@ class NumbersEngine:
             confidences, verify_len, accept_len, np.arange(b, dtype=np.uint32),
         )  # fmt: skip
         self.steps += 1
+        self.output_tokens += int(accept_len.sum()) + b
         return k
 
     def run(self, seconds: float, batch_size: int = 2, pause_s: float = 0.001) -> None:

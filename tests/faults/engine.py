@@ -1,0 +1,63 @@
+"""A stand-in for an LLM server: a process that runs decode steps through the real tap, as numbers, without torch.
+
+    python -m tests.faults.engine --runtime-dir DIR --state FILE
+
+It writes FILE, replaced whole, ten times a second: what it counted by itself, to compare with what the sidecar says. While
+FILE.pause exists it makes no steps. It ends on SIGTERM.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from types import FrameType
+
+import click
+
+from adaptive_spec.domain.step_record import StepFlag
+from adaptive_spec.wire.engine_report import EngineReport, write_report
+from tests.support.numbers_engine import NumbersEngine
+
+MAX_AGE_S = 1.0
+"""The heartbeat's age beyond which this engine takes its launch K; 30 s by default, here so short that a test need not wait."""
+
+
+@click.command()
+@click.option("--runtime-dir", type=click.Path(path_type=Path), required=True)
+@click.option("--state", type=click.Path(path_type=Path), required=True)
+def main(runtime_dir: Path, state: Path) -> None:
+    stopping: list[int] = []
+
+    def stop(number: int, _frame: FrameType | None) -> None:
+        stopping.append(number)
+
+    signal.signal(signal.SIGTERM, stop)
+    engine = NumbersEngine(runtime_dir, max_age_s=MAX_AGE_S)
+    pause = state.with_name(state.name + ".pause")
+    temporary = state.with_name(state.name + ".tmp")
+    write_at_s = 0.0
+    while not stopping:
+        paused = pause.exists()
+        if not paused:
+            engine.step()
+        now_s = time.monotonic()
+        if now_s >= write_at_s:
+            write_at_s = now_s + 0.1
+            counters = engine.tap.counters._asdict()
+            fallback = bool(engine.tap.begun.flags & StepFlag.FALLBACK)
+            document = {"pid": os.getpid(), "steps": engine.steps, "paused": paused, "k": engine.tap.begun.k, "fallback": fallback}
+            temporary.write_text(json.dumps(document | {"output_tokens": engine.output_tokens} | counters))
+            temporary.replace(state)
+            try:
+                write_report(runtime_dir, EngineReport(os.getpid(), "numbers", "attached", counters=counters))
+            except OSError:
+                pass  # as the plugins do: a report that cannot be written is written later
+        time.sleep(0.002)
+    engine.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -8,6 +8,7 @@ FILE.pause exists it makes no steps. It ends on SIGTERM.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -48,13 +49,12 @@ def main(runtime_dir: Path, state: Path) -> None:
             write_at_s = now_s + 0.1
             counters = engine.tap.counters._asdict()
             fallback = bool(engine.tap.begun.flags & StepFlag.FALLBACK)
-            document = {"pid": os.getpid(), "steps": engine.steps, "paused": paused, "k": engine.tap.begun.k, "fallback": fallback}
+            document = {"pid": os.getpid(), "steps": engine.steps, "paused": paused, "fallback": fallback}
+            document["k"] = engine.tap.begun.k
             temporary.write_text(json.dumps(document | {"output_tokens": engine.output_tokens} | counters))
             temporary.replace(state)
-            try:
+            with contextlib.suppress(OSError):  # as the plugins do: a report that cannot be written is written later
                 write_report(runtime_dir, EngineReport(os.getpid(), "numbers", "attached", counters=counters))
-            except OSError:
-                pass  # as the plugins do: a report that cannot be written is written later
         time.sleep(0.002)
     engine.close()
 

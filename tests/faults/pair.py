@@ -165,5 +165,6 @@ def damage(path: Path, how: str) -> None:
 
 
 HOWS = (
-    "truncated", "zeroed", "bit-flipped", "of another version", "deleted", "replaced by a link", "replaced by a FIFO", "mode 0000",
+    "truncated", "zeroed", "bit-flipped", "of another version", "deleted", "replaced by a link", "replaced by a FIFO",
+    "mode 0000",
 )  # fmt: skip

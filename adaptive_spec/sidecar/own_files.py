@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import secrets
+import stat
 from pathlib import Path
 
 from adaptive_spec.client.sidecar import ADDRESS_NAME, HEARTBEAT_NAME, TOKEN_NAME, own_token
@@ -19,6 +20,7 @@ from adaptive_spec.errors import BadInput
 from adaptive_spec.regular_file import read_regular_file
 from adaptive_spec.runtime_folder import RoleLock, make_runtime_dir, remove_temporary_files
 from adaptive_spec.storage.archive import write_atomically
+from adaptive_spec.wire.shared_file import set_aside
 
 CHECKPOINT_NAME = "checkpoint.npz"
 LARGEST_TOKEN = 1 << 14
@@ -45,6 +47,7 @@ class OwnFiles:
         self._failed = ""
         try:
             # Of a sidecar that was killed: another program may use its port now.
+            _make_place(folder / ADDRESS_NAME)
             (folder / ADDRESS_NAME).unlink(missing_ok=True)
             remove_temporary_files(folder, (PAGE_NAME, CHECKPOINT_NAME, ADDRESS_NAME, TOKEN_NAME))
             self._own_token = token_file is None
@@ -99,9 +102,11 @@ class OwnFiles:
     def _write(self) -> None:
         try:
             if self._own_token and own_token(self.folder / TOKEN_NAME) != self.token:
+                _make_place(self.folder / TOKEN_NAME)
                 write_atomically(self.folder / TOKEN_NAME, self.token.encode() + b"\n")
             address = json.dumps(self._address()).encode()
             if self._url and not _holds(self.folder / ADDRESS_NAME, address):
+                _make_place(self.folder / ADDRESS_NAME)
                 write_atomically(self.folder / ADDRESS_NAME, address)
         except OSError as error:
             self._log_failure(error)
@@ -117,6 +122,16 @@ class OwnFiles:
         if self._failed != reason:
             self._failed = reason
             log.error("runtime_dir '%s': cannot be written, ctl cannot find this sidecar: %s", self.folder, error.strerror)
+
+
+def _make_place(path: Path) -> None:
+    """Set a folder aside that lies where a file of ours belongs: a file cannot replace it. Raises OSError."""
+    try:
+        folder = stat.S_ISDIR(os.lstat(path).st_mode)
+    except FileNotFoundError:
+        return
+    if folder:
+        log.warning("%s: is a folder in place of a file, now %s", path, set_aside(path).name)
 
 
 def _take_role(folder: Path) -> RoleLock:

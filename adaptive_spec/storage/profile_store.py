@@ -9,10 +9,12 @@ reader that finds an object damaged, incomplete, of another engine or removed ta
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 import secrets
 import socket
+import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,8 +33,10 @@ KEPT = 8
 LISTINGS = 3
 """Times a reader lists the store when profiles are removed while it reads."""
 LARGEST_BYTES = 64 << 20
-LONGEST_REASON = 300
 """Larger objects are not read."""
+LONGEST_REASON = 300
+OPEN_PATIENCE_S = 5.0
+"""Seconds a sidecar's start waits for a storage that connects when it is opened (FTP, SFTP, SMB). A wrong URL is known at once."""
 FUTURE_S = 300.0
 """Seconds a writer's clock may be ahead of the reader's; profiles dated later are ignored."""
 SHARED_MODE = 0o644
@@ -53,10 +57,12 @@ class ProfileStore:
     """Reads and writes a store. Calls block as long as the storage does: `profile_store_worker` calls them in a thread.
 
     key: signs what is saved, and only what is signed with it is loaded; None: without signatures.
-    Raises BadInput when the URL is not supported, or fsspec or its package for this storage is not installed.
+    Raises BadInput when the URL is not supported, or fsspec or its package for this storage is not installed. A storage that
+    cannot be reached is not an error here: it is opened again by the next call.
     """
 
     def __init__(self, url: str, key: bytes | None = None) -> None:
+        self._url = url
         self.shown = url_without_secrets(url)
         self._secrets = secrets_of(url)
         self._key = key
@@ -68,13 +74,44 @@ class ProfileStore:
                 f"profile_store: {self.shown!r}: fsspec is not installed: "
                 "install the extra 'store' (pip install '.[store]' in a checkout)"
             ) from error
-        try:
-            self._files, self._root = url_to_fs(url)
-        except Exception as error:  # each storage's package has its own errors
-            raise BadInput(f"profile_store: {self.shown!r}: {self.reason(error)}; {allowed}") from error
-        self._root = self._root.rstrip("/")
-        protocols = self._files.protocol
+        self._url_to_fs = url_to_fs
+        self._files: Any = None
+        wrong: list[Exception] = []
+
+        def open_now() -> None:
+            try:
+                self._open()
+            except Exception as error:  # each storage's package has its own errors
+                wrong.append(error)
+
+        # In a thread, and a daemon: some storages connect when they are opened, and an address may never answer.
+        opening = threading.Thread(target=open_now, name="profile store opens", daemon=True)
+        opening.start()
+        opening.join(OPEN_PATIENCE_S)
+        if wrong and not _not_reached(wrong[0]):
+            raise BadInput(f"profile_store: {self.shown!r}: {self.reason(wrong[0])}; {allowed}") from wrong[0]
+        if wrong or opening.is_alive():
+            why = self.reason(wrong[0]) if wrong else f"no answer within {OPEN_PATIENCE_S:g} s"
+            log.warning("profile store %s: cannot be reached: %s; going on without it, and trying again later", self.shown, why)
+
+    def _open(self) -> None:
+        """Open the storage. Raises what its package raises."""
+        files, root = self._url_to_fs(self._url)
+        protocols = files.protocol
         self._local = "file" in ((protocols,) if isinstance(protocols, str) else protocols)
+        self._root = root.rstrip("/")
+        self._files = files
+
+    def _ensure_open(self) -> None:
+        if self._files is None:
+            self._open()
+
+    def drop_connection(self) -> None:
+        """Open the storage again at the next call: after a failure its connection may be gone. Raises nothing."""
+        files, self._files = self._files, None
+        with contextlib.suppress(Exception):
+            if files is not None:
+                type(files).clear_instance_cache()  # fsspec would return the same object, with the same connection
 
     def reason(self, error: BaseException) -> str:
         """Return the message of an error on one line, without the secrets of the URL."""
@@ -82,6 +119,7 @@ class ProfileStore:
 
     def save(self, info: EngineInfo, profile: Profile, now_s: float) -> str:
         """Add a profile and remove those beyond the newest KEPT. now_s: Unix seconds. Returns its path. Raises OSError."""
+        self._ensure_open()
         data = archive_bytes(KIND, _flat(profile), identity_meta(info))
         folder = f"{self._root}/{info.profile_name}"
         host = re.sub(r"[^A-Za-z0-9.-]+", "-", socket.gethostname())[:63]
@@ -101,6 +139,7 @@ class ProfileStore:
 
         now_s: Unix seconds. Raises OSError when the store cannot be listed.
         """
+        self._ensure_open()
         tried: set[str] = set()
         for _ in range(LISTINGS):
             gone = False
@@ -159,6 +198,12 @@ class ProfileStore:
                 self._files.rm_file(path)
             except OSError as error:  # another writer removed it, or it is another user's: the next writer tries again
                 log.debug("profile %s was not removed from the store: %s", path, error)
+
+
+def _not_reached(error: Exception) -> bool:
+    """Whether the storage did not answer or answered no: the URL may be right. Other errors are those of a wrong URL or package."""
+    wrong = ValueError, TypeError, LookupError, AttributeError, ImportError, NotImplementedError, IsADirectoryError
+    return not isinstance(error, (*wrong, NotADirectoryError, FileNotFoundError, PermissionError))
 
 
 def _name(path: str) -> str:

@@ -116,6 +116,7 @@ class StoreWorker:
         except Exception as error:  # each storage has its own exceptions
             result = "failed"
             log.warning("profile store %s: cannot be read: %s", self.store.shown, self.store.reason(error))
+            self.store.drop_connection()
         with self._changed:
             if info != self._asked or self._answered:
                 return  # already counted as late, or the engine has changed
@@ -134,5 +135,6 @@ class StoreWorker:
                     self.store.shown,
                     self.store.reason(error),
                 )
+            self.store.drop_connection()
         with self._changed:
             self.counts["save", result] += 1

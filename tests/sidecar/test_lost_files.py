@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from adaptive_spec.client.sidecar import ADDRESS_NAME, TOKEN_NAME, ControlClient
+from adaptive_spec.client.sidecar import ADDRESS_NAME, TOKEN_NAME, ControlClient, own_token
 from adaptive_spec.config.settings import SidecarSettings
 from adaptive_spec.engine_side.tap import LOOK_STEPS, PAGE_NAME, RING_NAME
 from adaptive_spec.errors import BadInput
@@ -192,11 +193,36 @@ def test_nothing_attached_is_no_ignored_policy() -> None:
     assert not status_document(View(0.0), 0.0, 0.0)["policy_ignored"]
 
 
-def test_a_file_that_cannot_be_written_is_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    (tmp_path / "run").mkdir(mode=0o700)
-    (tmp_path / "run" / "control.token").mkdir()
+def test_a_file_that_cannot_be_written_is_logged_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr("adaptive_spec.sidecar.own_files.write_atomically", full)
     own = OwnFiles(tmp_path / "run", None)
     for _ in range(5):
         own.keep()
     assert caplog.text.count("cannot be written") == 1
     own.close()
+
+
+@pytest.mark.parametrize("name", [TOKEN_NAME, ADDRESS_NAME])
+@pytest.mark.parametrize("when", ["before", "while it runs"])
+def test_a_folder_in_place_of_a_file_of_the_sidecar_is_set_aside(tmp_path: Path, name: str, when: str) -> None:
+    place = tmp_path / name
+    if when == "before":
+        (place / "inside").mkdir(parents=True)
+    tmp_path.chmod(0o700)
+    own = OwnFiles(tmp_path, None)
+    try:
+        own.announce("http://127.0.0.1:1")
+        if when != "before":
+            place.unlink()
+            (place / "inside").mkdir(parents=True)
+            own.keep()
+        assert own_token(tmp_path / TOKEN_NAME) == own.token
+        assert json.loads((tmp_path / ADDRESS_NAME).read_bytes())["url"] == "http://127.0.0.1:1"
+        assert (tmp_path / f"{name}.damaged-1" / "inside").is_dir()
+    finally:
+        own.close()

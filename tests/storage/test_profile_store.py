@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import stat
 import subprocess
 import sys
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from adaptive_spec.domain.engine_info import EngineInfo
 from adaptive_spec.errors import BadInput
@@ -222,6 +226,88 @@ def test_no_secret_in_the_log_of_a_failing_store(caplog: pytest.LogCaptureFixtur
         threading.Event().wait(0.01)
     assert "cannot be read: 403 at" in caplog.text
     assert not any(secret in caplog.text for secret in ("hunter2", "a/bcd", "a%2Fbcd"))
+
+
+@pytest.fixture
+def refused_url() -> str:
+    """FTP at a port where nobody listens."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return f"ftp://user:hunter2@127.0.0.1:{taken.getsockname()[1]}/x"
+
+
+def test_a_store_that_refuses_the_connection_is_said_and_does_not_end_the_start(
+    refused_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = ProfileStore(refused_url)
+    assert "cannot be reached" in caplog.text
+    assert "hunter2" not in caplog.text
+    with pytest.raises(OSError, match="refused"):
+        store.load(INFO, NOW_S, accept_any)
+
+
+def test_a_store_that_never_answers_does_not_hold_the_start(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(profile_store, "OPEN_PATIENCE_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        ProfileStore(f"ftp://127.0.0.1:{silent.getsockname()[1]}/x")
+    assert "cannot be reached: no answer within 0.2 s" in caplog.text
+
+
+class _ComesAndGoes(MemoryFileSystem):
+    """A storage that connects when it is opened, and whose connection can break."""
+
+    protocol = "comesandgoes"
+    reachable = False
+    connections = 0
+
+    def __init__(self, **options: object) -> None:
+        super().__init__(**options)
+        if not type(self).reachable:
+            raise ConnectionRefusedError(111, "Connection refused")
+        type(self).connections += 1
+        self.number = type(self).connections
+        self.broken = False
+
+    def ls(self, path: str, detail: bool = True, **options: object) -> list[object]:
+        if self.broken:
+            raise BrokenPipeError(32, "Broken pipe")
+        found: list[object] = super().ls(path, detail=detail, **options)
+        return found
+
+
+def test_a_store_that_comes_back_is_opened_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    fsspec.register_implementation("comesandgoes", _ComesAndGoes, clobber=True)
+    store = ProfileStore("comesandgoes://store/x")
+    worker = StoreWorker(store)
+    worker.save(INFO, numbered(1))
+    _wait(lambda: worker.summary()["save", "failed"] == 1)
+    monkeypatch.setattr(_ComesAndGoes, "reachable", True)
+    worker.save(INFO, numbered(2))
+    _wait(lambda: worker.summary()["save", "done"] == 1)
+    store._files.broken = True
+    worker.save(INFO, numbered(3))
+    _wait(lambda: worker.summary()["save", "failed"] == 2)
+    worker.save(INFO, numbered(4))
+    _wait(lambda: worker.summary()["save", "done"] == 2)
+    assert number_of(store.load(INFO, time.time() + 1, accept_any)) == 4
+    worker.close()
+
+
+def _wait(condition: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + 30.0
+    while not condition():
+        assert time.monotonic() < deadline_s
+        threading.Event().wait(0.01)
+
+
+def test_a_sidecar_starts_without_a_store_that_refuses(refused_url: str, tmp_path: Path) -> None:
+    (tmp_path / "sidecar.yaml").write_text(f"profile_store: {refused_url}\n")
+    arguments = ("--config", str(tmp_path / "sidecar.yaml"))
+    with SidecarProcess(tmp_path / "run", tmp_path / "profiles", *arguments) as sidecar:
+        assert sidecar.status()["engine_attached"] is False
+        assert "cannot be reached" in sidecar.stop()
 
 
 def test_without_fsspec(monkeypatch: pytest.MonkeyPatch) -> None:

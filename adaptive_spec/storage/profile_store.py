@@ -201,7 +201,7 @@ class ProfileStore:
 
 
 def _not_reached(error: Exception) -> bool:
-    """Whether the storage did not answer or answered no: the URL may be right. Other errors are those of a wrong URL or package."""
+    """Whether the storage did not answer or answered no: the URL may be right. Others come from a wrong URL or package."""
     wrong = ValueError, TypeError, LookupError, AttributeError, ImportError, NotImplementedError, IsADirectoryError
     return not isinstance(error, (*wrong, NotADirectoryError, FileNotFoundError, PermissionError))
 

@@ -36,7 +36,7 @@ LARGEST_BYTES = 64 << 20
 """Larger objects are not read."""
 LONGEST_REASON = 300
 OPEN_PATIENCE_S = 5.0
-"""Seconds a sidecar's start waits for a storage that connects when it is opened (FTP, SFTP, SMB). A wrong URL is known at once."""
+"""Seconds a start waits for a storage that connects when it is opened (FTP, SFTP, SMB). A wrong URL is known at once."""
 FUTURE_S = 300.0
 """Seconds a writer's clock may be ahead of the reader's; profiles dated later are ignored."""
 SHARED_MODE = 0o644

@@ -255,7 +255,7 @@ def test_a_store_that_never_answers_does_not_hold_the_start(
     assert "cannot be reached: no answer within 0.2 s" in caplog.text
 
 
-class _ComesAndGoes(MemoryFileSystem):
+class _ComesAndGoes(MemoryFileSystem):  # type: ignore[misc]
     """A storage that connects when it is opened, and whose connection can break."""
 
     protocol = "comesandgoes"

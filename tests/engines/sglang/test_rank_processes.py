@@ -213,7 +213,7 @@ def test_no_call_of_ours_blocks_a_step_while_the_other_rank_is_stopped(tmp_path:
 
 
 @pytest.mark.server
-@pytest.mark.parametrize("options", [{}, {"without_plugin": [1], "timeout_s": 2}])
+@pytest.mark.parametrize("options", [pytest.param({}, marks=pytest.mark.nightly), {"without_plugin": [1], "timeout_s": 2}])
 def test_on_sglangs_own_receiver(kit: CpuKit, tmp_path: Path, options: dict[str, Any]) -> None:
     """Its own broadcast of the requests, hooked by its own registry."""
     with running(tmp_path, command=tuple(kit.command("python")), sglang=True, **options) as ranks:

@@ -168,6 +168,7 @@ def test_inert_unless_asked(kit: CpuKit, tmp_path: Path) -> None:
         assert "adaptive-spec:" not in log
 
 
+@pytest.mark.nightly
 def test_another_sglang_is_left_alone(kit: CpuKit, tmp_path: Path) -> None:
     """The installed one, under the version number of a later one."""
     site = tmp_path / "site" / "sglang-99.0.dist-info"

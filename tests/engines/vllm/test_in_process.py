@@ -21,7 +21,7 @@ quick = pytest.mark.skipif(
 
 @quick
 @pytest.mark.server
-@pytest.mark.parametrize("scheduling", ["sync", "async"])
+@pytest.mark.parametrize("scheduling", ["sync", pytest.param("async", marks=pytest.mark.nightly)])
 def test_outputs_are_exact_under_random_k_and_random_lengths_with_preemptions(vllm_kit: CpuKit, scheduling: str) -> None:
     found = in_process(vllm_kit, method="eagle", engine=PREEMPTING, **{"async": scheduling == "async"})
     agrees(found)

@@ -28,6 +28,8 @@ MAY_BE_EMPTY = {"Tile boundaries over time", "Jump ratios"}
 """Empty when no tile boundary is found, as may happen on a busy CPU."""
 WITHOUT_A_TARGET = {"Requests within the target"}
 """Empty in the demo, which sets no `slo_tpot_ms`."""
+PARTLY_EMPTY = {"Gain over the launch K", "Draft tokens, beside vLLM's own counters"}
+"""Some of their series are missing: the control arm's error comes later than a minute, and no vLLM runs."""
 SECONDS = 60
 
 pytestmark = pytest.mark.skipif(
@@ -104,7 +106,8 @@ def test_no_panel_is_empty_while_the_demo_runs(scraped: Api, tmp_path: Path) -> 
                 continue
             assert panel["points"] > 0, where
             assert panel["counts"], where
-            assert all(panel["counts"].values()), where
+            partly = any if panel["title"] in PARTLY_EMPTY else all
+            assert partly(panel["counts"].values()), where
             assert "No data" not in panel["text"], where
             if panel["type"] in ("timeseries", "trend"):
                 assert panel["canvases"] > 0, where

@@ -31,7 +31,7 @@ from adaptive_spec.engines.common.identity import config_hash, fingerprint, know
 from adaptive_spec.engines.common.plugin_settings import PluginSettings
 from adaptive_spec.engines.common.stage_clock import HostClock, StageClock
 from adaptive_spec.engines.common.steps_in_flight import FinishedStep, OpenStep, StepsInFlight
-from adaptive_spec.engines.sglang import contract
+from adaptive_spec.engines.sglang import contract, supported_servers
 from adaptive_spec.engines.sglang.ranks import Notes, RankedTap, Steering, carried, try_policy
 from adaptive_spec.engines.static_contract import installed, unmet
 from adaptive_spec.wire.engine_report import EngineReport, State, write_report
@@ -82,6 +82,8 @@ class Attachment:
         self._state: State = "refused"
         self._reason = ""
         self._refused = False
+        self._supported = False
+        """Whether K can be decided on this server."""
         self._steering: Steering | None = None
         """Set with several ranks."""
         self._worker: Any = None
@@ -102,8 +104,21 @@ class Attachment:
         return {"attach": self.attach}
 
     def worker_after(self, note: None, worker_class: Any, algorithm: Any, server_args: Any) -> None:
-        """SGLang has chosen its speculative worker: find out what is possible for it."""
-        raise NotImplementedError
+        """SGLang has chosen its worker: refuse it if it cannot be observed, and report it if K cannot be decided for it."""
+        reason = supported_servers.refusal(server_args)
+        if reason is not None:
+            log.warning("adaptive-spec: not attached: %s", reason)
+            self.refuse(reason)
+            return
+        reason = self._why_k_is_fixed(server_args)
+        self._supported = reason is None
+        if reason is not None:
+            log.warning("adaptive-spec: K is not decided here: %s", reason)
+            self.report("refused", reason)
+
+    def _why_k_is_fixed(self, server_args: Any) -> str | None:
+        """Why K cannot be decided on a server whose steps can be observed, None if it can."""
+        return supported_servers.unsupported_reason(server_args)
 
     def refuse(self, reason: str) -> None:
         """Do not attach to this server: close the guard and report why."""

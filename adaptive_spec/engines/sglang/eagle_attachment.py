@@ -60,7 +60,6 @@ class EagleAttachment(Attachment):
 
     def __init__(self, settings: PluginSettings, guard: Guard, engine: str) -> None:
         super().__init__(settings, guard, engine)
-        self._supported = False
         self._policy: SidecarDraftPolicy | None = None
         self._history: AcceptanceHistory | None = None
         self._confidences: Any = None
@@ -80,21 +79,6 @@ class EagleAttachment(Attachment):
         """Where K cannot change; else the policy knows them."""
 
     # -- once ----------------------------------------------------------------------------------------------------------
-
-    def worker_after(self, note: None, worker_class: Any, algorithm: Any, server_args: Any) -> None:
-        """SGLang has chosen its speculative worker: find out whether K can be decided for it, and report it if not."""
-        from adaptive_spec.engines.sglang.supported_servers import refusal, unsupported_reason
-
-        reason = refusal(server_args)
-        if reason is not None:
-            log.warning("adaptive-spec: not attached: %s", reason)
-            self.refuse(reason)
-            return
-        reason = unsupported_reason(server_args)
-        self._supported = reason is None
-        if reason is not None:
-            log.warning("adaptive-spec: K is not decided here: %s", reason)
-            self.report("refused", reason)
 
     def own_hooks(self) -> dict[str, Callable[..., None]]:
         return {**super().own_hooks(), "controller": self.controller}

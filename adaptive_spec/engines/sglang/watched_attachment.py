@@ -50,21 +50,8 @@ class WatchedAttachment(Attachment):
         """Tokens of each request in a verify forward."""
         self._graph_rows: list[int] = []
 
-    def worker_after(self, note: None, worker_class: Any, algorithm: Any, server_args: Any) -> None:
-        """SGLang has chosen its worker: find out whether it can be observed."""
-        from adaptive_spec.engines.sglang.supported_servers import refusal, unsupported_reason
-
-        reason = refusal(server_args)
-        if reason is not None:
-            log.warning("adaptive-spec: not attached: %s", reason)
-            self.refuse(reason)
-            return
-        reason = self._why_k_is_fixed(unsupported_reason(server_args))
-        log.warning("adaptive-spec: K is not decided here: %s", reason)
-        self.report("refused", reason)
-
-    def _why_k_is_fixed(self, reason: str | None) -> str:
-        return reason or "SGLang cannot change K on this server"
+    def _why_k_is_fixed(self, server_args: Any) -> str:
+        return super()._why_k_is_fixed(server_args) or "SGLang cannot change K on this server"
 
     def _shape(self, worker: Any) -> tuple[int, int]:
         """K, and the tokens of each request in a verify forward."""
@@ -135,7 +122,7 @@ class PlainAttachment(WatchedAttachment):
 
     REQUIRED_GROUPS = (contract.PLAIN,)
 
-    def _why_k_is_fixed(self, reason: str | None) -> str:
+    def _why_k_is_fixed(self, server_args: Any) -> str:
         return "the server runs without speculation"
 
     def _shape(self, worker: Any) -> tuple[int, int]:

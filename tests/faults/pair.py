@@ -16,11 +16,8 @@ from typing import Any, Self
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.support.counter_series import Series, accounted, counters_of, went_back
 from tests.support.processes import SidecarProcess, wait_for
-
-Series = dict[tuple[str, tuple[tuple[str, str], ...]], float]
-OF_THE_PROCESS = ("process_", "python_", "adaptive_spec_controller_failures", "adaptive_spec_engine_")
-"""Counters that begin at 0 with each process, which a counter may, or that are the engine's."""
 
 
 class Pair:
@@ -84,14 +81,12 @@ class Pair:
 
     def scrape(self) -> Series:
         """/metrics: every value is finite, no counter is less than in any scrape before."""
-        found: Series = {}
-        for family in text_string_to_metric_families(self.sidecar.get("/metrics")):
+        page = self.sidecar.get("/metrics")
+        for family in text_string_to_metric_families(page):
             for sample in family.samples:
                 assert math.isfinite(sample.value), f"{sample.name} {sample.labels} is {sample.value}"
-                if family.type in ("counter", "histogram") and not family.name.startswith(OF_THE_PROCESS):
-                    found[sample.name, tuple(sorted(sample.labels.items()))] = sample.value
-        back = [f"{name} {value} -> {found[name]}" for name, value in self.counters.items() if found.get(name, value) < value]
-        assert back == []
+        found = counters_of(page)
+        assert went_back(self.counters, found) == []
         self.counters |= found
         return found
 
@@ -117,7 +112,7 @@ class Pair:
             seen: list[float] = []
 
             def quiet() -> bool:
-                seen.append(self.total(self.scrape(), "adaptive_spec_observations"))
+                seen.append(accounted(self.scrape()))
                 # The view is made four times a second: alike for 30 looks is longer than that.
                 return len(seen) > 30 and len(set(seen[-30:])) == 1
 

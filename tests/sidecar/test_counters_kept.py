@@ -10,19 +10,15 @@ from threading import Event, Thread
 
 import pytest
 from prometheus_client import generate_latest
-from prometheus_client.parser import text_string_to_metric_families
 
 from adaptive_spec.config.settings import SidecarSettings
 from adaptive_spec.sidecar.counters_page import COUNTERS_NAME
 from adaptive_spec.sidecar.metrics import metrics_registry
 from adaptive_spec.sidecar.session import Session
 from adaptive_spec.sidecar.view import CurrentView
+from tests.support.counter_series import Series, accounted, counters_of, went_back
 from tests.support.numbers_engine import NumbersEngine, engine_info
 from tests.support.processes import SidecarProcess
-
-Series = dict[tuple[str, tuple[tuple[str, str], ...]], float]
-OF_THE_PROCESS = ("process_", "adaptive_spec_controller_failures", "adaptive_spec_engine_")
-"""Counters that begin at 0 with each process, which a counter may, or that are the engine's."""
 
 
 @pytest.fixture
@@ -36,28 +32,10 @@ def _open(settings: SidecarSettings) -> Session:
     return session
 
 
-def _counters(page: str) -> Series:
-    """Counters and the counts of histograms on a metrics page."""
-    return {
-        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
-        for family in text_string_to_metric_families(page)
-        if family.type in ("counter", "histogram") and not family.name.startswith(OF_THE_PROCESS)
-        for sample in family.samples
-    }
-
-
 def _shown(session: Session) -> Series:
     current_view = CurrentView(0.0)
     current_view.view = session.view(None)
-    return _counters(generate_latest(metrics_registry(current_view)).decode())
-
-
-def _went_back(before: Series, after: Series) -> list[str]:
-    return [f"{name} {value} -> {after.get(name)}" for name, value in before.items() if after and after.get(name, -1.0) < value]
-
-
-def _accounted(series: Series) -> float:
-    return sum(v for (name, _), v in series.items() if name.startswith("adaptive_spec_observations"))
+    return counters_of(generate_latest(metrics_registry(current_view)).decode())
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -76,7 +54,7 @@ def test_crashes_at_random_moments(settings: SidecarSettings, seed: int) -> None
             session.run_once()
         if choose.random() < 0.3:
             after = _shown(session)
-            assert _went_back(before, after) == []
+            assert went_back(before, after) == []
             before = after or before
         if what > 0.97:
             session.checkpoint()
@@ -91,10 +69,10 @@ def test_crashes_at_random_moments(settings: SidecarSettings, seed: int) -> None
     while session.run_once():
         pass
     after = _shown(session)
-    assert _went_back(before, after) == []
+    assert went_back(before, after) == []
     assert crashes > 5
     assert relearnt > 2
-    assert _accounted(after) == engine.steps
+    assert accounted(after) == engine.steps
     assert after["adaptive_spec_decode_steps_total", (("gpu", "cpu"), ("model", "numbers"), ("tp", "1"))] <= engine.steps
     session.close()
     engine.close()
@@ -127,8 +105,8 @@ def test_records_behind_the_checkpoint_are_learnt_again_and_not_counted_again(se
     assert session.controller.counters.expected_accepted == pytest.approx(exact, rel=0.02), "each label counts once"
     assert session.run_once() == 50
     after = _shown(session)
-    assert _went_back(before, after) == []
-    assert _accounted(after) == 550
+    assert went_back(before, after) == []
+    assert accounted(after) == 550
     session.close()
     engine.close()
 
@@ -178,12 +156,12 @@ def test_the_same_series_continue_with_another_configuration_of_the_engine_and_o
     kept = {name: v for name, v in first.items() if name in second and not name[0].startswith(by_k)}
     gone = {name for name, _ in first if not any(name == other for other, _ in second)}
     assert gone == set()
-    assert _went_back(kept, second) == [], "those by K begin at 0, all others continue"
-    assert _accounted(second) == 200
+    assert went_back(kept, second) == [], "those by K begin at 0, all others continue"
+    assert accounted(second) == 200
     other = run(NumbersEngine(settings.runtime_dir, engine_info("other")))
-    assert _accounted(other) == 100
+    assert accounted(other) == 100
     back = run(NumbersEngine(settings.runtime_dir))
-    assert _accounted(back) == 100, "a reset to 0 is what rate() knows; the last value of this series is not known any more"
+    assert accounted(back) == 100, "a reset to 0 is what rate() knows; the last value of this series is not known any more"
 
 
 @pytest.mark.parametrize("content", [b"nonsense", None])
@@ -230,8 +208,8 @@ def test_kill_9_under_load(tmp_path: Path) -> None:
                 sidecar.wait_status(lambda status: status.get("decode_steps"), "records to be shown")
                 end_s = time.monotonic() + choose.uniform(0.0, 2.5)
                 while time.monotonic() < end_s:
-                    after = _counters(sidecar.get("/metrics"))
-                    assert _went_back(before, after) == [], f"in life {life}"
+                    after = counters_of(sidecar.get("/metrics"))
+                    assert went_back(before, after) == [], f"in life {life}"
                     before = after
                 sidecar.kill()
         stop.set()
@@ -241,7 +219,7 @@ def test_kill_9_under_load(tmp_path: Path) -> None:
                 lambda status: status.get("observations", 0) + sum(status.get("dropped", {}).values()) == engine.steps,
                 "every record to be accounted for",
             )
-            assert _went_back(before, _counters(sidecar.get("/metrics"))) == []
+            assert went_back(before, counters_of(sidecar.get("/metrics"))) == []
     finally:
         stop.set()
         if thread.ident is not None:

@@ -44,7 +44,7 @@ from adaptive_spec.models.acceptance.online import StepScore
 from adaptive_spec.models.goodput import Forecast
 from adaptive_spec.models.model_set import Findings, ModelSet, Stopwatch
 
-Profile = tuple[Mapping[str, NDArray[Any]], Mapping[str, NDArray[Any]]]
+Models = tuple[Mapping[str, NDArray[Any]], Mapping[str, NDArray[Any]]]
 """Arrays of the latency model and of the calibration; both empty: no models."""
 FAILED_RECORDS = 8
 """Records in a row that fail to be learnt before no policy acts: one or two bad ones say nothing about the models."""
@@ -514,7 +514,7 @@ class Controller:
             "k_by_batch_size": {str(b): k for b, k in self.k_by_batch_size().items()}, "table": self._decision.table.tolist(),
         }  # fmt: skip
 
-    def state(self, profile: Profile | None = None) -> dict[str, NDArray[Any]]:
+    def state(self, profile: Models | None = None) -> dict[str, NDArray[Any]]:
         """Everything a restarted sidecar needs, as arrays. profile: models to write in place of the present ones."""
         models = self.models
         latency, calibration = profile or (models.latency_state(), models.calibration_state())

@@ -16,6 +16,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -282,13 +283,9 @@ class Annotator:
         """Return the annotator that the settings ask for, None without a Grafana URL. Raises BadInput."""
         if settings.url is None:
             return None
-        path, name = settings.token_file, "grafana.token_file"
-        if path is None:
-            return cls(Grafana(settings.url, "", settings.timeout_s, attempts=2), settings.queue_length)
-        grafana = Grafana(
-            settings.url, read_token(path, name), settings.timeout_s, attempts=2, newest_token=lambda: read_token(path, name)
-        )
-        return cls(grafana, settings.queue_length)
+        read = partial(read_token, settings.token_file, "grafana.token_file") if settings.token_file else None
+        token = read() if read else ""
+        return cls(Grafana(settings.url, token, settings.timeout_s, attempts=2, newest_token=read), settings.queue_length)
 
     def offer(self, snapshot: Snapshot, info: EngineInfo, now_s: float, session: int) -> None:
         """Queue the new events. now_s: on the clock of the events. session: whose ids they are. Never waits, never raises."""

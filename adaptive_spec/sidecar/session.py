@@ -27,6 +27,7 @@ from adaptive_spec.engine_side.tap import LOOK_STEPS, PAGE_NAME, RING_NAME
 from adaptive_spec.errors import BadInput
 from adaptive_spec.runtime_folder import role_is_held
 from adaptive_spec.sidecar.counters_page import COUNTERS_NAME, CountersPage, KeptCounters, labels_of
+from adaptive_spec.sidecar.own_files import CHECKPOINT_NAME
 from adaptive_spec.sidecar.starting_models import (
     CHECKPOINT,
     checkpoint_key,
@@ -192,7 +193,7 @@ class Session:
     def _set_files_aside(self) -> None:
         """The models could not be fitted and are forgotten: what was kept of them is not to come back."""
         self._good = None
-        for path in (self.settings.runtime_dir / f"{CHECKPOINT}.npz", self.profile_folder):
+        for path in (self.settings.runtime_dir / CHECKPOINT_NAME, self.profile_folder):
             if os.path.lexists(path):
                 log.warning("%s: its models could not be fitted; set aside as %s", path, set_aside(path).name)
 
@@ -384,7 +385,7 @@ class Session:
             "generation": str(generation),  # text: not every JSON reader keeps 64-bit integers exact
             "position": position,
         }
-        save_archive(self.settings.runtime_dir / f"{CHECKPOINT}.npz", CHECKPOINT, controller.state(profile), meta)
+        save_archive(self.settings.runtime_dir / CHECKPOINT_NAME, CHECKPOINT, controller.state(profile), meta)
 
     def save_profile(self) -> bool:
         """Write the profile, of models that can be used. False: they cannot, or it failed; that is counted and logged."""

@@ -17,6 +17,7 @@ from adaptive_spec.config.settings import SidecarSettings
 from adaptive_spec.control.controller import Controller
 from adaptive_spec.control.no_speculation import GainOverNoSpeculation, without_speculation
 from adaptive_spec.domain.engine_info import EngineInfo
+from adaptive_spec.sidecar.own_files import CHECKPOINT_NAME
 from adaptive_spec.sidecar.usable import check_checkpoint, check_profile
 from adaptive_spec.storage.archive import ArchiveError, load_archive
 from adaptive_spec.storage.profile import ForeignProfileError, difference_of, load_profile, other_profiles, written_s
@@ -106,7 +107,7 @@ def has_checkpoint(folder: Path, info: EngineInfo) -> bool:
     if (folder / f"{CHECKPOINT}-{checkpoint_key(info)}.npz").exists():
         return True
     try:
-        return not _foreign(load_archive(folder / f"{CHECKPOINT}.npz", CHECKPOINT).meta, info)
+        return not _foreign(load_archive(folder / CHECKPOINT_NAME, CHECKPOINT).meta, info)
     except FileNotFoundError:
         return False
     except ArchiveError:
@@ -126,7 +127,7 @@ def _foreign(meta: Mapping[str, Any], info: EngineInfo) -> str:
 
 def _change_checkpoint(folder: Path, info: EngineInfo) -> None:
     """Keep the checkpoint of another engine under a name of its own, and take back that of this one. Raises OSError."""
-    path, own = folder / f"{CHECKPOINT}.npz", folder / f"{CHECKPOINT}-{checkpoint_key(info)}.npz"
+    path, own = folder / CHECKPOINT_NAME, folder / f"{CHECKPOINT}-{checkpoint_key(info)}.npz"
     try:
         meta = load_archive(path, CHECKPOINT).meta
     except (FileNotFoundError, ArchiveError):
@@ -144,7 +145,7 @@ def _change_checkpoint(folder: Path, info: EngineInfo) -> None:
 
 
 def _from_checkpoint(settings: SidecarSettings, ring: RingReader) -> tuple[Controller, str, int | None] | None:
-    path = settings.runtime_dir / f"{CHECKPOINT}.npz"
+    path = settings.runtime_dir / CHECKPOINT_NAME
     controller = Controller(settings.controller, ring.info)
     try:
         _change_checkpoint(settings.runtime_dir, ring.info)

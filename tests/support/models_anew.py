@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -17,6 +17,7 @@ from adaptive_spec.config.settings import ControllerSettings
 from adaptive_spec.control.controller import Controller
 from adaptive_spec.domain.engine_info import EngineInfo
 from adaptive_spec.domain.step_record import StepRecord
+from tests.support.ring_trace import RingTrace
 
 Labels = tuple[tuple[str, str], ...]
 Metrics = Mapping[str, Mapping[Labels, float]]
@@ -112,3 +113,30 @@ def same_models(metrics: Metrics, wanted: Metrics, relative: float) -> list[str]
             if abs(found[labels] - value) > slack:
                 wrong.append(f"{name}{dict(labels)}: {found[labels]!r} instead of {value!r}")
     return wrong
+
+
+class Anew(NamedTuple):
+    """What the models were made anew from."""
+
+    info: EngineInfo
+    records: list[StepRecord]
+    fitted: list[Fit]
+
+
+def assert_models_are_those_of(
+    whole: RingTrace, status: Mapping[str, Any], metrics: Metrics, log: str, settings: ControllerSettings
+) -> Anew:
+    """Assert that a sidecar's metrics are those of models made anew from all records since the start.
+
+    log: the sidecar's, of level debug. A twentieth of the records less must not agree: the comparison can fail.
+    """
+    info, records = whole.ring.info, whole.end()
+    assert (whole.ring.start, len(records)) == (0, status["decode_steps"]), "nothing was written before"
+    fitted = [fit for fit in fits(log) if fit.after <= len(records)]
+    assert {fit.command for fit in fitted} >= {"refit", "pin", "unpin"}
+    assert same_models(metrics, models_anew(records, fitted, info, settings), 1e-6) == []
+    assert sorted(metrics.get("tile_boundary_tokens", {}).values()) == status["boundaries"]
+    assert {name for name in NAMES if metrics.get(name)} >= set(NAMES[2:]), "only boundaries may be missing"
+    fewer, moved = thinned(records, fitted, 20)
+    assert len(same_models(metrics, models_anew(fewer, moved, info, settings), 1e-6)) > 10
+    return Anew(info, records, fitted)

@@ -24,7 +24,7 @@ from adaptive_spec.engine_side.tap import PAGE_NAME
 from adaptive_spec.engines.sglang.cpu_kit import CpuKit
 from adaptive_spec.wire.policy_page import PolicyPageReader
 from tests.engines.sglang.server import SglangServer, beside, some_prompts, trace
-from tests.support.models_anew import NAMES, fits, models_anew, same_models, thinned
+from tests.support.models_anew import assert_models_are_those_of, models_anew, same_models
 from tests.support.processes import assert_one_line, run_cli
 from tests.support.ring_trace import RingTrace
 
@@ -182,19 +182,11 @@ def test_boundaries_and_calibration_are_those_of_the_trace(server: SglangServer,
     server.settled()
     server.control("refit")
     status, metrics = server.settled(), server.metrics()
-    info, records = whole.ring.info, whole.end()
-    assert (whole.ring.start, len(records)) == (0, status["decode_steps"]), "nothing was written before"
     assert status["origin"] == "sweep"
     (tmp_path / "config.yaml").write_text(CONFIG)
     settings = load_settings(tmp_path / "config.yaml", {}).controller
-    fitted = [fit for fit in fits(server.log.read_text(errors="replace")) if fit.after <= len(records)]
-    assert {fit.command for fit in fitted} >= {"refit", "pin", "unpin"}
-    assert same_models(metrics, models_anew(records, fitted, info, settings), 1e-6) == []
-    assert sorted(metrics.get("tile_boundary_tokens", {}).values()) == status["boundaries"]
-    assert {name for name in NAMES if metrics.get(name)} >= set(NAMES[2:]), "only boundaries may be missing"
-    # It can fail: a twentieth of the records less, or another moment of the refits, and it does not agree.
-    fewer, moved = thinned(records, fitted, 20)
-    assert len(same_models(metrics, models_anew(fewer, moved, info, settings), 1e-6)) > 10
+    info, records, fitted = assert_models_are_those_of(whole, status, metrics, server.log.read_text(errors="replace"), settings)
+    # Nor does another moment of the refits agree.
     late = [fit._replace(after=min(fit.after + 40, len(records))) for fit in fitted]
     assert any("calibration" in line for line in same_models(metrics, models_anew(records, late, info, settings), 1e-6))
 

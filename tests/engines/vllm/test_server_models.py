@@ -16,7 +16,7 @@ from adaptive_spec.domain.step_record import StepFlag
 from adaptive_spec.engines.common.server_demonstration import Prompt
 from adaptive_spec.engines.vllm.cpu_kit import CANDIDATES, CpuKit
 from tests.engines.vllm.server import VllmServer
-from tests.support.models_anew import NAMES, fits, models_anew, same_models, thinned
+from tests.support.models_anew import assert_models_are_those_of
 from tests.support.processes import assert_one_line, run_cli
 from tests.support.ring_trace import RingTrace
 
@@ -86,16 +86,7 @@ def test_metrics_are_those_of_models_made_anew_from_the_trace(server: VllmServer
     server.settled()
     client.send("refit")
     status, metrics = server.settled(), server.metrics()
-    info, records = whole.ring.info, whole.end()
-    assert (whole.ring.start, len(records)) == (0, status["decode_steps"]), "nothing was written before"
-    assert any((record.verify_len < record.k).any() for record in records), "verify lengths were cut"
     (tmp_path / "config.yaml").write_text(CONFIG)
     settings = load_settings(tmp_path / "config.yaml", {}).controller
-    fitted = [fit for fit in fits(server.log.read_text(errors="replace")) if fit.after <= len(records)]
-    assert {fit.command for fit in fitted} >= {"refit", "pin", "unpin"}
-    assert same_models(metrics, models_anew(records, fitted, info, settings), 1e-6) == []
-    assert sorted(metrics.get("tile_boundary_tokens", {}).values()) == status["boundaries"]
-    assert {name for name in NAMES if metrics.get(name)} >= set(NAMES[2:]), "only boundaries may be missing"
-    # It can fail: a twentieth of the records less, and it does not agree.
-    fewer, moved = thinned(records, fitted, 20)
-    assert len(same_models(metrics, models_anew(fewer, moved, info, settings), 1e-6)) > 10
+    anew = assert_models_are_those_of(whole, status, metrics, server.log.read_text(errors="replace"), settings)
+    assert any((record.verify_len < record.k).any() for record in anew.records), "verify lengths were cut"

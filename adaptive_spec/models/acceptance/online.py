@@ -110,6 +110,8 @@ class AcceptanceModel:
         self.unlabelled_steps: Floats = np.zeros(max_k)
         """Decode steps since each position last had a label."""
         self._waiting: list[StepRecord] = []
+        self.waiting_tokens = 0
+        """Draft tokens of the queued steps."""
         self._river_turn = 0
 
     @property
@@ -123,6 +125,7 @@ class AcceptanceModel:
         self.unlabelled_steps += 1.0
         if record.k:
             self._waiting.append(record)
+            self.waiting_tokens += len(record.verify_len) * record.k
             self.unlabelled_steps[: int(record.verify_len.max())] = 0.0
 
     @property
@@ -130,13 +133,9 @@ class AcceptanceModel:
         """Queued steps."""
         return len(self._waiting)
 
-    @property
-    def waiting_tokens(self) -> int:
-        return sum(len(r.verify_len) * r.k for r in self._waiting)
-
     def learn(self) -> list[StepScore]:
         """Predict, score, then learn every queued step; returns one StepScore per step, in order."""
-        records, self._waiting = self._waiting, []
+        records, self._waiting, self.waiting_tokens = self._waiting, [], 0
         if not records:
             return []
         width = min(max(r.k for r in records), self.max_k)
@@ -308,5 +307,5 @@ class AcceptanceModel:
         self.reliability.totals = totals
         self.unlabelled_steps = unlabelled.copy()
         self.steps = 0
-        self._waiting.clear()
+        self._waiting, self.waiting_tokens = [], 0
         self.refit()

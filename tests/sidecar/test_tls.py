@@ -131,7 +131,7 @@ def test_an_ended_connection_holds_no_memory(tmp_path: Path, authority: Authorit
                 if index % 2:
                     with context.wrap_socket(connection, server_hostname="127.0.0.1") as tls:
                         tls.sendall(b"GET / HTTP/1.1\r\n")
-        wait_for(lambda: sum(isinstance(item, SSLProtocol) for item in gc.get_objects()) <= 1, "the connections to be let go")
+        wait_for(lambda: sum(type(item) is SSLProtocol for item in gc.get_objects()) <= 1, "the connections to be let go")
     finally:
         gc.enable()
         server.close()

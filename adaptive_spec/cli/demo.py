@@ -110,6 +110,7 @@ def result_document(state: DemoState, neighbours: int = 0) -> dict[str, Any]:
         "arms": engine.get("arms", {}),
         "rounds_repeated": engine.get("rounds_repeated", 0),
         "ratios": engine.get("ratios", {}),
+        "by_traffic": engine.get("by_traffic", {}),
         "k_switches": engine.get("k_switches"),
         "steps_not_as_asked": engine.get("steps_not_as_asked"),
         "acceptance": engine.get("acceptance", {}),

@@ -140,7 +140,7 @@ class Controller:
         self._counted = False
         findings = self.models.observe(record)
         self._failed_records = 0
-        self._budget.earn(record.step_s)
+        self._budget.earn(record.step_s, self.mode is Mode.ACTIVE)
         self._control_arm.observe(record)
         self.counters.count(record)
         self._counted = True
@@ -171,7 +171,8 @@ class Controller:
                 self.counters.event(now_s, "drift", f"{signal} drift: {text}")
             self._next_refit_s = min(self._next_refit_s, now_s)
             self._decision.note_drift(now_s)
-            self._budget.grant(DRIFT_GRANT_STEPS)
+            if self.mode is Mode.ACTIVE:
+                self._budget.grant(DRIFT_GRANT_STEPS)
 
     def begin_relearning(self, waiting: int) -> None:
         """The next records are counted already and are only learnt, see `relearn`: after a crash, those behind the checkpoint.

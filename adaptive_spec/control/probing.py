@@ -54,9 +54,11 @@ class ProbeBudget:
     MAX_PLANS = 3
     """Plans probed between two decisions."""
 
-    def earn(self, step_s: float) -> None:
-        """Count one step's seconds."""
+    def earn(self, step_s: float, may_probe: bool = True) -> None:
+        """Count one step's seconds. may_probe: False adds nothing, so that time in shadow or pinned mode is not saved up."""
         self.step_s += 0.02 * (step_s - self.step_s) if self.step_s > 0.0 else step_s
+        if not may_probe:
+            return
         earned_s = self.share * step_s
         paid_s = min(earned_s, self.debt_s)
         self.debt_s -= paid_s

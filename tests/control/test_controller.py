@@ -7,6 +7,7 @@ import pytest
 from adaptive_spec.config.settings import ControllerSettings, PolicySettings
 from adaptive_spec.control.controller import Controller
 from adaptive_spec.domain.policy import Granularity, Mode
+from adaptive_spec.domain.step_record import StepFlag
 from adaptive_spec.wire.policy_page import check_policy
 from tests.support.simulated_server import SimulatedServer, engine_info, staircase
 
@@ -92,6 +93,23 @@ def test_shadow_decides_but_does_not_act() -> None:
     assert not policy.acting
     assert s.controller.mode is Mode.SHADOW
     assert {r.k for r in [s.step() for _ in range(5)]} == {s.info.launch_k}
+
+
+def test_a_time_in_shadow_is_no_budget_for_probes_afterwards() -> None:
+    s = server(swept=False, batch_size=24, settings=ControllerSettings(mode="shadow"))
+    s.run(1000)
+    s.latency_scale = 1.5
+    s.run(1000)
+    s.controller.command("active", s.now_s)
+    s.let_act()
+    while s.controller.mode is Mode.SWEEP:
+        s.run(5)
+    trials = 0
+    for _ in range(150):
+        record = s.step()
+        trials += bool(record.flags & StepFlag.TRIAL)
+        s.controller_sees(record)
+    assert 0 < trials <= 6, "two cheap probes; with what was saved in shadow there were four"
 
 
 def test_an_observe_only_engine_is_shown_as_shadow() -> None:

@@ -25,6 +25,15 @@ def test_budget_is_earned_spent_and_does_not_pile_up() -> None:
     assert budget.credit_s == pytest.approx(full)
 
 
+def test_steps_in_which_nothing_may_be_probed_save_nothing() -> None:
+    budget = ProbeBudget(0.01)
+    for _ in range(10_000):
+        budget.earn(0.02, False)
+    assert budget.credit_s == 0.0
+    budget.grant(10)
+    assert budget.credit_s == pytest.approx(10 * 0.02), "the length of a step is known all the same"
+
+
 def test_no_budget_means_no_probe_even_after_drift() -> None:
     budget = ProbeBudget(0.0)
     budget.earn(1000.0)

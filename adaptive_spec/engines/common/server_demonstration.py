@@ -43,9 +43,9 @@ START_TIMEOUT_S = 900.0
 """A server that ended is known at once; a slow start, on a machine with other work, is waited for."""
 SWEEP_TIMEOUT_S = 60.0
 STATUS_INTERVAL_S = 0.5
-REQUESTS = (1.0, 3.0)
+REQUESTS = (1.0, 8.0)
 """Fewest and most requests of a round's phase, times its concurrency."""
-PASS_S = 10.0
+PASS_S = 30.0
 """Seconds of all phases of a round on one arm, without a duration: some tens of steps a phase on an idle machine."""
 LEAST_ROUNDS = 2
 """Rounds that a run with a duration and no number of rounds leaves time for."""
@@ -177,6 +177,8 @@ class Demonstration:
         self._traffic = Traffic(server.api, plan.seed)
         self._follower = RingFollower(runtime_dir, KINDS)
         self._rounds: Rounds | None = None
+        self._by_traffic: dict[str, dict[str, list[float]]] = {}
+        """Tokens and seconds of the rounds by traffic and arm, rounds that were not counted included."""
         self._stage, self._kind, self._concurrency = "traffic", next(iter(KINDS)), 0
         self._started_s, self._tokens_per_s = time.monotonic(), 0.0
         self.stopping = threading.Event()
@@ -292,7 +294,12 @@ class Demonstration:
         begun_s = time.perf_counter()
         with ThreadPoolExecutor(phase.concurrency) as pool:
             tokens = sum(pool.map(lambda one: self._traffic.one(*one), phase.prompts))
-        return tokens, time.perf_counter() - begun_s
+        seconds = time.perf_counter() - begun_s
+        arms = self._by_traffic.setdefault(f"{phase.kind} x{phase.concurrency}", {})
+        total = arms.setdefault(self._follower.arm, [0.0, 0.0])
+        total[0] += tokens
+        total[1] += seconds
+        return tokens, seconds
 
     def _report(self) -> None:
         while not self.stopping.wait(STATUS_INTERVAL_S):
@@ -305,6 +312,10 @@ class Demonstration:
             "elapsed_s": round(self.elapsed_s, 3),
             "stage": self._stage, "phase": {"kind": self._kind, "concurrency": self._concurrency},
             **(self._rounds.figures() if self._rounds else {}), "rounds_planned": self._plan.rounds,
+            "by_traffic": {
+                traffic: {arm: round(tokens / max(seconds, 1e-9), 1) for arm, (tokens, seconds) in arms.copy().items()}
+                for traffic, arms in self._by_traffic.copy().items()
+            },
             "lossless": traffic.checked > 0 and traffic.wrong == 0 and traffic.failed == 0,
             "lossless_checked": traffic.checked, "lossless_ties": 0, "failed_requests": traffic.failed,
         }  # fmt: skip

@@ -12,6 +12,7 @@ SGLang plugin lets SGLang's own policy decide instead of the launch K, unless it
 
 from __future__ import annotations
 
+import errno
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -40,6 +41,9 @@ LOOK_STEPS = 64
 """Steps between checks for a new policy page, and of the ring."""
 RETRY_STEPS = 1024
 """Steps between attempts to make a ring where that failed: an attempt on a full disk takes 50 microseconds."""
+
+FOLDER_FAILS = (errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EMFILE, errno.ENFILE)
+"""Errors at the start that may pass: a read-only or full disk, no descriptors. The folder is then tried every RETRY_STEPS."""
 
 _TRIAL, _FALLBACK, _LIMITED = int(StepFlag.TRIAL), int(StepFlag.FALLBACK), int(StepFlag.LIMITED)
 
@@ -90,6 +94,7 @@ class EngineTap:
         self._ragged = info.granularity is Granularity.REQUEST
         self._ring = ring
         self._role: RoleLock | None = None
+        self._wants_role = False
         self._folder = Path(runtime_dir)
         self._page_path = str(self._folder / PAGE_NAME)
         self._slots = 0
@@ -111,17 +116,19 @@ class EngineTap:
 
         max_age_s: age of the sidecar's heartbeat, seconds, beyond which the launch K is used. slots: records in the ring, fewer
         if they would exceed RING_BYTES_LIMIT. The tap holds the role `engine` of the folder until it is closed. A folder that
-        other users can use, or that another engine uses, is refused: see `refuse`. A ring that cannot be created is logged; the
-        tap then still follows policies and tries again now and then. A ring that was deleted or damaged is made again.
+        other users can use, or that another engine uses, is refused: see `refuse`; one on a read-only or full disk is tried
+        again. A ring that cannot be created is logged; the tap then still follows policies and tries again now and then. A ring
+        that was deleted or damaged is made again.
         """
         tap = cls(runtime_dir, info, None, max_age_s)
+        tap._slots = slots
         try:
             make_runtime_dir(tap._folder)
             tap._role = RoleLock.acquire(tap._folder, "engine")
         except Exception as error:
+            tap._wants_role = isinstance(error, OSError) and error.errno in FOLDER_FAILS
             tap.refuse(getattr(error, "strerror", None) or str(error))
             return tap
-        tap._slots = slots
         remove_temporary_files(tap._folder, (RING_NAME, REPORT_NAME))
         tap._make_ring(allocate=True)
         return tap
@@ -135,6 +142,7 @@ class EngineTap:
     def take_role(self, other: EngineTap) -> None:
         """Take over the role in the folder, or the refusal, from a tap that was opened."""
         self._role, other._role = other._role, None
+        self._wants_role, other._wants_role = other._wants_role, False
         self._slots = other._slots
         if other.refused:
             self.refused, self._look_at = other.refused, NEVER
@@ -280,9 +288,9 @@ class EngineTap:
         """Make the ring again, and its folder, where it was deleted or damaged. Only the tap that has the role does."""
         role, ring = self._role, self._ring
         self._ring_look_at = self._step + LOOK_STEPS
-        if role is None:
+        if role is None and not self._wants_role:
             return
-        if not role.in_place and not self._take_role_again(role):
+        if (role is None or not role.in_place) and not self._take_role_again(role):
             self._ring_look_at = self._step + RETRY_STEPS
             return
         if ring is not None and ring.in_place():
@@ -294,11 +302,15 @@ class EngineTap:
         elif ring is not None:
             log.warning("record ring in %s: was deleted or damaged, and is made again", self._folder)
 
-    def _take_role_again(self, role: RoleLock) -> bool:
-        """Take the role after its file was deleted. False: not possible now; until it is, neither record nor obey anything."""
+    def _take_role_again(self, role: RoleLock | None) -> bool:
+        """Take the role after its file was deleted, or where it could not be taken at the start.
+
+        False: not possible now; until it is, neither record nor obey anything.
+        """
         try:
             make_runtime_dir(self._folder)
-            role.release()
+            if role is not None:
+                role.release()
             self._role = RoleLock.acquire(self._folder, "engine", attempts=1)
         except OSError as error:
             # Another engine has it, or a reader looks at the lock in this moment, or the folder is another user's now.
@@ -307,6 +319,7 @@ class EngineTap:
             if not self.refused:
                 self.refuse(error.strerror or str(error))
             return False
+        self._wants_role = False
         if self.refused:
             log.warning("runtime_dir '%s': is this engine's again", self._folder)
             self.refused, self._look_at = "", self._step

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from adaptive_spec.domain.engine_info import EngineInfo
-from adaptive_spec.wire.shared_file import SharedFile, create_file, open_file, set_aside
+from adaptive_spec.wire.shared_file import ForeignFileError, SharedFile, create_file, open_file, said_aside
 
 COUNTERS_NAME = "counters.page"
 MAGIC, LAYOUT_VERSION = b"ADSPCNTR", 1
@@ -72,7 +72,7 @@ class CountersPage:
         self._number = 0
 
     def load(self) -> KeptCounters | None:
-        """Return what was saved last; None when there is nothing. A damaged file is set aside. Raises OSError."""
+        """Return what was saved last; None when there is nothing. A damaged or foreign file is set aside. Raises OSError."""
         try:
             file = open_file(self._path, writable=True)
         except FileNotFoundError:
@@ -111,13 +111,15 @@ class CountersPage:
             self._file = None
 
     def _set_aside(self, reason: Exception) -> None:
-        log.warning("%s cannot be used: %s; set aside as %s", self._path, reason, set_aside(self._path).name)
+        why = "foreign" if isinstance(reason, ForeignFileError) else "damaged"
+        log.warning("%s cannot be used: %s; %s", self._path, reason, said_aside(self._path, why))
 
 
 def _newest(file: SharedFile) -> tuple[int, KeptCounters]:
     """Return number and content of the newest whole slot. Raises ValueError when there is none."""
-    if _FILE.unpack(file.read(_FILE.size, 0)) != (MAGIC, LAYOUT_VERSION):
-        raise ValueError(f"it is no counters page of layout version {LAYOUT_VERSION}")
+    magic, version = _FILE.unpack(file.read(_FILE.size, 0))
+    if (magic, version) != (MAGIC, LAYOUT_VERSION):
+        raise (ForeignFileError if any(magic) else ValueError)(f"it is no counters page of layout version {LAYOUT_VERSION}")
     found = []
     for slot in range(2):
         offset = SLOTS_OFFSET + slot * SLOT_BYTES

@@ -45,6 +45,8 @@ class OwnFiles:
         self._url = ""
         self._certfile: Path | None = None
         self._failed = ""
+        self._made: set[str] = set()
+        """Files that were in place before."""
         try:
             # Of a sidecar that was killed: another program may use its port now.
             _make_place(folder / ADDRESS_NAME)
@@ -101,17 +103,24 @@ class OwnFiles:
 
     def _write(self) -> None:
         try:
-            if self._own_token and own_token(self.folder / TOKEN_NAME) != self.token:
-                _make_place(self.folder / TOKEN_NAME)
-                write_atomically(self.folder / TOKEN_NAME, self.token.encode() + b"\n")
-            address = json.dumps(self._address()).encode()
-            if self._url and not _holds(self.folder / ADDRESS_NAME, address):
-                _make_place(self.folder / ADDRESS_NAME)
-                write_atomically(self.folder / ADDRESS_NAME, address)
+            if self._own_token:
+                self._keep(TOKEN_NAME, self.token.encode() + b"\n", own_token(self.folder / TOKEN_NAME) == self.token)
+            if self._url:
+                address = json.dumps(self._address()).encode()
+                self._keep(ADDRESS_NAME, address, _holds(self.folder / ADDRESS_NAME, address))
         except OSError as error:
             self._log_failure(error)
         else:
             self._failed = ""
+
+    def _keep(self, name: str, content: bytes, in_place: bool) -> None:
+        """Make a file unless it is in place. Raises OSError."""
+        if not in_place:
+            if name in self._made:
+                log.warning("%s: was deleted or damaged, and is made again", self.folder / name)
+            _make_place(self.folder / name)
+            write_atomically(self.folder / name, content)
+        self._made.add(name)
 
     def _address(self) -> dict[str, str | int]:
         document: dict[str, str | int] = {"url": self._url, "pid": os.getpid()}

@@ -49,7 +49,7 @@ from adaptive_spec.storage.profile_store import StoredProfile
 from adaptive_spec.wire.liveness import process_alive
 from adaptive_spec.wire.policy_page import PolicyPage, payload_bytes
 from adaptive_spec.wire.ring import RingLayoutError, RingReader
-from adaptive_spec.wire.shared_file import set_aside
+from adaptive_spec.wire.shared_file import said_aside
 
 NO_MODELS = Profile({}, {})
 POLL_RECORDS = 512
@@ -195,7 +195,7 @@ class Session:
         self._good = None
         for path in (self.settings.runtime_dir / CHECKPOINT_NAME, self.profile_folder):
             if os.path.lexists(path):
-                log.warning("%s: its models could not be fitted; set aside as %s", path, set_aside(path).name)
+                log.warning("%s: its models could not be fitted; %s", path, said_aside(path))
 
     def _relearn(self) -> int:
         """As `run_once`, for records that are counted already. Returns records learnt."""
@@ -293,7 +293,7 @@ class Session:
         try:
             ring = _open_ring(self.ring.path)
         except BadInput as error:  # damage or a replaced file; its engine makes it again
-            _log_once(f"{error}; waiting for the engine to make it again")
+            _log_once(self.ring.path, f"{error}; waiting for the engine to make it again")
             return True
         if ring is None:
             return True  # replaced once more meanwhile: tried again at the next call
@@ -485,6 +485,10 @@ class Session:
 
 
 def _open_ring(path: Path) -> RingReader | None:
+    """Return the ring, None when there is none, or something else in its place: its engine makes it again.
+
+    Raises BadInput for a ring of another layout version.
+    """
     try:
         return RingReader.open(path)
     except FileNotFoundError:
@@ -492,19 +496,21 @@ def _open_ring(path: Path) -> RingReader | None:
     except RingLayoutError as error:
         if error.field == "layout version":
             raise BadInput(f"runtime_dir: {error}") from error
-        _log_once(f"{error}; waiting for the engine to make it again")
+        _log_once(path, f"{error}; waiting for the engine to make it again")
         return None
-    except OSError as error:
-        raise BadInput(f"runtime_dir: '{path}': {error.strerror}") from error
+    except OSError as error:  # a link, a file that is not this user's alone
+        _log_once(path, f"{path}: cannot be used as a ring: {error.strerror}; waiting for the engine to make it again")
+        return None
 
 
-def _log_once(message: str) -> None:
-    if message not in _logged:
-        _logged[:] = [message]
+def _log_once(path: Path, message: str) -> None:
+    if _logged.get(path) != message:
+        _logged[path] = message
         log.warning("%s", message)
 
 
-_logged: list[str] = []
+_logged: dict[Path, str] = {}
+"""The last message about each ring: one for each data-parallel rank."""
 
 
 def waiting_engine(settings: SidecarSettings) -> EngineInfo | None:

@@ -19,11 +19,11 @@ from adaptive_spec.control.no_speculation import GainOverNoSpeculation, without_
 from adaptive_spec.domain.engine_info import EngineInfo
 from adaptive_spec.sidecar.own_files import CHECKPOINT_NAME
 from adaptive_spec.sidecar.usable import check_checkpoint, check_profile
-from adaptive_spec.storage.archive import ArchiveError, load_archive
+from adaptive_spec.storage.archive import ArchiveError, ForeignArchiveError, load_archive
 from adaptive_spec.storage.profile import ForeignProfileError, difference_of, load_profile, other_profiles, written_s
 from adaptive_spec.storage.profile_store import StoredProfile
 from adaptive_spec.wire.ring import RingReader
-from adaptive_spec.wire.shared_file import KEPT_ASIDE, set_aside
+from adaptive_spec.wire.shared_file import KEPT_ASIDE, said_aside
 
 CHECKPOINT = "checkpoint"
 
@@ -77,7 +77,7 @@ def _from_folder(settings: SidecarSettings, info: EngineInfo, folder: Path) -> t
         controller.restore_profile(profile.latency, profile.calibration)
     except Exception as error:  # whatever its files hold
         why = "foreign" if isinstance(error, ForeignProfileError) else "damaged"
-        log.warning("profile %s cannot be used: %s; set aside as %s", folder, error, set_aside(folder, why).name)
+        log.warning("profile %s cannot be used: %s; %s", folder, error, said_aside(folder, why))
         return None
     log.info("already profiled, skipping warmup (%s)", folder)
     return controller, "profile", None
@@ -158,7 +158,8 @@ def _from_checkpoint(settings: SidecarSettings, ring: RingReader) -> tuple[Contr
     except FileNotFoundError:
         return None
     except Exception as error:  # whatever it holds
-        log.warning("checkpoint %s cannot be used: %s; set aside as %s", path, error, set_aside(path).name)
+        why = "foreign" if isinstance(error, ForeignArchiveError) else "damaged"
+        log.warning("checkpoint %s cannot be used: %s; %s", path, error, said_aside(path, why))
         return None
     log.info("continuing from the checkpoint (%s)", path)
     return controller, "checkpoint", position

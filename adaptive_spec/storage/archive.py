@@ -35,6 +35,10 @@ class ArchiveError(ValueError):
     """The file is not an archive, is damaged, or has another kind or version. The message is one line."""
 
 
+class ForeignArchiveError(ArchiveError):
+    """The file is whole, and was written by another program or another version, or is of another kind."""
+
+
 class Archive(NamedTuple):
     """The content of an archive. meta: small JSON values."""
 
@@ -103,15 +107,15 @@ def parse_archive(data: bytes, kind: str, name: str, largest_inflated: int = LAR
         # read_npz and not np.load: for a damaged file, np.load's object raises again when it is garbage-collected.
         entries = read_npz(data, largest_inflated)
         if _HEADER not in entries:
-            raise ArchiveError(f"{name} was not written by adaptive-spec")
+            raise ForeignArchiveError(f"{name} was not written by adaptive-spec")
         header = json.loads(entries.pop(_HEADER).tobytes())
         arrays = {entry.removeprefix(_PREFIX): array for entry, array in entries.items()}
         if not isinstance(header, dict) or header.get("format") != FORMAT:
-            raise ArchiveError(f"{name} was not written by adaptive-spec")
+            raise ForeignArchiveError(f"{name} was not written by adaptive-spec")
         if header.get("version") != FORMAT_VERSION:
-            raise ArchiveError(f"{name}: format version must be {FORMAT_VERSION}, got {_short(header.get('version'))}")
+            raise ForeignArchiveError(f"{name}: format version must be {FORMAT_VERSION}, got {_short(header.get('version'))}")
         if header.get("kind") != kind:
-            raise ArchiveError(f"{name}: kind must be {kind!r}, got {_short(header.get('kind'))}")
+            raise ForeignArchiveError(f"{name}: kind must be {kind!r}, got {_short(header.get('kind'))}")
         stated = header.pop("sha256", None)
         if stated != _digest(header, arrays):
             raise ArchiveError(f"{name} is damaged: checksum does not match")

@@ -25,7 +25,7 @@ from adaptive_spec.domain.policy import Granularity
 from adaptive_spec.errors import BadInput, one_line
 from adaptive_spec.regular_file import read_regular_file
 from adaptive_spec.runtime_folder import remove_temporary_files
-from adaptive_spec.storage.archive import ArchiveError, load_archive, save_archive, write_atomically
+from adaptive_spec.storage.archive import ArchiveError, ForeignArchiveError, load_archive, save_archive, write_atomically
 
 LATENCY_MODEL = "latency_model"
 CALIBRATION = "calibration"
@@ -51,7 +51,7 @@ class ProfileError(ValueError):
 
 
 class ForeignProfileError(ProfileError):
-    """A profile of another engine."""
+    """A profile of another engine, or in files of another program or version."""
 
 
 def check_writable(profile_dir: Path) -> None:
@@ -81,7 +81,8 @@ def load_profile(folder: Path, info: EngineInfo) -> Profile | None:
         except FileNotFoundError as error:
             raise ProfileError(f"{kind}.npz is missing") from error
         except ArchiveError as error:
-            raise ProfileError(str(error)) from error
+            kind_of_error = ForeignProfileError if isinstance(error, ForeignArchiveError) else ProfileError
+            raise kind_of_error(str(error)) from error
         if difference := difference_of(archive.meta, info):
             raise ForeignProfileError(f"{kind}.npz is of another engine: {difference}")
         arrays.append(archive.arrays)
@@ -195,7 +196,7 @@ def _check_policy_file(path: Path) -> None:
     except Exception as error:  # what JSON can hold: no dict, a number too long, nesting too deep
         raise ProfileError(f"policy.json is damaged: {one_line(error)[:200]}") from error
     if document.get("format_version") != POLICY_VERSION:
-        raise ProfileError(f"policy.json: format version must be {POLICY_VERSION}, got {document.get('format_version')}")
+        raise ForeignProfileError(f"policy.json: format version must be {POLICY_VERSION}, got {document.get('format_version')}")
     if stated != _checksum(document):
         raise ProfileError("policy.json is damaged: checksum does not match")
 

@@ -14,11 +14,12 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from adaptive_spec.regular_file import read_regular_file
 from adaptive_spec.runtime_folder import check_runtime_dir, ensure_role, make_runtime_dir, role_holder, role_is_held
 from adaptive_spec.wire.liveness import process_alive
+from adaptive_spec.wire.shared_file import replace_file
 
 REPORT_NAME = "engine.json"
 State = Literal["attached", "observing", "refused", "detached"]
@@ -57,10 +58,28 @@ class EngineReport:
         return self.state in ("attached", "observing")
 
 
-def write_report(runtime_dir: Path, report: EngineReport) -> None:
+class ReportFile(NamedTuple):
+    """Which file lies at the path, and whether it was changed."""
+
+    inode: int
+    size: int
+    changed_ns: int
+
+
+def report_file(runtime_dir: Path) -> ReportFile | None:
+    """Return what lies at the report's path, None when nothing does. Raises nothing."""
+    try:
+        status = os.lstat(runtime_dir / REPORT_NAME)
+    except OSError:
+        return None
+    return ReportFile(status.st_ino, status.st_size, status.st_ctime_ns)
+
+
+def write_report(runtime_dir: Path, report: EngineReport) -> ReportFile | None:
     """Replace the report (mode 0600) atomically; the folder is created. The process then holds the role `engine`.
 
-    Raises OSError: BlockingIOError when another engine holds the role, PermissionError for a folder that other users can use.
+    Returns what `report_file` finds for as long as nobody deletes or damages the report. Raises OSError: BlockingIOError
+    when another engine holds the role, PermissionError for a folder that other users can use.
     """
     make_runtime_dir(runtime_dir)
     ensure_role(runtime_dir, "engine")
@@ -69,7 +88,8 @@ def write_report(runtime_dir: Path, report: EngineReport) -> None:
     try:
         with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600), "wb") as file:
             file.write(json.dumps(_within_limits(report)).encode())
-        os.replace(temporary, path)
+        replace_file(temporary, path)
+        return report_file(runtime_dir)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

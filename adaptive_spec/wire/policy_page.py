@@ -24,6 +24,7 @@ The order of a publication: buffer, its header, then version and sequence. `test
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import struct
 import zlib
@@ -36,6 +37,7 @@ from adaptive_spec.wire.policy_payload import check_policy, decode_policy, encod
 from adaptive_spec.wire.shared_file import (
     WEAKLY_ORDERED,
     Closeable,
+    ForeignFileError,
     Identity,
     SharedFile,
     create_file,
@@ -67,6 +69,10 @@ OPEN_ATTEMPTS = 10
 _KEY = struct.Struct("<QQI")
 _BUFFER = struct.Struct("<QQII")
 _BUFFER_OFFSET, _BUFFER_STRIDE = 128, 64
+NO_FILE_OF_OURS = (errno.ELOOP, errno.EISDIR, errno.EACCES)
+"""Errors of opening a link, a folder, and a file whose mode does not let its owner read it."""
+
+log = logging.getLogger(__name__)
 
 
 class PolicyPageError(ValueError):
@@ -75,6 +81,10 @@ class PolicyPageError(ValueError):
     def __init__(self, path: Path, field: str, found: object, wanted: object) -> None:
         super().__init__(f"{path}: {field}: must be {wanted}, got {found}")
         self.path, self.field, self.found, self.wanted = path, field, found, wanted
+
+
+class ForeignPageError(PolicyPageError, ForeignFileError):
+    """A page of another program or another layout version."""
 
 
 class PolicyPage(Closeable):
@@ -104,7 +114,8 @@ class PolicyPage(Closeable):
 
         capacity: longest payload in bytes, see `payload_bytes`. engine: `EngineInfo.digest` of the engine that may act on it, 0
         for any. A page that is too small is replaced by a larger one with the same policy, one for another engine by an empty
-        one; a damaged or foreign one is renamed to `NAME.damaged-N`. Raises ValueError for a capacity outside 1..2^26,
+        one; a damaged one, or what is no file, is renamed to `NAME.damaged-N`, one of another program or layout version to
+        `NAME.foreign-N`. Raises ValueError for a capacity outside 1..2^26,
         BlockingIOError when another sidecar holds the page, another OSError when it cannot be created.
         """
         if not 1 <= capacity <= MAX_CAPACITY:
@@ -139,19 +150,23 @@ class PolicyPage(Closeable):
         """Open and lock a page. A damaged one is renamed while it is locked: FileNotFoundError, like one that is not there."""
         try:
             file = open_file(path, writable=True, lock=True)
-        except ValueError:
-            set_aside(path)
-            raise FileNotFoundError(errno.ENOENT, "was damaged", str(path)) from None
+        except ValueError as error:
+            raise _moved(path, error) from None
+        except OSError as error:
+            if error.errno not in NO_FILE_OF_OURS:
+                raise
+            raise _moved(path, error) from None
         try:
             capacity, engine = _read_header(path, file)
             sequence, _, heartbeat_ns = _LIVE.unpack(file.read(_LIVE.size, _LIVE_OFFSET))
             page = cls(
                 path, file, capacity, engine, sequence, _read_policy(file.descriptor, capacity, sequence) if sequence else None
             )
-        except ValueError:
-            set_aside(path)
-            file.close()
-            raise FileNotFoundError(errno.ENOENT, "was damaged", str(path)) from None
+        except ValueError as error:
+            try:
+                raise _moved(path, error) from None
+            finally:
+                file.close()
         page._heartbeat_ns = heartbeat_ns
         return page
 
@@ -311,6 +326,14 @@ class PolicyPageReader(Closeable):
         self.policy, self._version = policy, policy.version
 
 
+def _moved(path: Path, error: Exception) -> FileNotFoundError:
+    """Rename what cannot be used as a page, and say so; returns the error of a page that is not there. Raises OSError."""
+    aside = set_aside(path, "foreign" if isinstance(error, ForeignFileError) else "damaged")
+    reason = error.strerror if isinstance(error, OSError) else error
+    log.warning("policy page %s cannot be used: %s; set aside as %s", path, reason, aside.name)
+    return FileNotFoundError(errno.ENOENT, "was set aside", str(path))
+
+
 def _buffer(capacity: int, sequence: int, version: int, payload: bytes) -> dict[int, bytes]:
     """The buffer of a sequence and its header, by offset. Readers do not use it before the sequence is published."""
     checksum = zlib.crc32(payload, zlib.crc32(_KEY.pack(sequence, version, len(payload))))
@@ -358,9 +381,9 @@ def _read_header(path: Path, file: SharedFile) -> tuple[int, int]:
     magic, version, checksum, capacity = _HEADER.unpack_from(header)
     engine, engine_checksum = _ENGINE.unpack_from(header, _ENGINE_OFFSET)
     if magic != MAGIC:
-        raise PolicyPageError(path, "magic", magic, MAGIC)
+        raise (ForeignPageError if any(magic) else PolicyPageError)(path, "magic", magic, MAGIC)
     if version != LAYOUT_VERSION:
-        raise PolicyPageError(path, "layout version", version, LAYOUT_VERSION)
+        raise ForeignPageError(path, "layout version", version, LAYOUT_VERSION)
     if checksum != (wanted := _header_checksum(magic, version, capacity)):
         raise PolicyPageError(path, "header checksum", f"{checksum:#010x}", f"{wanted:#010x}")
     if not 1 <= capacity <= MAX_CAPACITY:

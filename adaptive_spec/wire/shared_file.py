@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import logging
 import os
 import platform
 import shutil
@@ -29,9 +30,15 @@ WEAKLY_ORDERED = platform.machine().lower() not in ("x86_64", "amd64", "i386", "
 
 _fence_lock = threading.Lock()
 
+log = logging.getLogger(__name__)
 
+OWN_MODE = 0o600
 KEPT_ASIDE = 3
 """Files set aside of one name: the folder is often in memory."""
+
+
+class ForeignFileError(ValueError):
+    """The file is whole for all that can be known, and was written by another program or another version of this one."""
 
 
 class Closeable(ABC):
@@ -77,9 +84,11 @@ class SharedFile:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def is_whole_at(self, path: Path | str) -> bool:
-        """Whether the path still leads to this file, and it has its size. Raises nothing."""
+        """Whether the path still leads to this file, which has its size and the mode that others open it with. Raises nothing."""
         try:
-            return identity_at(path) == self.identity and os.fstat(self.descriptor).st_size == self.size
+            status = os.fstat(self.descriptor)
+            whole = status.st_size == self.size and stat.S_IMODE(status.st_mode) == OWN_MODE
+            return whole and identity_at(path) == self.identity
         except OSError:
             return False
 
@@ -107,14 +116,14 @@ def create_file(
     """Create or replace a file of `size` bytes, mode 0600, zero but for `parts`, by offset.
 
     allocate: take all its blocks now; False: each is taken when it is written, which may fail then. lock: hold an exclusive lock
-    on it while it is open. replace: False: raise FileExistsError when the path is taken. Raises
-    OSError and then leaves no file behind.
+    on it while it is open. replace: a folder in its place is set aside; False: raise FileExistsError when the path is taken.
+    Raises OSError and then leaves no file behind.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{os.urandom(4).hex()}.tmp")
     descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     file = SharedFile(descriptor, os.fstat(descriptor))
     try:
-        os.fchmod(descriptor, 0o600)
+        os.fchmod(descriptor, OWN_MODE)
         if allocate and hasattr(os, "posix_fallocate"):
             os.posix_fallocate(descriptor, 0, size)
         else:
@@ -125,7 +134,7 @@ def create_file(
         for offset, data in parts.items():
             file.write(data, offset)
         if replace:
-            os.replace(temporary, path)
+            replace_file(temporary, path)
         else:
             os.link(temporary, path)
             temporary.unlink()
@@ -134,6 +143,15 @@ def create_file(
         file.close()
         raise
     return file
+
+
+def replace_file(temporary: Path, path: Path) -> None:
+    """Give a file its name. A folder that has it is set aside: a file cannot replace it. Raises OSError."""
+    try:
+        os.replace(temporary, path)
+    except IsADirectoryError:
+        log.warning("%s: is a folder in place of a file, now %s", path, set_aside(path).name)
+        os.replace(temporary, path)
 
 
 def open_file(path: Path, *, writable: bool = False, lock: bool = False) -> SharedFile:
@@ -187,6 +205,14 @@ def set_aside(path: Path, why: str = "damaged") -> Path:
             else:
                 old.unlink()
     return target
+
+
+def said_aside(path: Path, why: str = "damaged") -> str:
+    """Set a file or folder aside; returns in words, for the log, what was done, or why it could not be. Raises nothing."""
+    try:
+        return f"set aside as {set_aside(path, why).name}"
+    except OSError as error:
+        return f"cannot be set aside: {error.strerror or error}"
 
 
 def _identity(status: os.stat_result) -> Identity:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import resource
 import shutil
@@ -62,6 +63,8 @@ def damage(run: Path, how: str) -> None:
         os.truncate(path, 0)
     elif how == "overwritten":
         shutil.copyfile(__file__, path)
+    elif how == "mode 0000":
+        path.chmod(0)
     elif how == "folder":
         path.unlink()
         path.mkdir()
@@ -72,7 +75,7 @@ def damage(run: Path, how: str) -> None:
         shutil.rmtree(run)
 
 
-@pytest.mark.parametrize("how", ["deleted", "emptied", "overwritten", "link", "everything"])
+@pytest.mark.parametrize("how", ["deleted", "emptied", "overwritten", "link", "folder", "mode 0000", "everything"])
 def test_a_lost_ring_is_made_again(run: Path, tap: EngineTap, how: str) -> None:
     steps(tap, LOOK_STEPS + 1)
     damage(run, how)
@@ -85,17 +88,6 @@ def test_a_lost_ring_is_made_again(run: Path, tap: EngineTap, how: str) -> None:
     assert role_is_held(run, "engine")
     counters = tap.counters
     assert (counters.records_written - before, counters.write_failures, counters.hook_failures) == (10, 0, 0)
-
-
-def test_a_ring_whose_place_is_taken_is_made_once_the_place_is_free(run: Path, tap: EngineTap) -> None:
-    steps(tap, 1)
-    damage(run, "folder")
-    assert steps(tap, 2 * LOOK_STEPS) == [LAUNCH_K] * (2 * LOOK_STEPS)
-    assert tap.counters.write_failures > 0
-    (run / RING_NAME).rmdir()
-    steps(tap, RETRY_STEPS)
-    assert readable(run) > 0
-    assert tap.counters.hook_failures == 0
 
 
 def test_the_role_is_taken_again_and_no_other_engine_is_disturbed(run: Path, tap: EngineTap) -> None:
@@ -138,6 +130,34 @@ def test_an_engine_started_without_space_writes_when_there_is_some(run: Path) ->
     tap.close()
 
 
+def test_a_folder_that_was_read_only_at_the_start_is_used_once_it_is_not(
+    run: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def read_only(folder: Path) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(folder))
+
+    with monkeypatch.context() as context:
+        context.setattr("adaptive_spec.engine_side.tap.make_runtime_dir", read_only)
+        tap = EngineTap.open(run, engine())
+        steps(tap, 3 * RETRY_STEPS)
+    assert caplog.text.count("Read-only file system: this engine cannot be observed or steered") == 1
+    with PolicyPage.create_or_open(run / PAGE_NAME, CAPACITY) as page:
+        page.heartbeat(100 * S)
+        page.publish(policy_of(1, k=2))
+        steps(tap, RETRY_STEPS + LOOK_STEPS)
+        assert (tap.refused, steps(tap, 1)) == ("", [2])
+    assert readable(run) > 0
+    tap.close()
+
+
+def test_an_engine_that_was_refused_at_the_start_because_of_another_stays_refused(run: Path) -> None:
+    first, second = EngineTap.open(run, engine()), EngineTap.open(run, engine())
+    first.close()
+    steps(second, 2 * RETRY_STEPS)
+    assert "another engine" in second.refused
+    second.close()
+
+
 def test_a_ring_made_again_without_space_goes_on_when_there_is_some(run: Path, tap: EngineTap) -> None:
     steps(tap, 1)
     damage(run, "deleted")
@@ -164,10 +184,9 @@ def test_a_truncated_page_costs_nothing_while_its_heartbeat_is_fresh(run: Path, 
 
 
 def test_why_there_is_no_ring_is_logged_once(run: Path, caplog: pytest.LogCaptureFixture) -> None:
-    run.mkdir(mode=0o700)
-    (run / RING_NAME).mkdir()
-    tap = EngineTap.open(run, engine())
-    steps(tap, 3 * RETRY_STEPS)
+    with longest_file(1000):
+        tap = EngineTap.open(run, engine())
+        steps(tap, 3 * RETRY_STEPS)
     assert caplog.text.count("record ring") == 1
-    assert "Is a directory" in caplog.text
+    assert "File too large" in caplog.text
     tap.close()

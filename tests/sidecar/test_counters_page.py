@@ -54,14 +54,22 @@ def test_a_deleted_page_is_made_again(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"nonsense", b"ADSPCNTR\x02\0\0\0" + bytes(300_000), b"ADSPCNTR\x01\0\0\0" + bytes(300_000)]
+    ("content", "kind"),
+    [
+        (b"", "damaged"),
+        (b"nonsense", "damaged"),
+        (bytes(300_000), "damaged"),
+        (b"ADSPCNTR\x01\0\0\0" + bytes(300_000), "damaged"),
+        (b"ADSPCNTR\x02\0\0\0" + bytes(300_000), "foreign"),
+        (b"\x7fELF and so on" + bytes(300_000), "foreign"),
+    ],
 )
-def test_what_is_no_page_is_set_aside(path: Path, content: bytes, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_is_no_page_is_set_aside(path: Path, content: bytes, kind: str, caplog: pytest.LogCaptureFixture) -> None:
     path.write_bytes(content)
     path.chmod(0o600)
     page = CountersPage(path)
     assert page.load() is None
-    assert path.with_name("counters.page.damaged-1").read_bytes() == content
+    assert path.with_name(f"counters.page.{kind}-1").read_bytes() == content
     assert "cannot be used" in caplog.text
     page.save(_kept(1))
     assert CountersPage(path).load() == _kept(1)

@@ -136,13 +136,15 @@ def test_steps_of_a_time_without_a_heartbeat_are_no_fault(settings: SidecarSetti
     session.close()
 
 
-def test_own_files_are_kept(tmp_path: Path) -> None:
+def test_own_files_are_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = tmp_path / "run"
     own = OwnFiles(folder, None)
     assert not (folder / ADDRESS_NAME).exists(), "nobody answers yet"
     own.announce("http://127.0.0.1:1")
     client = ControlClient.find(folder, None, None)
     assert (client.url, client._token) == ("http://127.0.0.1:1", own.token)
+    own.keep()
+    assert "made again" not in caplog.text
     for damage in ("address", "token", "all"):
         if damage == "all":
             shutil.rmtree(folder)
@@ -151,6 +153,8 @@ def test_own_files_are_kept(tmp_path: Path) -> None:
         own.keep()
         client = ControlClient.find(folder, None, None)
         assert (client.url, client._token) == ("http://127.0.0.1:1", own.token), damage
+    assert caplog.text.count(f"{ADDRESS_NAME}: was deleted or damaged") == 2, "alone, and with the folder"
+    assert caplog.text.count(f"{TOKEN_NAME}: was deleted or damaged") == 2
     own.close()
     assert not (folder / ADDRESS_NAME).exists()
     again = OwnFiles(folder, None)

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import errno
 import logging
+import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -435,6 +437,56 @@ def test_ring_of_another_version(settings: SidecarSettings) -> None:
     path.write_bytes(data)
     with pytest.raises(BadInput, match=r"runtime_dir: .*records\.ring: layout version: must be 2, got 3"):
         Session.open(settings)
+
+
+def _link(path: Path) -> None:
+    path.symlink_to(path.with_name("elsewhere"))
+
+
+def _not_private(path: Path) -> None:
+    RingWriter.create(path, engine_info()).close()
+    path.chmod(0o666)
+
+
+@pytest.mark.parametrize("make", [_link, os.mkfifo, Path.mkdir, _not_private])
+def test_what_is_no_ring_is_waited_out_and_named(
+    settings: SidecarSettings, make: Callable[[Path], object], caplog: pytest.LogCaptureFixture
+) -> None:
+    settings.runtime_dir.mkdir(mode=0o700)
+    path = settings.runtime_dir / RING_NAME
+    make(path)
+    for _ in range(3):
+        assert waiting_engine(settings) is None
+        assert Session.open(settings) is None
+    assert caplog.text.count("waiting for the engine to make it again") == 1
+    assert str(path) in caplog.text
+    engine = NumbersEngine(settings.runtime_dir)
+    _open(settings).close()
+    engine.close()
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "profile"])
+def test_what_cannot_be_set_aside_stays_and_ends_nothing(
+    settings: SidecarSettings, engine: NumbersEngine, kind: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    session = _swept(_open(settings), engine)
+    assert session.save_profile()
+    if kind == "checkpoint":
+        assert session.checkpoint()
+        damaged = settings.runtime_dir / "checkpoint.npz"
+    else:
+        damaged = session.profile_folder / "latency_model.npz"
+    session.close()
+    damaged.write_bytes(b"nonsense")
+
+    def read_only(*_: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    with monkeypatch.context() as context:
+        context.setattr("adaptive_spec.wire.shared_file.os.rename", read_only)
+        _open(settings).close()
+    assert "cannot be set aside: Read-only file system" in caplog.text
+    assert damaged.exists()
 
 
 def test_one_sidecar_for_one_engine(settings: SidecarSettings, engine: NumbersEngine) -> None:

@@ -305,6 +305,7 @@ def resealed(data: bytes, at: int, form: str, value: int) -> bytes:
 @pytest.mark.parametrize(
     ("field", "spoil"),
     [
+        ("magic", lambda data: bytes(len(data))),
         ("file", lambda data: b""),
         ("size", lambda data: data[:4000]),
         ("size", lambda data: data[:-1]),
@@ -316,7 +317,7 @@ def resealed(data: bytes, at: int, form: str, value: int) -> bytes:
     ],
 )
 def test_a_foreign_page_is_refused_by_the_engine_and_renamed_by_the_sidecar(
-    tmp_path: Path, field: str, spoil: Callable[[bytes], bytes]
+    tmp_path: Path, field: str, spoil: Callable[[bytes], bytes], caplog: pytest.LogCaptureFixture
 ) -> None:
     path = tmp_path / "p"
     PolicyPage.create_or_open(path, CAPACITY).close()
@@ -328,8 +329,38 @@ def test_a_foreign_page_is_refused_by_the_engine_and_renamed_by_the_sidecar(
     assert str(caught.value).startswith(f"{path}: {field}: must be ")
     with PolicyPage.create_or_open(path, CAPACITY) as page:
         assert page.last_version == 0
-    assert (tmp_path / "p.damaged-1").read_bytes() == foreign
+    kind = "foreign" if field in ("magic", "layout version") and any(foreign) else "damaged"
+    assert (tmp_path / f"p.{kind}-1").read_bytes() == foreign
+    assert f"policy page {path} cannot be used: " in caplog.text
     PolicyPageReader.open(path).close()
+
+
+def _link(path: Path) -> None:
+    path.with_name("elsewhere").write_text("not ours")
+    path.symlink_to(path.with_name("elsewhere"))
+
+
+@pytest.mark.parametrize("make", [_link, os.mkfifo, Path.mkdir])
+def test_what_is_no_file_is_set_aside(tmp_path: Path, make: Callable[[Path], object], caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "p"
+    make(path)
+    with PolicyPage.create_or_open(path, CAPACITY) as page:
+        page.publish(policy_of(3))
+    assert os.path.lexists(tmp_path / "p.damaged-1")
+    assert "cannot be used" in caplog.text
+    PolicyPageReader.open(path).close()
+
+
+def test_a_folder_in_place_of_a_page_in_use_is_set_aside(tmp_path: Path) -> None:
+    path = tmp_path / "p"
+    with PolicyPage.create_or_open(path, CAPACITY) as page:
+        page.publish(policy_of(3))
+        path.unlink()
+        path.mkdir()
+        assert not page.in_place()
+        page.renew()
+        assert page.in_place()
+    assert (tmp_path / "p.damaged-1").is_dir()
 
 
 def test_a_page_with_a_damaged_policy_is_renamed(tmp_path: Path) -> None:

@@ -380,6 +380,13 @@ def test_a_file_that_is_not_a_ring_is_refused_in_one_line(tmp_path: Path, field:
     assert "\n" not in str(caught.value)
 
 
+def test_a_folder_in_place_of_a_ring_is_set_aside_by_its_engine(tmp_path: Path) -> None:
+    (tmp_path / "ring").mkdir()
+    RingWriter.create(tmp_path / "ring", engine()).close()
+    RingReader.open(tmp_path / "ring").close()
+    assert (tmp_path / "ring.damaged-1").is_dir()
+
+
 def test_a_pipe_or_a_folder_is_refused_without_waiting(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(RingLayoutError, match="not a regular file"):

@@ -1,4 +1,7 @@
-"""Writes the engine report of one process when it has changed, at most once a second unless the state changes. Never raises."""
+"""Writes the engine report of one process when it has changed, at most once a second unless the state changes. Never raises.
+
+A report that was deleted or damaged is written again: one of a refusal never changes.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from adaptive_spec.wire.engine_report import EngineReport, write_report
+from adaptive_spec.wire.engine_report import EngineReport, ReportFile, report_file, write_report
 
 INTERVAL_S = 1.0
 AFTER_ERROR_S = 60.0
@@ -21,6 +24,7 @@ class ReportWriter:
     log: logging.Logger
     _due_s: float = 0.0
     _written: EngineReport | None = field(default=None)
+    _file: ReportFile | None = field(default=None)
     _error: str = ""
 
     @property
@@ -30,10 +34,10 @@ class ReportWriter:
 
     def write(self, report: EngineReport) -> None:
         self._due_s = time.monotonic() + INTERVAL_S
-        if report == self._written:
+        if report == self._written and self._file == report_file(self.runtime_dir):
             return
         try:
-            write_report(self.runtime_dir, report)
+            self._file = write_report(self.runtime_dir, report)
             self._written = report
         except Exception as error:
             if str(error) != self._error:

@@ -34,7 +34,7 @@ from adaptive_spec.engines.common.steps_in_flight import FinishedStep, OpenStep,
 from adaptive_spec.engines.sglang import contract, supported_servers
 from adaptive_spec.engines.sglang.ranks import Notes, RankedTap, Steering, carried, try_policy
 from adaptive_spec.engines.static_contract import installed, unmet
-from adaptive_spec.wire.engine_report import EngineReport, State, write_report
+from adaptive_spec.wire.engine_report import EngineReport, ReportFile, State, report_file, write_report
 from adaptive_spec.wire.slot import MAX_BATCH_LIMIT
 
 STEP_ATTRIBUTE = "adaptive_spec_step"
@@ -95,6 +95,7 @@ class Attachment:
         self._attention_dp = False
         self._report_at_s = 0.0
         self._reported: EngineReport | None = None
+        self._report_file: ReportFile | None = None
         self._report_error = ""
 
     # -- once ----------------------------------------------------------------------------------------------------------
@@ -396,7 +397,7 @@ class Attachment:
             self.report(self._state, self._reason)
 
     def report(self, state: State, reason: str) -> None:
-        """Write the engine report if it has changed. Never raises."""
+        """Write the engine report if it has changed, or was deleted or damaged. Never raises."""
         self._state, self._reason = state, reason
         self._report_at_s = time.monotonic() + REPORT_INTERVAL_S
         if not self._first_rank:
@@ -405,8 +406,8 @@ class Attachment:
             report = EngineReport(
                 os.getpid(), self._engine, state, reason, dict(self._guard.failures), self._counters(), self.level
             )
-            if report != self._reported:
-                write_report(self._settings.runtime_dir, report)
+            if report != self._reported or self._report_file != report_file(self._settings.runtime_dir):
+                self._report_file = write_report(self._settings.runtime_dir, report)
                 self._reported = report
         except Exception as error:
             if str(error) != self._report_error:

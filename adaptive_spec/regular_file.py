@@ -39,3 +39,16 @@ def read_regular_file(path: Path, largest_bytes: int, *, follow_links: bool = Fa
         return FileContent(data, status.st_uid, stat.S_IMODE(status.st_mode))
     finally:
         os.close(descriptor)
+
+
+def read_secret(path: Path, largest_bytes: int) -> bytes:
+    """Read a file that holds a secret, also when the last part of the path is a symbolic link, as in a mounted Secret.
+
+    Raises OSError as `read_regular_file`, and PermissionError, with what must be as strerror, for one that others can read or the
+    group can write. The group may read: Kubernetes gives a mounted Secret to the pod's fsGroup.
+    """
+    content = read_regular_file(path, largest_bytes, follow_links=True)
+    if content.mode & 0o027:
+        wanted = f"must not be readable by others nor writable by its group, got mode {content.mode:04o}"
+        raise PermissionError(errno.EACCES, wanted, str(path))
+    return content.data

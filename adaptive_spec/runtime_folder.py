@@ -46,7 +46,7 @@ def server_port_of(flags: Sequence[str], default: int = DEFAULT_SERVER_PORT) -> 
     port = default
     for flag, following in zip(flags, [*flags[1:], ""], strict=False):
         text = following if flag == "--port" else flag.removeprefix("--port=") if flag.startswith("--port=") else ""
-        if text.isascii() and text.isdigit() and 1 <= int(text) <= 65_535:
+        if text.isascii() and text.isdigit() and len(text) <= 9 and 1 <= int(text) <= 65_535:
             port = int(text)
     return port
 

@@ -37,7 +37,7 @@ class DemoView:
     """Context manager around the run. Call `show` regularly during it, and `conclude` once afterwards."""
 
     def __init__(self, url: str, console: Console | None = None) -> None:
-        self._console = console or Console(highlight=False)
+        self._console = console or Console(highlight=False, markup=False, emoji=False)
         self._url = url
         self._live = Live(console=self._console, auto_refresh=False) if self._console.is_terminal else None
         self._next_line_s = 0.0
@@ -179,7 +179,8 @@ def live_view(state: DemoState, url: str) -> RenderableType:
     total = f" of {state.duration_s:.0f}" if state.duration_s else ""
     pids = f"engine {engine['pid']}, sidecar {sidecar.get('sidecar_pid', '-')}"
     title = f"adaptive-spec demo  {engine['model']} on {engine['gpu']}  {engine['elapsed_s']:.0f}{total} s"
-    return Panel(Group(*parts), title=title, title_align="left", subtitle=f"{url}  pids: {pids}", subtitle_align="left")
+    subtitle = Text(f"{url}  pids: {pids}")
+    return Panel(Group(*parts), title=Text(title), title_align="left", subtitle=subtitle, subtitle_align="left")
 
 
 def k_strip(k_by_batch_size: dict[str, int]) -> Text:

@@ -6,6 +6,7 @@ Imports are inside the commands, so that `--help` is quick and only the parts th
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -60,7 +61,7 @@ def fit(latency: Path | None, calibration: Path | None, out: Path, jump_threshol
         raise BadInput("--latency, --calibration: at least one of them is required")
     from rich.console import Console
 
-    with Console(stderr=True).status("fitting"):
+    with Console(stderr=True, markup=False, emoji=False).status("fitting"):
         from adaptive_spec.offline.fit import fit_files
 
         result = fit_files(latency, calibration, out, jump_threshold)
@@ -69,7 +70,7 @@ def fit(latency: Path | None, calibration: Path | None, out: Path, jump_threshol
         return
     from adaptive_spec.cli.tables import fit_tables
 
-    console = Console()
+    console = Console(markup=False, emoji=False)
     for table in fit_tables(result):
         console.print(table)
     console.print(f"written to {out}", highlight=False)
@@ -145,7 +146,9 @@ def sweep(
 
     runtime_dir, tls = chosen_runtime_dir(runtime_dir, url), ClientTls(ca, cert, key)
     if url is None or is_sidecar(url, runtime_dir, tls):
-        watch_sweep(ControlClient.find(runtime_dir, url, token_file, tls), timeout)
+        client = ControlClient.find(runtime_dir, url, token_file, tls)
+        with client.reading():
+            watch_sweep(client, timeout)
         return
     client = ControlClient.find(runtime_dir, None, token_file, tls)
     sweep_server(server_api(url, api_key, client), client, batch_sizes, read_prompts(prompts), timeout)
@@ -187,7 +190,8 @@ def ctl(
 
     client = ControlClient.find(chosen_runtime_dir(runtime_dir, url), url, token_file, ClientTls(ca, cert, key))
     if command not in ("status", "explain"):
-        click.echo(f"{command}: done, mode {client.send(command, number)['mode']}")
+        with client.reading():
+            click.echo(f"{command}: done, mode {client.send(command, number)['mode']}")
         return
     document = client.status(dp_rank) if command == "status" else client.explain(number, dp_rank)
     if as_json:
@@ -197,14 +201,12 @@ def ctl(
 
     from adaptive_spec.cli.tables import explain_tables, status_table
 
-    console = Console()
-    if command == "status":
-        console.print(status_table(document))
-        return
-    if not console.is_terminal:  # a file or a pipe has no width: no column is cut
+    console = Console(markup=False, emoji=False)
+    if command == "explain" and not console.is_terminal:  # a file or a pipe has no width: no column is cut
         console.width = 200
-    for part in explain_tables(document):
-        console.print(part)
+    with client.reading():
+        for part in [status_table(document)] if command == "status" else list(explain_tables(document)):
+            console.print(part)
 
 
 @cli.command()
@@ -223,7 +225,8 @@ def watch(url: str | None, runtime_dir: Path | None, ca: Path | None, cert: Path
     from adaptive_spec.client.tls import ClientTls
 
     client = ControlClient.find(chosen_runtime_dir(runtime_dir, url), url, None, ClientTls(ca, cert, key))
-    watch_sidecar(client, Console(highlight=False))
+    with client.reading():
+        watch_sidecar(client, Console(highlight=False, markup=False, emoji=False))
 
 
 @cli.command()
@@ -256,13 +259,13 @@ def candidates(
     from rich.console import Console
 
     for table in choice_tables(choice):
-        Console().print(table)
+        Console(markup=False, emoji=False).print(table)
     if engine == "vllm":
-        Console().print(
+        Console(markup=False, emoji=False).print(
             f"for --speculative-config, beside method and model: {json.dumps(config)}", highlight=False, soft_wrap=True
         )
     if out is not None:
-        Console().print(f"written to {out}", highlight=False)
+        Console(markup=False, emoji=False).print(f"written to {out}", highlight=False)
 
 
 @cli.command()
@@ -295,7 +298,7 @@ def doctor(runtime_dir: Path | None, profile_dir: Path, host: str, port: int, as
 
         from adaptive_spec.cli.tables import findings_table
 
-        Console().print(findings_table(findings))
+        Console(markup=False, emoji=False).print(findings_table(findings))
     if any(finding.state == "broken" for finding in findings):
         raise click.exceptions.Exit(1)
 
@@ -469,11 +472,14 @@ def check(grafana_url: str, token_file: Path | None, timeout: float) -> int:
 
 def main() -> None:
     """Entry point of `adaptive-spec`."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: a path need not be Unicode text
     try:
         status = cli.main(standalone_mode=False)
     except (BadInput, click.ClickException) as error:
-        message = error.format_message() if isinstance(error, click.ClickException) else str(error)
-        click.echo(f"adaptive-spec: {' '.join(message.split())}", err=True)
+        message = " ".join((error.format_message() if isinstance(error, click.ClickException) else str(error)).split())
+        # It may hold a value as it was given, and a terminal obeys some characters.
+        click.echo(f"adaptive-spec: {message if message.isprintable() else repr(message)[1:-1]}", err=True)
         sys.exit(2)
     except (KeyboardInterrupt, click.Abort):
         sys.exit(130)

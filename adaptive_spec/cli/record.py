@@ -81,7 +81,10 @@ def record_trace(runtime_dir: Path, out: Path, most_steps: int, most_bytes: int,
 
 def _collect(ring: RingReader, buffer: TraceBuffer, duration_s: float | None) -> None:
     started_s = updated_s = time.monotonic()
-    with stop_signals() as stopping, Console(stderr=True).status("recording, Ctrl-C to stop") as status:
+    with (
+        stop_signals() as stopping,
+        Console(stderr=True, markup=False, emoji=False).status("recording, Ctrl-C to stop") as status,
+    ):
         while not stopping:
             now_s = time.monotonic()
             for record in ring.poll():

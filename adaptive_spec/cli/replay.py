@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+from rich.text import Text
 
 from adaptive_spec.cli.output_files import check_folder_of, write_json
 from adaptive_spec.cli.tables import number
@@ -60,14 +61,14 @@ def replay_file(path: Path, asked: str, settings: ControllerSettings, json_file:
         check_folder_of(json_file, "--json")
     trace = load_trace(path)
     policies = policies_of(asked, trace.info)
-    errors = Console(stderr=True)
+    errors = Console(stderr=True, markup=False, emoji=False)
     with Progress(console=errors, transient=True, disable=not errors.is_terminal) as progress:
         bar = progress.add_task("replaying", total=len(trace.records) * (len(policies) + 2))
         try:
             result = replay(trace.info, trace.records, policies, settings, lambda steps: progress.advance(bar, steps))
         except ValueError as error:
             raise BadInput(f"TRACE: '{path}': {error}") from error
-    console = Console()
+    console = Console(markup=False, emoji=False)
     if not console.is_terminal:
         console.width = 110
     for table in replay_tables(trace, result):
@@ -118,7 +119,7 @@ def replay_tables(trace: Trace, result: Replay) -> list[Table]:
         "tile boundaries": ", ".join(str(boundary.tokens) for boundary in snapshot.boundaries) or "none found",
     }
     for name, words in rows.items():
-        about.add_row(f"[dim]{name}[/dim]", words)
+        about.add_row(Text(name, style="dim"), words)
     table = Table(
         title="estimated goodput of each policy on this trace (90 % interval)", title_justify="left",
         caption="supported: steps whose plan was verified in the trace; the others are extrapolated", caption_justify="left",

@@ -101,7 +101,7 @@ def sweep_server(
         TimeElapsedColumn(),
     )  # fmt: skip
     steps = 0
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with Progress(*columns, console=Console(stderr=True, markup=False, emoji=False)) as progress:
         task = progress.add_task("sweep", total=len(sizes), doing="")
         for size in sizes:
             progress.update(task, doing=f"filling a batch of {size}")
@@ -117,7 +117,7 @@ def sweep_server(
     status = client.status()
     boundaries = ", ".join(map(str, status["boundaries"])) or "none"
     table = ", ".join(f"{b}: {k}" for b, k in status["k_by_batch_size"].items())
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False, emoji=False)
     console.print(f"sweep finished: batch sizes {', '.join(map(str, sizes))}, {steps} steps, tile boundaries {boundaries}")
     console.print(f"K by batch size {table}")
 

@@ -27,7 +27,7 @@ def watch_sweep(client: ControlClient, timeout_s: float) -> None:
         TextColumn("{task.percentage:>3.0f}%  {task.fields[steps]} steps"),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with Progress(*columns, console=Console(stderr=True, markup=False, emoji=False)) as progress:
         task = progress.add_task("sweep", total=1.0, steps=0)
         while True:
             status = client.status()
@@ -42,4 +42,6 @@ def watch_sweep(client: ControlClient, timeout_s: float) -> None:
                 raise BadInput(f"--timeout: the sweep did not end within {timeout_s:g} s; it continues in the sidecar")
             time.sleep(POLL_S)
     boundaries = ", ".join(map(str, status["boundaries"])) or "none"
-    Console().print(f"sweep finished: {sweep['steps']} steps, tile boundaries {boundaries}", highlight=False)
+    Console(markup=False, emoji=False).print(
+        f"sweep finished: {sweep['steps']} steps, tile boundaries {boundaries}", highlight=False
+    )

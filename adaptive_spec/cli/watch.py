@@ -65,7 +65,8 @@ class Watch:
         title = f"adaptive-spec  {engine.get('name', 'no engine')} {engine.get('model', '')} on {engine.get('gpu', '-')}"
         pids = f"engine {status.get('engine_pid') or '-'}, sidecar {status.get('sidecar_pid', '-')}"
         parts: list[RenderableType] = [grid, Text(), Text(lines, style="dim")] if events else [grid]
-        return Panel(Group(*parts), title=title, title_align="left", subtitle=f"{self.url}  pids: {pids}", subtitle_align="left")
+        subtitle = Text(f"{self.url}  pids: {pids}")
+        return Panel(Group(*parts), title=Text(title), title_align="left", subtitle=subtitle, subtitle_align="left")
 
     def _rows(self, status: dict[str, Any], silent_s: float) -> list[tuple[str, RenderableType]]:
         mode = status["mode"]

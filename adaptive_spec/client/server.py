@@ -10,7 +10,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 from urllib.parse import urlsplit
 
-from adaptive_spec.errors import BadInput, one_line
+from adaptive_spec.client.address import checked_url
+from adaptive_spec.errors import one_line
 
 TIMEOUT_S = 120.0
 
@@ -44,11 +45,9 @@ class HttpServer:
     """Connections to one server. url: "http://host:port". api_key: "" without one. Raises BadInput for another form of URL."""
 
     def __init__(self, url: str, api_key: str = "") -> None:
-        parts = urlsplit(url if "//" in url else f"http://{url}")
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise BadInput(f"--url: must be like http://HOST:PORT, got {url!r}")
+        parts = urlsplit(checked_url(url if "//" in url else f"http://{url}"))
         self.url = f"{parts.scheme}://{parts.netloc}"
-        self._host, self._port, self._secure = parts.hostname, parts.port, parts.scheme == "https"
+        self._host, self._port, self._secure = parts.hostname or "", parts.port, parts.scheme == "https"
         self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {})
 
     def ask(self, method: str, path: str, body: dict[str, Any] | None, timeout_s: float) -> tuple[int, bytes]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import http.client
 import json
@@ -9,13 +10,15 @@ import os
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+from adaptive_spec.client.address import checked_url
 from adaptive_spec.client.tls import ClientTls
-from adaptive_spec.errors import BadInput
-from adaptive_spec.regular_file import read_regular_file
+from adaptive_spec.errors import BadInput, one_line
+from adaptive_spec.regular_file import read_regular_file, read_secret
 from adaptive_spec.runtime_folder import check_runtime_dir, role_holder, role_is_held
 
 NO_TLS = ClientTls()
@@ -27,19 +30,21 @@ ALIVE_S = 5.0
 """A sidecar whose loop has not run for this long does not live: `doctor --alive` and /healthz say so."""
 LARGEST_BYTES = 1 << 14
 """Of an address or a token file."""
+LARGEST_ANSWER = 16 << 20
+"""Bytes. /status.json of 64 data-parallel ranks with 1024 batch sizes each has some 5 MB."""
+LONGEST_REASON = 300
 
 
 class ControlClient:
     """Client of one sidecar.
 
     url: "http://host:port" or "https://host:port". token: for `send`, "" without one. timeout_s: of each request. tls: for https.
-    Raises BadInput for other URLs, and for files of tls that cannot be used.
+    Raises BadInput for other URLs, and for files of tls that cannot be used. Text in an answer is made printable: whoever
+    answers must not write to the terminal of the user as it likes.
     """
 
     def __init__(self, url: str, token: str = "", timeout_s: float = 10.0, tls: ClientTls = NO_TLS) -> None:
-        if not url.startswith(("http://", "https://")):
-            raise BadInput(f"--url: must begin with http:// or https://, got {url!r}")
-        self.url = url.rstrip("/")
+        self.url = checked_url(url)
         self._token = token
         self._timeout_s = timeout_s
         # No proxy of the environment: a sidecar runs on this host or in this cluster. No redirects: a sidecar never sends one,
@@ -90,16 +95,24 @@ class ControlClient:
         request = urllib.request.Request(self.url + path, data, headers)
         try:
             with self._opener.open(request, timeout=self._timeout_s) as answer:
-                document = json.load(answer)
+                document = _document(answer)
         except urllib.error.HTTPError as error:
             with error:
                 raise BadInput(f"{self.url}: refused: {_reason(error)}") from error
-        except (OSError, http.client.HTTPException, ValueError) as error:
+        except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:
             reason = getattr(error, "reason", error)
             raise BadInput(f"{self.url}: no sidecar answers: {getattr(reason, 'strerror', None) or reason}") from error
         if not isinstance(document, dict):
             raise BadInput(f"{self.url}: no sidecar answers: the answer is not a JSON object")
         return document
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        """For a block that uses an answer: what is missing in it, or of another kind, is a BadInput."""
+        try:
+            yield
+        except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise BadInput(f"{self.url}: the answer is not one of a sidecar of this version: {one_line(error)[:80]}") from error
 
 
 def _with(path: str, **asked: int | None) -> str:
@@ -156,22 +169,45 @@ def own_token(path: Path) -> str | None:
         token = content.data.decode().strip()
     except (OSError, ValueError):
         return None
-    return token if token and content.owner == os.geteuid() and not content.mode & 0o077 else None
+    return token if is_token(token) and content.owner == os.geteuid() and not content.mode & 0o077 else None
+
+
+def is_token(text: str) -> bool:
+    """Whether it can be sent: printable ASCII characters on one line. Of others the HTTP library says what they are."""
+    return text.isascii() and text.isprintable() and text != ""
 
 
 def token_from(path: Path, name: str) -> str:
     """Return the token in a file that the user named. Raises BadInput, beginning with `name`."""
     try:
-        token = read_regular_file(path, LARGEST_BYTES, follow_links=True).data.decode().strip()
+        token = read_secret(path, LARGEST_BYTES).decode().strip()
     except (OSError, ValueError) as error:
-        raise BadInput(f"{name}: '{path}': cannot be read") from error
-    if not token.isascii() or not token.isprintable() or not token:
+        reason = getattr(error, "strerror", None) or ""
+        raise BadInput(f"{name}: '{path}': {reason if 'must' in reason else 'cannot be read'}") from error
+    if not is_token(token):
         raise BadInput(f"{name}: '{path}': must contain a token of printable ASCII characters on one line")
     return token
 
 
+def _document(answer: IO[bytes]) -> Any:
+    """Raises ValueError, RecursionError, OSError or HTTPException for anything but JSON within bounds."""
+    data = answer.read(LARGEST_ANSWER + 1)
+    if len(data) > LARGEST_ANSWER:
+        raise ValueError(f"the answer is longer than {LARGEST_ANSWER} bytes")
+    return _printable(json.loads(data))
+
+
+def _printable(value: Any) -> Any:
+    """A JSON value with `?` for every character that a terminal could obey."""
+    if isinstance(value, str):
+        return value if value.isprintable() else "".join(c if c.isprintable() else "?" for c in value)
+    if isinstance(value, dict):
+        return {_printable(key): _printable(inner) for key, inner in value.items()}
+    return [_printable(inner) for inner in value] if isinstance(value, list) else value
+
+
 def _reason(error: urllib.error.HTTPError) -> str:
     try:
-        return str(json.load(error)["error"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return str(_document(error)["error"])[:LONGEST_REASON]
+    except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError, RecursionError):
         return f"status {error.code}"

@@ -7,7 +7,7 @@ import ssl
 from pathlib import Path
 
 from adaptive_spec.errors import BadInput
-from adaptive_spec.regular_file import read_regular_file
+from adaptive_spec.regular_file import read_regular_file, read_secret
 
 LARGEST_BYTES = 1 << 20
 """Of a file. A bundle of all public authorities has some 250 kB."""
@@ -54,15 +54,14 @@ class Certificates:
     def _load(self) -> ssl.SSLContext:
         for field, path in self._files():
             try:
-                content = read_regular_file(path, LARGEST_BYTES, follow_links=True)
+                if path == (self._keyfile or self.certfile):
+                    read_secret(path, LARGEST_BYTES)
+                else:
+                    read_regular_file(path, LARGEST_BYTES, follow_links=True)
             except OSError as error:
-                raise BadInput(f"{field}: '{path}': {error.strerror}; must be a readable file") from error
-            # The group may read: Kubernetes gives a mounted Secret to the pod's fsGroup.
-            if path == (self._keyfile or self.certfile) and content.mode & 0o027:
-                wrong = f"got mode {content.mode:04o}"
-                raise BadInput(
-                    f"{field}: '{path}': holds a key: must not be readable by others nor writable by its group, {wrong}"
-                )
+                reason = error.strerror or ""
+                words = f"holds a key: {reason}" if "must" in reason else f"{reason}; must be a readable file"
+                raise BadInput(f"{field}: '{path}': {words}") from error
         context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.options |= ssl.OP_NO_RENEGOTIATION

@@ -26,7 +26,7 @@ from adaptive_spec.config.settings import GrafanaSettings
 from adaptive_spec.control.snapshot import Snapshot
 from adaptive_spec.domain.engine_info import EngineInfo
 from adaptive_spec.errors import BadInput
-from adaptive_spec.regular_file import read_regular_file
+from adaptive_spec.regular_file import read_secret
 
 TAG = "adaptive-spec"
 FOLDER_UID = "adaptive-spec"
@@ -338,7 +338,9 @@ class Annotator:
 def read_token(path: Path, name: str) -> str:
     """Read a token file. name: the option or setting that names it. Raises BadInput."""
     try:
-        token = read_regular_file(path, LARGEST_TOKEN_FILE, follow_links=True).data.decode().strip()
+        token = read_secret(path, LARGEST_TOKEN_FILE).decode().strip()
+    except PermissionError as error:
+        raise BadInput(f"{name}: '{path}': {error.strerror}") from error
     except (OSError, ValueError) as error:
         raise BadInput(f"{name}: '{path}': cannot be read; must be a file with a token") from error
     if not token or not token.isascii() or len(token.split()) != 1:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 
-from adaptive_spec.errors import BadInput
+from adaptive_spec.errors import BadInput, one_line
 
 
 def listening_socket(host: str, port: int, field: str) -> socket.socket:
@@ -19,10 +19,10 @@ def listening_socket(host: str, port: int, field: str) -> socket.socket:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind(address)
         listening.listen()
-    except OSError as error:
+    except (OSError, UnicodeError) as error:  # UnicodeError: a name that cannot be encoded for the name service
         if listening:
             listening.close()
-        raise BadInput(f"{field}: {port} on host {host!r}: {error.strerror or error}") from error
+        raise BadInput(f"{field}: {port} on host {host!r}: {getattr(error, 'strerror', None) or one_line(error)}") from error
     return listening
 
 

@@ -14,10 +14,10 @@ import secrets
 import stat
 from pathlib import Path
 
-from adaptive_spec.client.sidecar import ADDRESS_NAME, HEARTBEAT_NAME, TOKEN_NAME, own_token
+from adaptive_spec.client.sidecar import ADDRESS_NAME, HEARTBEAT_NAME, TOKEN_NAME, is_token, own_token
 from adaptive_spec.engine_side.tap import PAGE_NAME
 from adaptive_spec.errors import BadInput
-from adaptive_spec.regular_file import read_regular_file
+from adaptive_spec.regular_file import read_regular_file, read_secret
 from adaptive_spec.runtime_folder import RoleLock, make_runtime_dir, remove_temporary_files
 from adaptive_spec.storage.archive import write_atomically
 from adaptive_spec.wire.shared_file import set_aside
@@ -157,12 +157,12 @@ def _take_role(folder: Path) -> RoleLock:
 
 def _read_token(path: Path) -> str:
     try:
-        token = read_regular_file(path, LARGEST_TOKEN, follow_links=True).data.decode().strip()
+        token = read_secret(path, LARGEST_TOKEN).decode().strip()
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a text file"
         raise BadInput(f"control_token_file: '{path}': {reason}") from error
-    if not token:
-        raise BadInput(f"control_token_file: '{path}': file is empty; must contain a token")
+    if not is_token(token):
+        raise BadInput(f"control_token_file: '{path}': must contain a token of printable ASCII characters on one line")
     return token
 
 

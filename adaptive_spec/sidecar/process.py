@@ -106,7 +106,7 @@ class Sidecar:
             log.warning("SIGHUP: %s: cannot be changed while the sidecar runs; restart it", name)
         taken = {name: getattr(new, name) for name in changed if name in RELOADED}
         self.settings = self.settings.model_copy(update=taken)
-        logging.getLogger().setLevel(self.settings.log_level.upper())
+        set_log_level(self.settings.log_level)
         for engine in self._engines.values():
             engine.take_settings(taken)
         log.info("SIGHUP: settings read again, changed: %s", ", ".join(taken) or "none")
@@ -238,7 +238,15 @@ def _certificates(settings: SidecarSettings) -> Certificates | None:
     return Certificates(settings.certfile, settings.keyfile, settings.client_ca) if settings.certfile else None
 
 
+def set_log_level(name: str) -> None:
+    """Set the least severe line that is printed. Of other packages only warnings: at debug some write URLs with their secrets."""
+    level = logging.getLevelNamesMapping()[name.upper()]
+    logging.getLogger("adaptive_spec").setLevel(level)
+    logging.getLogger().setLevel(max(level, logging.WARNING))
+
+
 def run_sidecar(settings: SidecarSettings, read_again: Callable[[], SidecarSettings] | None = None) -> None:
     """Run a sidecar in this process until SIGTERM or SIGINT. read_again: reads the settings after SIGHUP. Raises BadInput."""
-    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(message)s")
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s")
+    set_log_level(settings.log_level)
     Sidecar(settings, read_again).run()

@@ -197,7 +197,7 @@ class ProfileStore:
             try:
                 self._files.rm_file(path)
             except OSError as error:  # another writer removed it, or it is another user's: the next writer tries again
-                log.debug("profile %s was not removed from the store: %s", path, error)
+                log.debug("profile %s was not removed from the store: %s", _name(path), self.reason(error))
 
 
 def _not_reached(error: Exception) -> bool:

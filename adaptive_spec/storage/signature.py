@@ -11,7 +11,7 @@ import hmac
 from pathlib import Path
 
 from adaptive_spec.errors import BadInput
-from adaptive_spec.regular_file import read_regular_file
+from adaptive_spec.regular_file import read_secret
 
 SHORTEST_KEY = 32
 """Bytes: as long as the hash. `openssl rand -hex 32` makes 64 characters."""
@@ -29,13 +29,10 @@ def read_key(path: Path) -> bytes:
     """Read the key: the text of the file without white space around it. Raises BadInput."""
     field = f"profile_store_key_file: '{path}'"
     try:
-        content = read_regular_file(path, LONGEST_KEY_FILE, follow_links=True)  # a mounted Secret is a link
+        key = read_secret(path, LONGEST_KEY_FILE).strip()
     except OSError as error:
-        raise BadInput(f"{field}: {error.strerror}; must be a readable file") from error
-    # The group may read: Kubernetes gives a mounted Secret to the pod's fsGroup.
-    if content.mode & 0o027:
-        raise BadInput(f"{field}: must not be readable by others nor writable by its group, got mode {content.mode:04o}")
-    key = content.data.strip()
+        wanted = "" if "must" in (error.strerror or "") else "; must be a readable file"
+        raise BadInput(f"{field}: {error.strerror}{wanted}") from error
     if len(key) < SHORTEST_KEY:
         raise BadInput(f"{field}: must hold a key of at least {SHORTEST_KEY} characters")
     return key

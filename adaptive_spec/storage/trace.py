@@ -17,12 +17,14 @@ import numpy as np
 from adaptive_spec.domain.arrays import AnyArray
 from adaptive_spec.domain.engine_info import EngineInfo
 from adaptive_spec.domain.step_record import StepRecord
-from adaptive_spec.errors import BadInput
-from adaptive_spec.storage.archive import ArchiveError, load_archive, save_archive
+from adaptive_spec.errors import BadInput, one_line
+from adaptive_spec.storage.archive import load_archive, save_archive
 
 TRACE = "trace"
 LARGEST_BYTES = 1 << 30
 LARGEST_INFLATED = 4 << 30
+LONGEST_REASON = 300
+MOST_LOST = 2**62
 _COUNTS = 10
 _PACKED = {"confidences": np.float32, "request_ids": np.uint32, "verify_len": np.uint8, "accept_len": np.uint8}
 
@@ -62,13 +64,16 @@ def load_trace(path: Path) -> Trace:
         archive = load_archive(path, TRACE, largest_bytes=LARGEST_BYTES, largest_inflated=LARGEST_INFLATED, follow_links=True)
         info = EngineInfo.from_json(json.dumps(archive.meta["engine"]).encode())
         records = _records(archive.arrays)
-        return Trace(info, tuple(records), int(archive.meta["lost"]))
+        lost = archive.meta["lost"]
+        if not isinstance(lost, int) or not 0 <= lost <= MOST_LOST:
+            raise ValueError(f"lost: must be a whole number in 0..{MOST_LOST}")
+        return Trace(info, tuple(records), lost)
     except FileNotFoundError as error:
         raise BadInput(f"TRACE: '{path}': no such file") from error
     except OSError as error:
         raise BadInput(f"TRACE: '{path}': cannot be read: {error.strerror or error}") from error
-    except (ArchiveError, KeyError, ValueError, TypeError) as error:
-        raise BadInput(f"TRACE: '{path}': must be a trace of adaptive-spec record: {error}") from error
+    except Exception as error:  # whatever it holds: arrays of another number of dimensions or of text, numbers too large
+        raise BadInput(f"TRACE: '{path}': must be a trace of adaptive-spec record: {one_line(error)[:LONGEST_REASON]}") from error
 
 
 def _records(arrays: dict[str, AnyArray]) -> Sequence[StepRecord]:

@@ -42,9 +42,11 @@ def test_prompts_are_read(tmp_path: Path) -> None:
         read_prompts(tmp_path / "none")
 
 
-@pytest.mark.parametrize("url", ["ftp://x", "http://", "file:///etc"])
+@pytest.mark.parametrize(
+    "url", ["ftp://x", "http://", "file:///etc", "http://x:99999", "http://x:y", "http://[::1", "user:secret@x"]
+)
 def test_bad_addresses(url: str) -> None:
-    with pytest.raises(BadInput, match="must be like http://HOST:PORT"):
+    with pytest.raises(BadInput, match=r"^--url: must be like http://HOST:PORT, got [^s]*; without user, password and query$"):
         ServerApi(url)
 
 

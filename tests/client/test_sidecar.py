@@ -13,6 +13,7 @@ from adaptive_spec.client.sidecar import ADDRESS_NAME, TOKEN_NAME, ControlClient
 from adaptive_spec.errors import BadInput
 from adaptive_spec.runtime_folder import RoleLock
 from tests.client.canned_server import CannedServer
+from tests.support.processes import assert_one_line, run_cli
 
 
 @pytest.fixture
@@ -47,6 +48,9 @@ def test_a_proxy_of_the_environment_is_not_used(server: CannedServer, monkeypatc
         (500, b"<html>", "refused: status 500"),
         (200, b"<html>", "no sidecar answers"),
         (200, b"[]", "no sidecar answers: the answer is not a JSON object"),
+        (200, b"[" * 100_000, "no sidecar answers: "),
+        (409, b"[" * 100_000, "refused: status 409"),
+        (409, b'{"error": "\\u001b[31mred\\nnext"}', "refused: ?[31mred?next"),
     ],
 )
 def test_other_answers_are_one_line(server: CannedServer, status: int, body: bytes, words: str) -> None:
@@ -55,6 +59,53 @@ def test_other_answers_are_one_line(server: CannedServer, status: int, body: byt
         ControlClient(server.url).send("pause")
     assert str(error.value).startswith(f"{server.url}: {words}")
     assert "\n" not in str(error.value)
+
+
+def test_an_answer_cannot_write_to_the_terminal_as_it_likes(server: CannedServer) -> None:
+    server.answers["GET /status.json"] = (200, b'{"mode": "\\u001b]0;x\\u0007", "a": [{"\\u009b": "\\u202e"}], "n": 1}')
+    assert ControlClient(server.url).status() == {"mode": "?]0;x?", "a": [{"?": "?"}], "n": 1}
+
+
+def test_an_answer_without_end_is_not_kept(server: CannedServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("adaptive_spec.client.sidecar.LARGEST_ANSWER", 1000)
+    server.answers["GET /status.json"] = (200, b'{"mode": "' + b"x" * 1000 + b'"}')
+    with pytest.raises(BadInput, match="no sidecar answers: the answer is longer than 1000 bytes"):
+        ControlClient(server.url).status()
+
+
+@pytest.mark.parametrize("arguments", [("status",), ("explain",), ("pause",)])
+@pytest.mark.parametrize("body", [b"{}", b'{"mode": 1, "k_by_batch_size": {"x": []}, "plans": 5, "k": 1, "k_before": 2}'])
+def test_the_answer_of_something_else_is_one_line(server: CannedServer, arguments: tuple[str, ...], body: bytes) -> None:
+    server.answers = dict.fromkeys(("GET /status.json", "GET /explain.json", "POST /control"), (200, body))
+    result = run_cli("ctl", *arguments, "--url", server.url)
+    if arguments == ("pause",) and b"mode" in body:
+        assert result.stdout == "pause: done, mode 1\n"
+    else:
+        assert_one_line(result, f"{server.url}: the answer is not one of a sidecar of this version")
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://user:secret@127.0.0.1:1", "http://127.0.0.1:1/?sig=secret", "http://127.0.0.1:1/#secret", "http://x:99999",
+        "http://x:y", "http://[::1", "http://", "http://a b", "http://a\nb", "http://\udcff", "http://a\x1b[31m",
+    ],
+)  # fmt: skip
+def test_an_address_that_cannot_be_used_is_one_line_without_its_secrets(url: str) -> None:
+    with pytest.raises(BadInput, match=r"^--url: must be like http://HOST:PORT, got '") as error:
+        ControlClient(url)
+    assert "secret" not in str(error.value)
+    assert str(error.value).isprintable()
+
+
+def test_a_token_that_cannot_be_sent_is_none(server: CannedServer, tmp_path: Path) -> None:
+    """The HTTP library would show it in its error."""
+    sidecar = _runs_in(tmp_path, server.url)
+    for text in ("secret\nsecret", "s\u20accret", "s\0cret", "\n"):
+        (tmp_path / TOKEN_NAME).write_text(text)
+        ControlClient.find(tmp_path, None, None).send("pause")
+    assert {seen.headers["Authorization"] for seen in server.requests} == {"Bearer "}
+    sidecar.release()
 
 
 def test_no_answer_is_one_line() -> None:
@@ -66,6 +117,7 @@ def test_a_sidecar_is_found_by_its_runtime_directory(server: CannedServer, tmp_p
     sidecar = _runs_in(tmp_path, server.url)
     ControlClient.find(tmp_path, None, None).send("pause")
     (tmp_path / "own").write_text("own")
+    (tmp_path / "own").chmod(0o600)
     ControlClient.find(tmp_path, None, tmp_path / "own").send("pause")
     ControlClient.find(tmp_path / "none", server.url, None).send("pause")
     assert [seen.headers["Authorization"] for seen in server.requests] == ["Bearer kept", "Bearer own", "Bearer "]
@@ -138,5 +190,11 @@ def test_what_cannot_be_found_is_one_line(tmp_path: Path) -> None:
             ControlClient.find(tmp_path, None, None)
     with pytest.raises(BadInput, match=r"^--token-file: '.*none': cannot be read$"):
         ControlClient.find(tmp_path, "http://127.0.0.1:1", tmp_path / "none")
-    with pytest.raises(BadInput, match=r"^--url: must begin with http:// or https://, got 'ftp://x'$"):
+    (tmp_path / "token").write_text("secret")
+    (tmp_path / "token").chmod(0o644)
+    with pytest.raises(BadInput, match=r"^--token-file: '.*token': must not be readable by others nor .* got mode 0644$"):
+        ControlClient.find(tmp_path, "http://127.0.0.1:1", tmp_path / "token")
+    with pytest.raises(
+        BadInput, match=r"^--url: must be like http://HOST:PORT, got 'ftp://x'; without user, password and query$"
+    ):
         ControlClient("ftp://x")

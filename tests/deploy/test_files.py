@@ -112,7 +112,7 @@ def test_compose_file_is_valid() -> None:
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
     services = yaml.safe_load(result.stdout)["services"]
-    assert services.keys() == {"processes", "sglang", "sidecar", "prometheus", "alertmanager", "grafana"}
+    assert services.keys() == {"sglang", "sidecar", "prometheus", "alertmanager", "grafana"}
     for name, service in services.items():
         for port in service.get("ports", []):
             assert port["host_ip"] == "127.0.0.1", f"{name} is published beyond loopback"
@@ -217,7 +217,6 @@ def test_pod_shares_memory_and_is_confined() -> None:
         assert "memory" in container["resources"]["limits"]
     assert volumes["runtime"]["emptyDir"]["medium"] == "Memory"
     assert pod["securityContext"]["runAsNonRoot"] is True
-    assert pod["shareProcessNamespace"] is True
     assert {"startupProbe", "readinessProbe", "livenessProbe"} <= server.keys()
     assert "livenessProbe" in sidecar
     assert "readinessProbe" not in sidecar, "a sidecar that ended must not make the pod unready"

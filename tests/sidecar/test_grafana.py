@@ -31,6 +31,7 @@ def server() -> Iterator[GrafanaServer]:
 def token_file(tmp_path: Path) -> Path:
     path = tmp_path / "token"
     path.write_text(TOKEN + "\n")
+    path.chmod(0o600)
     return path
 
 
@@ -83,6 +84,7 @@ def test_what_is_written_is_what_is_shipped(server: GrafanaServer) -> None:
 def test_a_wrong_token_is_reported_but_not_shown(server: GrafanaServer, tmp_path: Path) -> None:
     wrong = tmp_path / "wrong"
     wrong.write_text("glsa_wrong-secret")
+    wrong.chmod(0o600)
     result = dashboards("push", server, wrong)
     assert_one_line(result, server.url, "cannot read the folder", "401", "service account")
     assert "wrong-secret" not in result.stderr
@@ -166,6 +168,7 @@ def test_bad_input(tmp_path: Path, token_file: Path) -> None:
         assert "geheim" not in result.stderr
     empty = tmp_path / "empty"
     empty.write_text("\n")
+    empty.chmod(0o600)
     for path in (empty, tmp_path / "none"):
         assert_one_line(
             run_cli("dashboards", "push", "--grafana-url", "http://x", "--token-file", path), "--token-file", str(path), "must be"

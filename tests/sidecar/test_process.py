@@ -7,6 +7,8 @@ import os
 import signal
 import socket
 import stat
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -139,6 +141,7 @@ def _control(runtime_dir: Path, sidecar: SidecarProcess, engine: RunningEngine) 
     wait_for(lambda: tap.begun.k == 2 and tap.begun.policy_version == 0, "the launch K")
     assert_one_line(run_cli("ctl", "pin", "9", "--runtime-dir", runtime_dir), "K 9 is not one of")
     (runtime_dir.parent / "token").write_text("wrong")
+    (runtime_dir.parent / "token").chmod(0o600)
     wrong = run_cli("ctl", "resume", "--url", sidecar.url, "--token-file", runtime_dir.parent / "token")
     assert_one_line(wrong, "refused", "token")
     assert sidecar.status()["mode"] == "shadow"
@@ -184,7 +187,9 @@ def test_bad_ring_and_bad_profile_folder_are_reported_in_one_line(runtime_dir: P
 def test_bad_folders_port_and_token_file(tmp_path: Path, runtime_dir: Path, profiles: Path) -> None:
     """Each is refused before the HTTP server starts."""
     good = SidecarSettings(runtime_dir=runtime_dir, profile_dir=profiles, port=0)
-    (tmp_path / "file").write_text("")
+    for name, text, mode in (("file", "", 0o600), ("two lines", "one\ntwo", 0o600), ("shared", "token", 0o644)):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(mode)
     (tmp_path / "open").mkdir()
     (tmp_path / "open").chmod(0o777)
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -195,7 +200,12 @@ def test_bad_folders_port_and_token_file(tmp_path: Path, runtime_dir: Path, prof
             ({"runtime_dir": tmp_path / "open"}, "runtime_dir: '.*open': other users can write to it; must be"),
             ({"port": port}, f"port: {port} on host '127.0.0.1': Address already in use"),
             ({"control_token_file": tmp_path / "none"}, "control_token_file: '.*none': No such file"),
-            ({"control_token_file": tmp_path / "file"}, "control_token_file: '.*file': file is empty"),
+            ({"control_token_file": tmp_path / "shared"}, "control_token_file: '.*shared': must not be readable by others"),
+            ({"control_token_file": tmp_path / "file"}, "control_token_file: '.*file': must contain a token of printable ASCII"),
+            (
+                {"control_token_file": tmp_path / "two lines"},
+                "control_token_file: '.*two lines': must contain a token of printable",
+            ),
         ]
         for change, words in bad:
             with pytest.raises(BadInput, match=words):
@@ -241,3 +251,14 @@ def test_sighup_takes_what_can_change_and_refuses_the_rest_in_a_line(
 
 def _wait_for_another(sidecar: SidecarProcess, refusals: int) -> None:
     wait_for(lambda: sidecar.log.read_text().count(REFUSAL) > refusals, "a refusal")
+
+
+def test_at_level_debug_other_packages_say_no_more() -> None:
+    """Some write URLs with their secrets at debug."""
+    code = (
+        "import logging; from adaptive_spec.sidecar.process import set_log_level; logging.basicConfig(); set_log_level('debug')\n"
+    )
+    code += "logging.getLogger('fsspec.http').debug('secret'); logging.getLogger('adaptive_spec.sidecar').debug('said')"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=180, check=True)
+    assert "said" in result.stderr
+    assert "secret" not in result.stderr

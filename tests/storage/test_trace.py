@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from adaptive_spec.errors import BadInput
-from adaptive_spec.storage.archive import save_archive
-from adaptive_spec.storage.trace import Trace, load_trace, save_trace
+from adaptive_spec.storage.archive import load_archive, save_archive
+from adaptive_spec.storage.trace import TRACE, Trace, load_trace, save_trace
 from tests.support.processes import assert_one_line, run_cli
 from tests.support.wire import engine, record_of
 
@@ -42,6 +43,39 @@ def test_a_file_that_is_not_a_trace_is_refused_in_one_line(tmp_path: Path) -> No
         assert str(path) in str(error.value)
         assert "\n" not in str(error.value)
     assert_one_line(run_cli("replay", tmp_path / "text.npz"), "TRACE", "text.npz")
+
+
+@pytest.mark.parametrize(
+    ("arrays", "meta"),
+    [
+        ({}, {"lost": float("inf")}),
+        ({}, {"lost": float("nan")}),
+        ({}, {"lost": -1}),
+        ({}, {"lost": 1e3}),
+        ({}, {"lost": "1"}),
+        ({"confidences": np.float32(0.5)}, {}),
+        ({"verify_len": np.uint8(1)}, {}),
+        ({"request_ids": np.zeros((2, 2), np.uint32)}, {}),
+        ({"counts": np.zeros((2, 10))}, {}),
+        ({"counts": np.full((2, 10), "x")}, {}),
+        ({"counts": np.full((2, 10), -1, np.int64)}, {}),
+        ({"counts": np.full((2, 10), 2**62, np.int64)}, {}),
+        ({"seconds": np.full((2, 4), "x")}, {}),
+        ({"seconds": np.full((2, 4), np.nan)}, {}),
+        ({"confidences": np.full(24, "x")}, {}),
+    ],
+)
+def test_whatever_a_trace_holds_it_is_one_line(
+    tmp_path: Path, arrays: dict[str, np.ndarray[Any, Any]], meta: dict[str, object]
+) -> None:
+    path = tmp_path / "t.npz"
+    save_trace(path, Trace(engine(), (record_of(1), record_of(2)), 0))
+    good = load_archive(path, TRACE)
+    changed = {name: np.asarray(array) for name, array in arrays.items()}
+    save_archive(path, TRACE, good.arrays | changed, good.meta | meta)
+    with pytest.raises(BadInput, match=r"^TRACE: '.*t.npz': must be a trace of adaptive-spec record: ") as error:
+        load_trace(path)
+    assert "\n" not in str(error.value)
 
 
 def test_records_with_impossible_values_are_refused(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from adaptive_spec.runtime_folder import default_runtime_dir, dp_rank_dir
 PREFIX = "ADAPTIVE_SPEC_"
 MODES = ("off", "shadow", "active")
 FALLBACKS = ("stock", "launch")
+LONGEST_SHOWN = 100
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def _choice(environment: Mapping[str, str], name: str, allowed: tuple[str, ...],
     if not value:
         return default
     if value not in allowed:
-        raise BadInput(f"{PREFIX}{name}: must be one of {', '.join(allowed)}, got {value!r}")
+        raise BadInput(f"{PREFIX}{name}: must be one of {', '.join(allowed)}, got {value[:LONGEST_SHOWN]!r}")
     return value
 
 
@@ -102,6 +103,6 @@ def _whole(environment: Mapping[str, str], name: str, low: int, high: int, defau
     text = environment.get(PREFIX + name, "").strip()
     if not text:
         return default
-    if not text.isascii() or not text.isdigit() or not low <= int(text) <= high:
-        raise BadInput(f"{PREFIX}{name}: must be a whole number in {low}..{high}, got {text!r}")
+    if not text.isascii() or not text.isdigit() or len(text) > 9 or not low <= int(text) <= high:
+        raise BadInput(f"{PREFIX}{name}: must be a whole number in {low}..{high}, got {text[:LONGEST_SHOWN]!r}")
     return int(text)

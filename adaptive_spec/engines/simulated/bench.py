@@ -114,7 +114,7 @@ def bench(
     names = [policy_names(policies, scenario) for scenario in scenarios]
     if json_file is not None and not json_file.absolute().parent.is_dir():
         raise BadInput(f"--json: {str(json_file)!r} cannot be written: no such folder")
-    errors = Console(stderr=True)
+    errors = Console(stderr=True, markup=False, emoji=False)
     progress = Progress(
         TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:,.0f} of {task.total:,.0f} simulated s"),
         TimeElapsedColumn(), console=errors, transient=True, disable=not errors.is_terminal,
@@ -128,14 +128,15 @@ def bench(
         results = run_scenarios(
             scenarios, policies, seed, warm, jobs or os.cpu_count() or 1, lambda seconds: progress.advance(bar, seconds)
         )
-    console = Console()
+    console = Console(markup=False, emoji=False)
     for result in results:
         if not console.is_terminal:  # a file or a pipe has no width: no figure is cut
             console.width = 68 + 13 * min(len(result.oracle.phases), MANY_PHASES)
         console.print(result_table(result, seed, warm))
         for name, run in result.runs.items():
             if run.failures:
-                console.print(f"[red]{name}: {run.failures} calls of the controller failed; it fell back each time[/red]")
+                failed = f"{name}: {run.failures} calls of the controller failed; it fell back each time"
+                console.print(failed, style="red", highlight=False)
     if count is not None:
         console.print(summary_table(results))
     for wide in (False, True):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from rich.table import Table
+from rich.text import Text
 
 from adaptive_spec.engines.simulated.results import Result
 
@@ -46,7 +47,7 @@ def result_table(result: Result, seed: int | None, warm: bool) -> Table:
             f"{run.goodput:,.1f}",
             f"{result.efficiency(run):.4f}",
             f"{run.swaps:,}",
-            *(f"{efficiency:.3f} [dim]{steps:>4}[/dim]" for efficiency, steps in shown),
+            *(Text.assemble(f"{efficiency:.3f} ", (f"{steps:>4}", "dim")) for efficiency, steps in shown),
             style=style,
         )
     return table

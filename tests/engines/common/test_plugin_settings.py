@@ -6,7 +6,7 @@ import pytest
 
 from adaptive_spec.engines.common.plugin_settings import PluginSettings, plugin_settings
 from adaptive_spec.errors import BadInput
-from adaptive_spec.runtime_folder import default_runtime_dir
+from adaptive_spec.runtime_folder import DEFAULT_SERVER_PORT, default_runtime_dir, server_port_of
 
 
 def test_inert_unless_asked() -> None:
@@ -76,3 +76,9 @@ def test_bad_values_are_named(name: str, value: str, allowed: str) -> None:
         plugin_settings(environment)
     assert "\n" not in str(error.value)
     assert value in str(error.value)
+
+
+def test_a_number_of_thousands_of_digits_is_one_line() -> None:
+    with pytest.raises(BadInput, match=r"^ADAPTIVE_SPEC_RANKS_TIMEOUT_S: must be a whole number in 1..3600, got '9{100}'$"):
+        plugin_settings({"ADAPTIVE_SPEC_MODE": "active", "ADAPTIVE_SPEC_RANKS_TIMEOUT_S": "9" * 5000})
+    assert server_port_of(["--port", "9" * 5000]) == DEFAULT_SERVER_PORT

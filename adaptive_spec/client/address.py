@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from urllib.parse import urlsplit
 
-from adaptive_spec.config.shown import shown_value
 from adaptive_spec.errors import BadInput
 
 LONGEST_URL = 2048
+LONGEST_SHOWN = 120
 
 
 def checked_url(url: str) -> str:
@@ -22,6 +23,6 @@ def checked_url(url: str) -> str:
     except ValueError:
         right = False
     if not right or any(mark in url for mark in "@?# ") or not url.isprintable() or len(url) > LONGEST_URL:
-        shown = shown_value(url, is_url=True)
-        raise BadInput(f"--url: must be like http://HOST:PORT, got {shown}; without user, password and query")
+        shown = re.split("[?#]", url.rpartition("@")[2])[0][:LONGEST_SHOWN]
+        raise BadInput(f"--url: must be like http://HOST:PORT, got {shown!r}; without user, password and query")
     return url.rstrip("/")

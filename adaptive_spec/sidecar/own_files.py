@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import secrets
-import stat
 from pathlib import Path
 
 from adaptive_spec.client.sidecar import ADDRESS_NAME, HEARTBEAT_NAME, TOKEN_NAME, is_token, own_token
@@ -20,7 +19,7 @@ from adaptive_spec.errors import BadInput
 from adaptive_spec.regular_file import read_regular_file, read_secret
 from adaptive_spec.runtime_folder import RoleLock, make_runtime_dir, remove_temporary_files
 from adaptive_spec.storage.archive import write_atomically
-from adaptive_spec.wire.shared_file import set_aside
+from adaptive_spec.wire.shared_file import make_place
 
 CHECKPOINT_NAME = "checkpoint.npz"
 LARGEST_TOKEN = 1 << 14
@@ -49,7 +48,7 @@ class OwnFiles:
         """Files that were in place before."""
         try:
             # Of a sidecar that was killed: another program may use its port now.
-            _make_place(folder / ADDRESS_NAME)
+            make_place(folder / ADDRESS_NAME)
             (folder / ADDRESS_NAME).unlink(missing_ok=True)
             remove_temporary_files(folder, (PAGE_NAME, CHECKPOINT_NAME, ADDRESS_NAME, TOKEN_NAME))
             self._own_token = token_file is None
@@ -118,7 +117,7 @@ class OwnFiles:
         if not in_place:
             if name in self._made:
                 log.warning("%s: was deleted or damaged, and is made again", self.folder / name)
-            _make_place(self.folder / name)
+            make_place(self.folder / name)
             write_atomically(self.folder / name, content)
         self._made.add(name)
 
@@ -133,16 +132,6 @@ class OwnFiles:
             log.error("runtime_dir '%s': cannot be written, ctl cannot find this sidecar: %s", self.folder, error.strerror)
 
 
-def _make_place(path: Path) -> None:
-    """Set a folder aside that lies where a file of ours belongs: a file cannot replace it. Raises OSError."""
-    try:
-        folder = stat.S_ISDIR(os.lstat(path).st_mode)
-    except FileNotFoundError:
-        return
-    if folder:
-        log.warning("%s: is a folder in place of a file, now %s", path, set_aside(path).name)
-
-
 def _take_role(folder: Path) -> RoleLock:
     """Make the folder and take the role `sidecar` in it. Raises BadInput when it is not ours alone, or has a sidecar."""
     try:
@@ -152,7 +141,8 @@ def _take_role(folder: Path) -> RoleLock:
         raise BadInput(f"runtime_dir: '{folder}': {error.strerror}; must be a folder of one engine and one sidecar") from error
     except OSError as error:
         wanted = "" if "must be" in (error.strerror or "") else "; must be a writable folder"
-        raise BadInput(f"runtime_dir: '{folder}': {error.strerror}{wanted}") from error
+        lock = f"{Path(error.filename).name}: " if str(error.filename).endswith(".lock") else ""
+        raise BadInput(f"runtime_dir: '{folder}': {lock}{error.strerror}{wanted}") from error
 
 
 def _read_token(path: Path) -> str:

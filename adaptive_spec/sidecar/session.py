@@ -40,6 +40,8 @@ from adaptive_spec.sidecar.usable import check_checkpoint, check_profile
 from adaptive_spec.sidecar.view import View
 from adaptive_spec.storage.archive import save_archive
 from adaptive_spec.storage.profile import (
+    PLOTS,
+    PROFILE_FILES,
     Profile,
     identity,
     identity_meta,
@@ -49,7 +51,7 @@ from adaptive_spec.storage.profile_store import StoredProfile
 from adaptive_spec.wire.liveness import process_alive
 from adaptive_spec.wire.policy_page import PolicyPage, payload_bytes
 from adaptive_spec.wire.ring import RingLayoutError, RingReader
-from adaptive_spec.wire.shared_file import said_aside
+from adaptive_spec.wire.shared_file import make_place, said_aside
 
 NO_MODELS = Profile({}, {})
 POLL_RECORDS = 512
@@ -385,6 +387,7 @@ class Session:
             "generation": str(generation),  # text: not every JSON reader keeps 64-bit integers exact
             "position": position,
         }
+        make_place(self.settings.runtime_dir / CHECKPOINT_NAME)
         save_archive(self.settings.runtime_dir / CHECKPOINT_NAME, CHECKPOINT, controller.state(profile), meta)
 
     def save_profile(self) -> bool:
@@ -396,6 +399,10 @@ class Session:
     def _write_profile(self) -> None:
         profile = self.profile()
         check_profile(profile, self.settings.controller, self.info)
+        for path in (self.profile_folder, self.profile_folder / PLOTS):
+            make_place(path, for_folder=True)
+        for name in PROFILE_FILES:
+            make_place(self.profile_folder / name)
         save_profile(self.profile_folder, self.info, profile, self.controller.policy_summary())
 
     def profile(self) -> Profile:

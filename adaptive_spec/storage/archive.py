@@ -5,6 +5,7 @@ An archive has one extra entry, `header`: UTF-8 JSON with format, version, kind,
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -87,13 +88,16 @@ def load_archive(
     largest_bytes: int = LARGEST_BYTES,
     largest_inflated: int = LARGEST_INFLATED,
     follow_links: bool = False,
+    own: bool = False,
 ) -> Archive:
     """Read and check an archive. Raises ArchiveError when it is not valid, FileNotFoundError when there is no file.
 
-    Only a regular file is read; follow_links: also by way of a symbolic link.
+    Only a regular file is read; follow_links: also by way of a symbolic link; own: only one of the effective user.
     """
     try:
-        data = read_regular_file(path, largest_bytes, follow_links=follow_links).data
+        data, owner, _ = read_regular_file(path, largest_bytes, follow_links=follow_links)
+        if own and owner != os.geteuid():
+            raise PermissionError(errno.EPERM, f"it is of user {owner}, and other users can write to its folder")
     except FileNotFoundError:
         raise
     except OSError as error:

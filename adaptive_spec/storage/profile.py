@@ -31,6 +31,7 @@ LATENCY_MODEL = "latency_model"
 CALIBRATION = "calibration"
 POLICY_VERSION = 1
 LONGEST_SHOWN = 120
+PLOTS = "plots"
 PROFILE_FILES = (f"{LATENCY_MODEL}.npz", f"{CALIBRATION}.npz", "policy.json")
 TEMPORARY_AGE_S = 3600.0
 """Several sidecars may share a profile folder: a temporary file of this age is nobody's. Writing one takes milliseconds."""
@@ -74,10 +75,11 @@ def load_profile(folder: Path, info: EngineInfo) -> Profile | None:
     """Read a profile; None when there is none. Raises ProfileError: damaged; ForeignProfileError: another engine's."""
     if not folder.is_dir() or not any((folder / f"{kind}.npz").exists() for kind in (LATENCY_MODEL, CALIBRATION)):
         return None
+    own = others_can_write(folder) or others_can_write(folder.parent)
     arrays = []
     for kind in (LATENCY_MODEL, CALIBRATION):
         try:
-            archive = load_archive(folder / f"{kind}.npz", kind)
+            archive = load_archive(folder / f"{kind}.npz", kind, own=own)
         except FileNotFoundError as error:
             raise ProfileError(f"{kind}.npz is missing") from error
         except ArchiveError as error:
@@ -90,6 +92,16 @@ def load_profile(folder: Path, info: EngineInfo) -> Profile | None:
     return Profile(*arrays)
 
 
+def others_can_write(folder: Path) -> bool:
+    """Whether other users can put files into a folder. Raises OSError.
+
+    A group that can is not another user, and an owner's number is not compared except by root, who alone can write to a
+    folder that is not its own: on shared file systems it may be another one here.
+    """
+    status = folder.stat()
+    return bool(status.st_mode & 0o002) or (os.geteuid() == 0 and status.st_uid != 0)
+
+
 def written_s(folder: Path) -> float:
     """When a profile was last written, Unix seconds; minus infinity when there is none."""
     try:
@@ -100,7 +112,7 @@ def written_s(folder: Path) -> float:
 
 def save_profile(folder: Path, info: EngineInfo, profile: Profile, policy: Mapping[str, Any]) -> None:
     """Write a profile, file by file. policy: the JSON form of the policy, with `candidates` and `table`. Raises OSError."""
-    (folder / "plots").mkdir(parents=True, exist_ok=True)
+    (folder / PLOTS).mkdir(parents=True, exist_ok=True)
     meta = identity_meta(info)
     save_archive(folder / f"{LATENCY_MODEL}.npz", LATENCY_MODEL, profile.latency, meta)
     save_archive(folder / f"{CALIBRATION}.npz", CALIBRATION, profile.calibration, meta)

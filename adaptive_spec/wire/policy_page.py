@@ -69,8 +69,8 @@ OPEN_ATTEMPTS = 10
 _KEY = struct.Struct("<QQI")
 _BUFFER = struct.Struct("<QQII")
 _BUFFER_OFFSET, _BUFFER_STRIDE = 128, 64
-NO_FILE_OF_OURS = (errno.ELOOP, errno.EISDIR, errno.EACCES)
-"""Errors of opening a link, a folder, and a file whose mode does not let its owner read it."""
+NO_FILE_OF_OURS = (errno.ELOOP, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ENXIO)
+"""Errors of opening a link, a folder, a file whose mode does not let its owner read it or lets others use it, and a socket."""
 
 log = logging.getLogger(__name__)
 

@@ -207,6 +207,21 @@ def set_aside(path: Path, why: str = "damaged") -> Path:
     return target
 
 
+def make_place(path: Path, *, for_folder: bool = False) -> None:
+    """Set a folder aside that lies where a file of ours belongs, which cannot replace it. for_folder: the other way round.
+
+    Raises OSError.
+    """
+    try:
+        folder = stat.S_ISDIR(os.stat(path, follow_symlinks=for_folder).st_mode)
+    except OSError:
+        if not os.path.lexists(path):
+            return
+        folder = False  # a link that leads nowhere
+    if folder != for_folder:
+        log.warning("%s: must be a %s: set aside as %s", path, "folder" if for_folder else "file", set_aside(path).name)
+
+
 def said_aside(path: Path, why: str = "damaged") -> str:
     """Set a file or folder aside; returns in words, for the log, what was done, or why it could not be. Raises nothing."""
     try:

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,10 +18,12 @@ from adaptive_spec.config.settings import SidecarSettings
 from adaptive_spec.engine_side.tap import LOOK_STEPS, PAGE_NAME, RING_NAME
 from adaptive_spec.errors import BadInput
 from adaptive_spec.runtime_folder import RoleLock, role_is_held
-from adaptive_spec.sidecar.own_files import OwnFiles
+from adaptive_spec.sidecar.counters_page import COUNTERS_NAME
+from adaptive_spec.sidecar.own_files import CHECKPOINT_NAME, OwnFiles
 from adaptive_spec.sidecar.session import IGNORED_STEPS, Session
 from adaptive_spec.sidecar.status_document import status_document
 from adaptive_spec.sidecar.view import View
+from adaptive_spec.storage.profile import load_profile
 from tests.sidecar.test_process import RunningEngine
 from tests.support.numbers_engine import NumbersEngine
 from tests.support.processes import SidecarProcess, run_cli, wait_for
@@ -230,3 +233,139 @@ def test_a_folder_in_place_of_a_file_of_the_sidecar_is_set_aside(tmp_path: Path,
         assert (tmp_path / f"{name}.damaged-1" / "inside").is_dir()
     finally:
         own.close()
+
+
+KINDS = ("folder", "full folder", "link", "FIFO", "socket", "open to others", "closed to us", "empty")
+
+
+def put_something_else(path: Path, kind: str) -> None:
+    """Replace a file by what cannot be one of ours."""
+    if kind in ("open to others", "closed to us"):
+        path.chmod(0o644 if kind == "open to others" else 0)
+        return
+    path.unlink()
+    if kind in ("folder", "full folder"):
+        path.mkdir(0o700)
+        if kind == "full folder":
+            (path / "inside").touch()
+    elif kind == "link":
+        path.symlink_to("/dev/zero")
+    elif kind == "FIFO":
+        os.mkfifo(path, 0o600)
+    elif kind == "socket":
+        os.mknod(path, 0o600 | stat.S_IFSOCK)
+    else:
+        path.touch(0o600)
+
+
+def is_ours(path: Path) -> bool:
+    status = path.lstat()
+    return stat.S_ISREG(status.st_mode) and stat.S_IMODE(status.st_mode) == 0o600 and status.st_size > 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_something_else_in_place_of_a_file_is_replaced_under_a_pair(
+    settings: SidecarSettings, engine: NumbersEngine, kind: str
+) -> None:
+    session = swept(settings, engine)
+    run = settings.runtime_dir
+    assert session.checkpoint()
+    for name in (PAGE_NAME, RING_NAME, CHECKPOINT_NAME, COUNTERS_NAME):
+        put_something_else(run / name, kind)
+    go(session, engine, LOOK_STEPS + 1)
+    session.keep_page()
+    assert session.follow_engine()
+    session.view(None)
+    assert session.checkpoint()
+    for name in (PAGE_NAME, RING_NAME, CHECKPOINT_NAME, COUNTERS_NAME):
+        assert is_ours(run / name), name
+    learnt = session.controller.counters.records
+    go(session, engine, LOOK_STEPS + 1)
+    assert session.controller.counters.records > learnt
+    assert session.failures == {}
+    session.close()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_something_else_in_place_of_a_file_does_not_keep_a_sidecar_from_starting(
+    settings: SidecarSettings, engine: NumbersEngine, kind: str
+) -> None:
+    session = swept(settings, engine)
+    assert session.checkpoint()
+    session.close()
+    for name in (PAGE_NAME, RING_NAME, CHECKPOINT_NAME, COUNTERS_NAME):
+        put_something_else(settings.runtime_dir / name, kind)
+    waiting = Session.open(settings)
+    if waiting is not None:
+        assert kind == "closed to us", "else it waits for the engine's ring"
+        assert os.geteuid() == 0
+        waiting.close()
+    for _ in range(LOOK_STEPS + 1):
+        engine.step()
+    again = Session.open(settings)
+    assert again is not None
+    assert is_ours(settings.runtime_dir / PAGE_NAME)
+    again.close()
+
+
+@pytest.mark.parametrize("place", ["profile", "plots", "latency_model.npz", "calibration.npz", "policy.json"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_something_else_in_place_of_a_profile_is_replaced(
+    settings: SidecarSettings, engine: NumbersEngine, place: str, kind: str
+) -> None:
+    session = swept(settings, engine)
+    assert session.save_profile()
+    folder = session.profile_folder
+    path = folder if place == "profile" else folder / place
+    if path.is_dir():
+        shutil.rmtree(path)
+        path.touch()
+    put_something_else(path, kind)
+    assert session.save_profile()
+    assert load_profile(folder, engine.info) is not None
+    assert (folder / "plots").is_dir()
+    assert session.failures == {}
+    session.close()
+
+
+def test_a_damaged_profile_that_cannot_be_set_aside_does_not_end_the_sidecar(
+    settings: SidecarSettings, engine: NumbersEngine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As on a file system that cannot be written to."""
+    session = swept(settings, engine)
+    assert session.save_profile()
+    session.close()
+    (session.profile_folder / "policy.json").write_text("nonsense")
+
+    def read_only(path: Path, why: str = "") -> Path:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr("adaptive_spec.sidecar.starting_models.set_aside", read_only)
+    again = Session.open(settings)
+    assert again is not None
+    assert again.origin == "sweep"
+    assert "policy.json is damaged" in caplog.text
+    assert "it stays there: Read-only file system" in caplog.text
+    again.close()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
+@pytest.mark.parametrize("how", ["folder open to all", "folder of another user", "folder of the profile open to all"])
+def test_a_profile_that_another_user_could_plant_is_not_taken(
+    settings: SidecarSettings, engine: NumbersEngine, how: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    session = swept(settings, engine)
+    assert session.save_profile()
+    folder = session.profile_folder
+    session.close()
+    for path in (folder, *folder.glob("*.*")):
+        os.chown(path, 12345, 12345)
+    if how == "folder of another user":
+        os.chown(settings.profile_dir, 12345, 12345)
+    else:
+        (settings.profile_dir if how == "folder open to all" else folder).chmod(0o777)
+    again = Session.open(settings)
+    assert again is not None
+    assert again.origin == "sweep"
+    assert "it is of user 12345, and other users can write to its folder" in caplog.text
+    again.close()

@@ -47,3 +47,10 @@ def test_a_damaged_report_is_ignored(tmp_path: Path, text: str) -> None:
 
 def test_no_report(tmp_path: Path) -> None:
     assert read_report(tmp_path) is None
+
+
+def test_a_folder_in_place_of_the_report_is_set_aside(tmp_path: Path) -> None:
+    (tmp_path / REPORT_NAME / "inside").mkdir(parents=True)
+    write_report(tmp_path, REPORT)
+    assert read_report(tmp_path) == REPORT
+    assert (tmp_path / f"{REPORT_NAME}.damaged-1" / "inside").is_dir()

@@ -304,6 +304,7 @@ def test_something_else_in_place_of_a_file_does_not_keep_a_sidecar_from_starting
         engine.step()
     again = Session.open(settings)
     assert again is not None
+    again.keep_page()
     assert is_ours(settings.runtime_dir / PAGE_NAME)
     again.close()
 
@@ -340,12 +341,12 @@ def test_a_damaged_profile_that_cannot_be_set_aside_does_not_end_the_sidecar(
     def read_only(path: Path, why: str = "") -> Path:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
 
-    monkeypatch.setattr("adaptive_spec.sidecar.starting_models.set_aside", read_only)
+    monkeypatch.setattr("adaptive_spec.wire.shared_file.set_aside", read_only)
     again = Session.open(settings)
     assert again is not None
     assert again.origin == "sweep"
     assert "policy.json is damaged" in caplog.text
-    assert "it stays there: Read-only file system" in caplog.text
+    assert "cannot be set aside: Read-only file system" in caplog.text
     again.close()
 
 

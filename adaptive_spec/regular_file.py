@@ -41,14 +41,22 @@ def read_regular_file(path: Path, largest_bytes: int, *, follow_links: bool = Fa
         os.close(descriptor)
 
 
-def read_secret(path: Path, largest_bytes: int) -> bytes:
-    """Read a file that holds a secret, also when the last part of the path is a symbolic link, as in a mounted Secret.
+def read_key(path: Path, largest_bytes: int) -> bytes:
+    """Read a file that holds a key, also when the last part of the path is a symbolic link, as in a mounted Secret.
 
     Raises OSError as `read_regular_file`, and PermissionError, with what must be as strerror, for one that others can read or the
     group can write. The group may read: Kubernetes gives a mounted Secret to the pod's fsGroup.
     """
+    return _secret(path, largest_bytes, 0o027, "must not be readable by others nor writable by its group")
+
+
+def read_token(path: Path, largest_bytes: int) -> bytes:
+    """Read a file that holds a token, as `read_key`, but others may read it: many are made with the usual mode 0644."""
+    return _secret(path, largest_bytes, 0o022, "must not be writable by others or its group")
+
+
+def _secret(path: Path, largest_bytes: int, refused: int, wanted: str) -> bytes:
     content = read_regular_file(path, largest_bytes, follow_links=True)
-    if content.mode & 0o027:
-        wanted = f"must not be readable by others nor writable by its group, got mode {content.mode:04o}"
-        raise PermissionError(errno.EACCES, wanted, str(path))
+    if content.mode & refused:
+        raise PermissionError(errno.EACCES, f"{wanted}, got mode {content.mode:04o}", str(path))
     return content.data

@@ -18,7 +18,7 @@ from typing import IO, Any
 from adaptive_spec.client.address import checked_url
 from adaptive_spec.client.tls import ClientTls
 from adaptive_spec.errors import BadInput, one_line
-from adaptive_spec.regular_file import read_regular_file, read_secret
+from adaptive_spec.regular_file import read_regular_file, read_token
 from adaptive_spec.runtime_folder import check_runtime_dir, role_holder, role_is_held
 
 NO_TLS = ClientTls()
@@ -180,7 +180,7 @@ def is_token(text: str) -> bool:
 def token_from(path: Path, name: str) -> str:
     """Return the token in a file that the user named. Raises BadInput, beginning with `name`."""
     try:
-        token = read_secret(path, LARGEST_BYTES).decode().strip()
+        token = read_token(path, LARGEST_BYTES).decode().strip()
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or ""
         raise BadInput(f"{name}: '{path}': {reason if 'must' in reason else 'cannot be read'}") from error

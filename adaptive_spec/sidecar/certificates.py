@@ -7,7 +7,7 @@ import ssl
 from pathlib import Path
 
 from adaptive_spec.errors import BadInput
-from adaptive_spec.regular_file import read_regular_file, read_secret
+from adaptive_spec.regular_file import read_key, read_regular_file
 
 LARGEST_BYTES = 1 << 20
 """Of a file. A bundle of all public authorities has some 250 kB."""
@@ -55,7 +55,7 @@ class Certificates:
         for field, path in self._files():
             try:
                 if path == (self._keyfile or self.certfile):
-                    read_secret(path, LARGEST_BYTES)
+                    read_key(path, LARGEST_BYTES)
                 else:
                     read_regular_file(path, LARGEST_BYTES, follow_links=True)
             except OSError as error:

@@ -22,11 +22,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from adaptive_spec import regular_file
 from adaptive_spec.config.settings import GrafanaSettings
 from adaptive_spec.control.snapshot import Snapshot
 from adaptive_spec.domain.engine_info import EngineInfo
 from adaptive_spec.errors import BadInput
-from adaptive_spec.regular_file import read_secret
 
 TAG = "adaptive-spec"
 FOLDER_UID = "adaptive-spec"
@@ -338,7 +338,7 @@ class Annotator:
 def read_token(path: Path, name: str) -> str:
     """Read a token file. name: the option or setting that names it. Raises BadInput."""
     try:
-        token = read_secret(path, LARGEST_TOKEN_FILE).decode().strip()
+        token = regular_file.read_token(path, LARGEST_TOKEN_FILE).decode().strip()
     except PermissionError as error:
         raise BadInput(f"{name}: '{path}': {error.strerror}") from error
     except (OSError, ValueError) as error:

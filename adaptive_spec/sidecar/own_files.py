@@ -16,7 +16,7 @@ from pathlib import Path
 from adaptive_spec.client.sidecar import ADDRESS_NAME, HEARTBEAT_NAME, TOKEN_NAME, is_token, own_token
 from adaptive_spec.engine_side.tap import PAGE_NAME
 from adaptive_spec.errors import BadInput
-from adaptive_spec.regular_file import read_regular_file, read_secret
+from adaptive_spec.regular_file import read_regular_file, read_token
 from adaptive_spec.runtime_folder import RoleLock, make_runtime_dir, remove_temporary_files
 from adaptive_spec.storage.archive import write_atomically
 from adaptive_spec.wire.shared_file import make_place
@@ -147,7 +147,7 @@ def _take_role(folder: Path) -> RoleLock:
 
 def _read_token(path: Path) -> str:
     try:
-        token = read_secret(path, LARGEST_TOKEN).decode().strip()
+        token = read_token(path, LARGEST_TOKEN).decode().strip()
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not a text file"
         raise BadInput(f"control_token_file: '{path}': {reason}") from error

@@ -10,8 +10,8 @@ import hashlib
 import hmac
 from pathlib import Path
 
+from adaptive_spec import regular_file
 from adaptive_spec.errors import BadInput
-from adaptive_spec.regular_file import read_secret
 
 SHORTEST_KEY = 32
 """Bytes: as long as the hash. `openssl rand -hex 32` makes 64 characters."""
@@ -29,7 +29,7 @@ def read_key(path: Path) -> bytes:
     """Read the key: the text of the file without white space around it. Raises BadInput."""
     field = f"profile_store_key_file: '{path}'"
     try:
-        key = read_secret(path, LONGEST_KEY_FILE).strip()
+        key = regular_file.read_key(path, LONGEST_KEY_FILE).strip()
     except OSError as error:
         wanted = "" if "must" in (error.strerror or "") else "; must be a readable file"
         raise BadInput(f"{field}: {error.strerror}{wanted}") from error

@@ -187,7 +187,7 @@ def test_bad_ring_and_bad_profile_folder_are_reported_in_one_line(runtime_dir: P
 def test_bad_folders_port_and_token_file(tmp_path: Path, runtime_dir: Path, profiles: Path) -> None:
     """Each is refused before the HTTP server starts."""
     good = SidecarSettings(runtime_dir=runtime_dir, profile_dir=profiles, port=0)
-    for name, text, mode in (("file", "", 0o600), ("two lines", "one\ntwo", 0o600), ("shared", "token", 0o644)):
+    for name, text, mode in (("file", "", 0o600), ("two lines", "one\ntwo", 0o600), ("shared", "token", 0o664)):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(mode)
     (tmp_path / "open").mkdir()
@@ -200,7 +200,7 @@ def test_bad_folders_port_and_token_file(tmp_path: Path, runtime_dir: Path, prof
             ({"runtime_dir": tmp_path / "open"}, "runtime_dir: '.*open': other users can write to it; must be"),
             ({"port": port}, f"port: {port} on host '127.0.0.1': Address already in use"),
             ({"control_token_file": tmp_path / "none"}, "control_token_file: '.*none': No such file"),
-            ({"control_token_file": tmp_path / "shared"}, "control_token_file: '.*shared': must not be readable by others"),
+            ({"control_token_file": tmp_path / "shared"}, "control_token_file: '.*shared': must not be writable by others"),
             ({"control_token_file": tmp_path / "file"}, "control_token_file: '.*file': must contain a token of printable ASCII"),
             (
                 {"control_token_file": tmp_path / "two lines"},

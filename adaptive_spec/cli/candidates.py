@@ -14,7 +14,7 @@ from rich.table import Table
 from adaptive_spec.cli.output_files import write_json
 from adaptive_spec.config.settings import ControllerSettings
 from adaptive_spec.engines.vllm.launch_schedule import KEY
-from adaptive_spec.errors import BadInput
+from adaptive_spec.errors import BadInput, one_line
 from adaptive_spec.models.model_set import ModelSet
 from adaptive_spec.offline.draft_length_choice import Choice, choose, config_document, goodput_by_traffic, schedule_document
 from adaptive_spec.storage.profile import load_profile, profiled_engine
@@ -33,8 +33,8 @@ def candidates_of(folder: Path, states: int, max_batch: int | None) -> Choice:
         # All K are allowed here: the cost of one that was never captured is interpolated from those that were.
         models.info = replace(info, candidates=tuple(range(info.max_k + 1)))
         models.fit()
-    except ValueError as error:
-        raise BadInput(f"PROFILE: '{folder}': {error}; must be a profile folder") from error
+    except Exception as error:  # whatever its files hold
+        raise BadInput(f"PROFILE: '{folder}': {one_line(error)}; must be a profile folder") from error
     forecast = models.forecast
     if forecast is None or info.max_k == 0:
         raise BadInput(f"PROFILE: '{folder}': no measurements in it; must be from a finished sweep")

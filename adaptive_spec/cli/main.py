@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -20,6 +21,17 @@ from adaptive_spec.domain.commands import CONTROL_COMMANDS
 from adaptive_spec.errors import BadInput
 
 PATH = click.Path(path_type=Path)
+
+
+class Finite(click.FloatRange):
+    """A range of finite numbers: `nan` is in every range of click, and `inf` in one without an end."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number.", param, ctx)
+        return number
+
 
 _runtime_dir = click.option(
     "--runtime-dir", type=PATH,
@@ -51,7 +63,7 @@ def cli() -> None:
 @click.option("--calibration", type=PATH, help="CSV with the header cumulative_score,accepted (0 or 1).")
 @click.option("--out", type=PATH, required=True, help="Folder for latency_model.npz, calibration.npz and plots/.")
 @click.option(
-    "--jump-threshold", type=click.FloatRange(0.02, 2.0), default=0.15, show_default=True,
+    "--jump-threshold", type=Finite(0.02, 2.0), default=0.15, show_default=True,
     help="Smallest relative latency jump that counts as a tile boundary.",
 )  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
@@ -125,7 +137,7 @@ def serve(mode: str | None, config: Path | None, engine: str, flags: tuple[str, 
 @_key
 @click.option(
     "--timeout",
-    type=click.FloatRange(min=0.0, min_open=True),
+    type=Finite(min=0.0, min_open=True),
     default=900.0,
     show_default=True,
     help="Most seconds to wait (with a server: per batch size).",
@@ -304,7 +316,7 @@ def doctor(runtime_dir: Path | None, profile_dir: Path, host: str, port: int, as
 
 
 @cli.command()
-@click.option("--duration", type=click.FloatRange(min=1.0), help="Seconds to run.  [default: until Ctrl-C]")
+@click.option("--duration", type=Finite(min=1.0), help="Seconds to run.  [default: until Ctrl-C]")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address of the sidecar's HTTP server.")
 @click.option(
     "--port",
@@ -389,7 +401,7 @@ def bench(
 @click.option(
     "--max-mb", type=click.IntRange(1, 65_536), default=256, show_default=True, help="Most memory for the trace, in MiB."
 )
-@click.option("--duration", type=click.FloatRange(min=0.0, min_open=True), help="Seconds to run.  [default: until Ctrl-C]")
+@click.option("--duration", type=Finite(min=0.0, min_open=True), help="Seconds to run.  [default: until Ctrl-C]")
 def record(runtime_dir: Path | None, out: Path, steps: int, max_mb: int, duration: float | None) -> None:
     """Record the steps of a live engine to a trace file. The trace is for `replay`."""
     from adaptive_spec.cli.record import record_trace
@@ -424,7 +436,7 @@ _grafana_token = click.option(
     "--token-file", type=PATH, help="File with the token of a service account with the role Editor.  [default: GRAFANA_TOKEN]"
 )
 _grafana_timeout = click.option(
-    "--timeout", type=click.FloatRange(min=0.0, min_open=True, max=600.0), default=10.0, show_default=True,
+    "--timeout", type=Finite(min=0.0, min_open=True, max=600.0), default=10.0, show_default=True,
     help="Seconds to wait for each answer; there are three attempts.",
 )  # fmt: skip
 

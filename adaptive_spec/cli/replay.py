@@ -60,6 +60,8 @@ def replay_file(path: Path, asked: str, settings: ControllerSettings, json_file:
     if json_file is not None:
         check_folder_of(json_file, "--json")
     trace = load_trace(path)
+    if trace.info.max_k == 0:
+        raise BadInput(f"TRACE: '{path}': must be of an engine that can draft, got one that runs K 0 only")
     policies = policies_of(asked, trace.info)
     errors = Console(stderr=True, markup=False, emoji=False)
     with Progress(console=errors, transient=True, disable=not errors.is_terminal) as progress:

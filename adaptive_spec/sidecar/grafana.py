@@ -23,6 +23,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from adaptive_spec import regular_file
+from adaptive_spec.config.checks import web_url
 from adaptive_spec.config.settings import GrafanaSettings
 from adaptive_spec.control.snapshot import Snapshot
 from adaptive_spec.domain.engine_info import EngineInfo
@@ -66,14 +67,10 @@ class Grafana:
         self, url: str, token: str, timeout_s: float = 10.0, attempts: int = ATTEMPTS,
         sleep: Callable[[float], object] = time.sleep, newest_token: Callable[[], str] | None = None,
     ) -> None:  # fmt: skip
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
-            # A URL may contain a password, so it is not repeated in the message.
-            raise BadInput("--grafana-url: must be like https://HOST:PORT/PREFIX, without user, password and query")
         try:
-            port = parts.port
-        except ValueError as error:
-            raise BadInput("--grafana-url: port must be in 0..65535") from error
+            parts = urlsplit(web_url(url))
+        except ValueError as error:  # a URL may contain a password, so it is not repeated in the message
+            raise BadInput(f"--grafana-url: {error}") from error
         try:
             from grafana_api.grafana_face import GrafanaFace
         except ImportError as error:
@@ -81,7 +78,7 @@ class Grafana:
                 "grafana: grafana-api is not installed: install the extra 'grafana' (pip install '.[grafana]' in a checkout)"
             ) from error
         prefix = parts.path.strip("/")
-        host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+        host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
         self.url = url.rstrip("/")
         self._token, self._attempts, self._sleep, self._newest_token = token, attempts, sleep, newest_token
 
@@ -89,7 +86,7 @@ class Grafana:
             return GrafanaFace(
                 auth=token,
                 host=host,
-                port=port,
+                port=parts.port,
                 protocol=parts.scheme,
                 url_path_prefix=f"{prefix}/" if prefix else "",
                 timeout=timeout_s,

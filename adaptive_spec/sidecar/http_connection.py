@@ -121,6 +121,8 @@ class HttpConnection:
 
     def _request(self, event: h11.Request) -> Request:
         """Raises RefusedError for a target that is not a path, and for bodies of an unknown length."""
+        if event.http_version not in (b"1.0", b"1.1"):  # h11 takes others, without a Host
+            raise RefusedError(505, "the version must be HTTP/1.1 or HTTP/1.0")
         headers: dict[str, str] = {}
         for raw_name, raw_value in event.headers:
             name, value = raw_name.decode("latin-1"), raw_value.decode("latin-1")

@@ -154,22 +154,21 @@ def profiled_engine(folder: Path) -> EngineInfo:
     """Return what a profile knows of its engine; other fields have placeholders. Raises ProfileError."""
     _check_policy_file(folder / "policy.json")
     document = json.loads(_policy_text(folder / "policy.json"))
-    found = re.fullmatch(r"(\S+) (.+) tp(\d+)", str(document["engine"]))
-    try:
-        candidates = tuple(int(k) for k in document["policy"]["candidates"])
-        max_batch = len(document["policy"]["table"]) - 1
-    except (KeyError, TypeError, ValueError) as error:
-        raise ProfileError(f"policy.json is damaged: {error}") from error
-    if found is None or not candidates or max_batch < 1:
-        raise ProfileError(f"policy.json is damaged: engine {document['engine']!r}")
+    found = re.fullmatch(r"(\S+) (.+) tp(\d+)", str(document.get("engine")))
+    if found is None:
+        raise ProfileError(f"policy.json is damaged: engine {_short(document.get('engine'))}")
     # The identity has no mark between model and GPU. Cut anywhere, it is the same identity again.
     model, _, gpu = found[2].partition(" ")
     parts = document.get("fingerprint", {})
     fingerprint = fingerprint_of(parts) if isinstance(parts, dict) else ()
-    return EngineInfo(
-        found[1], model, gpu, int(found[3]), candidates[0], candidates, max_batch, Granularity.BATCH, False, 0,
-        fingerprint=fingerprint,
-    )  # fmt: skip
+    try:
+        candidates, max_batch = tuple(document["policy"]["candidates"]), len(document["policy"]["table"]) - 1
+        return EngineInfo(
+            found[1], model, gpu, int(found[3]), candidates[0], candidates, max_batch, Granularity.BATCH, False, 0,
+            fingerprint=fingerprint,
+        ).checked()  # fmt: skip
+    except (LookupError, TypeError, ValueError) as error:
+        raise ProfileError(f"policy.json is damaged: {one_line(error)[:LONGEST_SHOWN]}") from error
 
 
 def identity(info: EngineInfo) -> str:

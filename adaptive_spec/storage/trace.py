@@ -63,7 +63,7 @@ def load_trace(path: Path) -> Trace:
     try:
         archive = load_archive(path, TRACE, largest_bytes=LARGEST_BYTES, largest_inflated=LARGEST_INFLATED, follow_links=True)
         info = EngineInfo.from_json(json.dumps(archive.meta["engine"]).encode())
-        records = _records(archive.arrays)
+        records = _records(archive.arrays, info.max_k)
         lost = archive.meta["lost"]
         if not isinstance(lost, int) or not 0 <= lost <= MOST_LOST:
             raise ValueError(f"lost: must be a whole number in 0..{MOST_LOST}")
@@ -76,7 +76,7 @@ def load_trace(path: Path) -> Trace:
         raise BadInput(f"TRACE: '{path}': must be a trace of adaptive-spec record: {one_line(error)[:LONGEST_REASON]}") from error
 
 
-def _records(arrays: dict[str, AnyArray]) -> Sequence[StepRecord]:
+def _records(arrays: dict[str, AnyArray], max_k: int) -> Sequence[StepRecord]:
     counts, seconds = arrays["counts"], arrays["seconds"]
     if counts.ndim != 2 or counts.shape[1] != _COUNTS or seconds.shape != (len(counts), 4):
         raise ValueError("the lengths of its tables do not agree")
@@ -84,6 +84,8 @@ def _records(arrays: dict[str, AnyArray]) -> Sequence[StepRecord]:
     cell = row = 0
     for numbers, times in zip(counts.tolist(), seconds.tolist(), strict=True):
         step, time_ns, kv, version, num_tokens, padded, batch, rows, k, flags = numbers
+        if min(numbers) < 0 or k > max_k:
+            raise ValueError(f"step {step} has impossible values (below 0, or a K above {max_k}, the engine's largest)")
         record = StepRecord(
             step, time_ns, kv, version, num_tokens, padded, batch, k, flags, times[0], times[1], times[2], times[3],
             arrays["confidences"][cell : cell + rows * k].reshape(rows, k), arrays["verify_len"][row : row + rows],

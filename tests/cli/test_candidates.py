@@ -1,13 +1,20 @@
 from __future__ import annotations
 
+import contextlib
 import json
+import shutil
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from adaptive_spec.cli.candidates import candidates_of, engine_of
 from adaptive_spec.domain.policy import Granularity, Mode
+from adaptive_spec.errors import BadInput
 from adaptive_spec.offline.draft_length_choice import BatchRange, Choice, schedule_document
-from adaptive_spec.storage.profile import Profile, save_profile
+from adaptive_spec.storage.archive import load_archive, save_archive
+from adaptive_spec.storage.profile import CALIBRATION, Profile, _checksum, save_profile
 from tests.support.processes import assert_one_line, run_cli
 from tests.support.simulated_server import SimulatedServer, engine_info, staircase
 
@@ -62,3 +69,34 @@ def test_vllms_schedule_has_every_k_of_the_choice() -> None:
     assert schedule[-1][1] == 20
     assert [first for first, _, _ in schedule[1:]] == [last + 1 for _, last, _ in schedule[:-1]]
     assert schedule[0] == [1, 3, 5]
+
+
+@pytest.mark.parametrize(
+    ("where", "value"),
+    [
+        ("engine", None), ("engine", [1]), ("engine", f"a b c tp{'9' * 5000}"), ("engine", "a b c tp0"), ("policy", []),
+        ("table", 5), ("table", [0] * 100_000), ("candidates", "0123"), ("candidates", [float("inf")]),
+        ("candidates", [0, 10**12]),
+        ("candidates", [-5, -1]), ("candidates", []), ("candidates", list(range(10_000))), ("candidates", [4, 2, 2]),
+    ],
+)  # fmt: skip
+def test_whatever_a_policy_file_says_it_is_one_line(folder: Path, tmp_path: Path, where: str, value: object) -> None:
+    shutil.copytree(folder, tmp_path / "profile")
+    path = tmp_path / "profile" / "policy.json"
+    document = json.loads(path.read_text())
+    document.pop("sha256")
+    (document if where in document else document["policy"])[where] = value
+    path.write_text(json.dumps({**document, "sha256": _checksum(document)}))
+    for read in (engine_of, partial(candidates_of, states=4, max_batch=None)):
+        with pytest.raises(BadInput, match=r"^PROFILE: '.*': policy.json is damaged: [^\n]{1,300}; must be a profile folder$"):
+            read(tmp_path / "profile")
+
+
+def test_whatever_its_arrays_hold_it_is_one_line(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "profile")
+    path = tmp_path / "profile" / "calibration.npz"
+    archive = load_archive(path, CALIBRATION)
+    for name, array in archive.arrays.items():
+        save_archive(path, CALIBRATION, {**archive.arrays, name: np.zeros((), array.dtype)}, archive.meta)
+        with contextlib.suppress(BadInput):  # some need no more than one number
+            candidates_of(tmp_path / "profile", 4, None)

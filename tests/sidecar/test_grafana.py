@@ -162,7 +162,15 @@ def test_something_that_is_not_grafana(server: GrafanaServer, token_file: Path) 
 
 
 def test_bad_input(tmp_path: Path, token_file: Path) -> None:
-    for url in ("grafana:3000", "ftp://x", "http://", "http://x:99999", "https://admin:geheim@x/"):
+    for url in (
+        "grafana:3000",
+        "ftp://x",
+        "http://",
+        "http://x:99999",
+        "https://admin:geheim@x/",
+        "http://[::1",
+        "http://\u2100",
+    ):
         result = run_cli("dashboards", "push", "--grafana-url", url, "--token-file", token_file)
         assert_one_line(result, "--grafana-url", "must be")
         assert "geheim" not in result.stderr

@@ -188,6 +188,8 @@ MALFORMED = {
     "no length": (b"POST /control HTTP/1.1\r\n" + HOST + b"\r\n", 403),
     "no host": (b"GET / HTTP/1.1\r\n\r\n", 400),
     "two hosts": (_get(b"/", HOST), 400),
+    "unknown version without a host": (b"GET / HTTP/1.9\r\n\r\n", 505),
+    "HTTP/2 in plain": (b"GET / HTTP/2.0\r\n" + HOST + b"\r\n", 505),
     "method that is not known": (b"BREW / HTTP/1.1\r\n" + HOST + b"\r\n", 405),
     "method in small letters": (b"get / HTTP/1.1\r\n" + HOST + b"\r\n", 405),
     "control by GET": (_get(b"/control"), 405),

@@ -60,6 +60,7 @@ def test_a_file_that_is_not_a_trace_is_refused_in_one_line(tmp_path: Path) -> No
         ({"counts": np.full((2, 10), "x")}, {}),
         ({"counts": np.full((2, 10), -1, np.int64)}, {}),
         ({"counts": np.full((2, 10), 2**62, np.int64)}, {}),
+        ({"counts": np.array([[-1, 0, 0, 0, 6, 6, 2, 2, 2, 0]] * 2)}, {}),
         ({"seconds": np.full((2, 4), "x")}, {}),
         ({"seconds": np.full((2, 4), np.nan)}, {}),
         ({"confidences": np.full(24, "x")}, {}),
@@ -83,3 +84,17 @@ def test_records_with_impossible_values_are_refused(tmp_path: Path) -> None:
     save_trace(tmp_path / "t.npz", Trace(engine(), (wrong,), 0))
     with pytest.raises(BadInput, match="step 1 has impossible values"):
         load_trace(tmp_path / "t.npz")
+
+
+def test_a_k_that_the_engine_does_not_run_is_refused(tmp_path: Path) -> None:
+    save_trace(tmp_path / "t.npz", Trace(engine(), (record_of(1), record_of(2, rows=1, k=engine().max_k + 1)), 0))
+    with pytest.raises(BadInput, match="step 2 has impossible values"):
+        load_trace(tmp_path / "t.npz")
+
+
+def test_there_is_nothing_to_replay_of_an_engine_without_drafts(tmp_path: Path) -> None:
+    info = replace(engine(), launch_k=0, candidates=(0,))
+    save_trace(tmp_path / "t.npz", Trace(info, tuple(record_of(i, rows=1, k=0) for i in range(1, 9)), 0))
+    assert_one_line(
+        run_cli("replay", tmp_path / "t.npz"), "t.npz': must be of an engine that can draft, got one that runs K 0 only"
+    )

@@ -18,6 +18,8 @@ from adaptive_spec.domain.arrays import Floats
 
 MIN_STEPS = 0.01
 """Forgotten tally below which a batch size is not a recent one."""
+MOST_SIZES = 256
+"""Recent batch sizes that are told apart, the most frequent ones: it bounds the time of a decision."""
 NOT_ALLOWED_S = 1e9
 """Seconds lost by a K that is not allowed: more than any table loses."""
 
@@ -31,26 +33,21 @@ def charge_switches(goodput: Floats, tokens_per_request: Floats, batches: Floats
     sizes = sizes[sizes > 0]
     if switch_s <= 0.0 or len(sizes) < 2:
         return goodput
+    sizes = np.sort(sizes[np.argsort(-batches[sizes], kind="stable")[:MOST_SIZES]])
+    # A step from one of these sizes to the next, or beyond, crosses all sizes between them.
+    change_s = switch_s * np.minimum.reduceat(crossings, sizes)[:-1]
+    rows = goodput[sizes]
+    best = rows.max(axis=2, keepdims=True)
+    tokens = np.take_along_axis(tokens_per_request[sizes], rows.argmax(axis=2, keepdims=True), axis=2)
+    spent_s = (batches[sizes] * sizes)[:, None, None] * tokens / best
+    lost = np.where(rows > 0.0, spent_s * (1.0 - rows / best), NOT_ALLOWED_S)
+    # Least cost of the sizes up to and including each, by its K; and the same from the other end.
+    passed = np.stack((lost, lost[::-1]), axis=1)
+    changes_s = np.stack((change_s, change_s[::-1]), axis=1)[:, :, None, None]
+    for i in range(1, len(sizes)):
+        passed[i] += np.minimum(passed[i - 1], passed[i - 1].min(axis=-1, keepdims=True) + changes_s[i - 1])
+    total = passed[:, 0] + passed[::-1, 1] - lost
+    extra = (total - total.min(axis=2, keepdims=True)) / spent_s
     charged = goodput.copy()
-    # Between two neighbouring recent sizes nothing was served, so every crossing between them is one of the lower size.
-    change_s = switch_s * crossings[sizes[:-1]]
-    for c in range(goodput.shape[1]):
-        rows = goodput[sizes, c]
-        best = rows.argmax(axis=1)
-        at = np.arange(len(sizes)), best
-        step_s = sizes * tokens_per_request[sizes, c][at] / rows[at]
-        spent_s = batches[sizes] * step_s
-        share = rows / rows[at][:, None]
-        lost = np.where(rows > 0.0, spent_s[:, None] * (1.0 - share), NOT_ALLOWED_S)
-        total = _passed(lost, change_s) + _passed(lost[::-1], change_s[::-1])[::-1] - lost
-        extra = (total - total.min(axis=1, keepdims=True)) / spent_s[:, None]
-        charged[sizes, c] = np.where(rows > 0.0, rows[at][:, None] * np.maximum(1.0 - extra, 1e-6), 0.0)
+    charged[sizes] = np.where(rows > 0.0, best * np.maximum(1.0 - extra, 1e-6), 0.0)
     return charged
-
-
-def _passed(lost: Floats, change_s: Floats) -> Floats:
-    """Least cost of the rows up to and including each, by the K of that row, [rows, K + 1]."""
-    total = lost.copy()
-    for i in range(1, len(lost)):
-        total[i] += np.minimum(total[i - 1], total[i - 1].min() + change_s[i - 1])
-    return total

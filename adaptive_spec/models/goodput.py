@@ -10,10 +10,9 @@ probes and refuses swaps.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -146,20 +145,10 @@ def forecast(models: ForecastInputs, seed: int) -> Forecast | None:
     centres = list(CONTEXT_CENTRES) if by_context else [models.kv_per_request]
     if by_context:
         centres[int(np.searchsorted(edges, models.kv_per_request, side="right"))] = models.kv_per_request
-    shape = (max_batch + 1, len(centres), max_k + 1)
-    goodput, uncertainty, tokens = np.zeros(shape), np.ones(shape), np.ones(shape)
-    verify_tokens = np.zeros((max_batch + 1, max_k + 1), dtype=np.int64)
-    expected_tokens: dict[int, Floats] = {}
-    for c, centre in enumerate(centres):
-        context_s = slope * centre * np.arange(max_batch + 1.0)
-        costs, outputs = (
-            (fixed_s, fixed_error, verify_s, verify_error_s, context_s, pad),
-            (goodput[:, c], uncertainty[:, c], tokens[:, c], verify_tokens),
-        )
-        if request:
-            expected_tokens = _per_request(models, seed, costs, outputs)
-        else:
-            _per_batch(models, costs, outputs)
+    context_s = slope * np.arange(max_batch + 1.0)[:, None] * np.array(centres)
+    costs = Costs(fixed_s.T, np.sqrt(fixed_error).T, verify_s, verify_error_s, context_s)
+    plans, expected_tokens = _per_request(models, seed, costs) if request else _per_batch(models, costs, pad)
+    goodput, uncertainty, tokens, verify_tokens = plans
     goodput *= models.allowed[:, None, :]
     return Forecast(
         goodput, uncertainty, tokens, fixed_s, verify_s, verify_error_s, slope, edges, models.acceptance.survival,
@@ -168,97 +157,122 @@ def forecast(models: ForecastInputs, seed: int) -> Forecast | None:
     )  # fmt: skip
 
 
-Costs = tuple[Floats, Floats, Floats, Floats, Floats, NDArray[np.int64]]
-Outputs = tuple[Floats, Floats, Floats, NDArray[np.int64]]
+class Costs(NamedTuple):
+    """fixed_s, fixed_error_s: [max_batch + 1, max_k + 1]. verify_s, verify_error_s: by tokens.
+
+    context_s: [max_batch + 1, contexts].
+    """
+
+    fixed_s: Floats
+    fixed_error_s: Floats
+    verify_s: Floats
+    verify_error_s: Floats
+    context_s: Floats
 
 
-def _per_batch(models: ForecastInputs, costs: Costs, outputs: Outputs) -> None:
-    fixed_s, fixed_error, verify_s, verify_error_s, context_s, pad = costs
-    goodput, uncertainty, tokens, verify_tokens = outputs
-    survival, survival_error = (part[: len(fixed_s) - 1] for part in _survival(models.acceptance))
-    expected = np.concatenate(([1.0], 1.0 + np.cumsum(survival)))
-    expected_error = np.concatenate(([0.0], np.cumsum(survival_error))) / expected
-    b = np.arange(1, len(pad))
-    k = np.arange(len(expected))
-    at = pad[1:, None] * (k + 1)
-    seconds = fixed_s.T[1:] + verify_s[at] + context_s[1:, None]
-    verify_tokens[1:] = at
-    tokens[1:] = expected
-    goodput[1:] = b[:, None] * expected / seconds
-    cost_error = np.sqrt(fixed_error.T[1:] + verify_error_s[at] ** 2) / seconds
-    uncertainty[1:] = np.hypot(cost_error, expected_error)
+class Plans(NamedTuple):
+    """See `Forecast`. Rows are batch sizes: all up to the largest, or some of them."""
+
+    goodput: Floats
+    uncertainty: Floats
+    tokens_per_request: Floats
+    verify_tokens: NDArray[np.int64]
+
+
+def _per_batch(models: ForecastInputs, costs: Costs, pad: NDArray[np.int64]) -> tuple[Plans, dict[int, Floats]]:
+    rows, survival_error = _survival(models.acceptance)
+    max_k = costs.fixed_s.shape[1] - 1
+    expected = np.concatenate(([1.0], 1.0 + np.cumsum(rows.mean(axis=0)[:max_k])))
+    expected_error = np.concatenate(([0.0], np.cumsum(survival_error[:max_k]))) / expected
+    at = pad[:, None] * np.arange(1, len(expected) + 1)
+    seconds = (costs.fixed_s + costs.verify_s[at])[:, None] + costs.context_s[:, :, None]
+    goodput = np.arange(len(pad))[:, None, None] * expected / seconds
+    cost_error = np.hypot(costs.fixed_error_s, costs.verify_error_s[at])[:, None] / seconds
+    tokens = np.broadcast_to(expected, goodput.shape)
+    return Plans(goodput, np.hypot(cost_error, expected_error), tokens, at), {}
 
 
 def _survival(acceptance: AcceptanceModel) -> tuple[Floats, Floats]:
-    """Survival of positions 1..max_k and its standard error (delta method on a product of independent rates)."""
+    """Survival of recent requests' drafts [rows >= 1, max_k], and the standard error of its mean [max_k]."""
     rates, errors = acceptance.conditional_rates()
-    recent = acceptance.recent_survival()
     # Scores of recent drafts show a change of traffic sooner than counts of accepted tokens.
-    survival: Floats = (recent if len(recent) else np.cumprod(rates)[None, :]).mean(axis=0)
-    # The error is that of the counts: scores may be confident at positions that were not drafted for long.
-    error = np.cumprod(rates) * np.sqrt(np.cumsum((errors / np.maximum(rates, 0.05)) ** 2))
-    return survival, error.astype(np.float64)
+    rows = acceptance.recent_survival()
+    # The error is that of the counts (delta method on a product of independent rates): scores may be confident at positions that
+    # were not drafted for long.
+    survival: Floats = np.cumprod(rates, dtype=np.float64)
+    error: Floats = survival * np.sqrt(np.cumsum((errors / np.maximum(rates, 0.05)) ** 2, dtype=np.float64))
+    return rows if len(rows) else survival[None, :], error
 
 
-def _per_request(models: ForecastInputs, seed: int, costs: Costs, outputs: Outputs) -> dict[int, Floats]:
-    fixed_s, fixed_error, verify_s, verify_error_s, context_s, _ = costs
-    goodput, uncertainty, tokens, verify_tokens = outputs
-    rows = models.acceptance.recent_survival()
-    survival, survival_error = _survival(models.acceptance)
-    max_k = len(fixed_s) - 1
-    if not len(rows):
-        rows = survival[None, :]
-    rng = np.random.default_rng(seed)
-    order = rng.permutation(len(rows))
-    grid = batch_grid(models.batches)
-    by_slots: dict[int, Floats] = {}
-    for b in grid:
-        groups = _groups(b)
-        picked = rows[order[np.arange(groups * b) % len(rows)]].reshape(groups, b * max_k)
-        best_first = np.argsort(-picked, axis=1)
-        drafts, position = np.take_along_axis(picked, best_first, axis=1), best_first % max_k
-        for k in models.candidates:
-            # Every group has b slots of each position, so the kept ones form rows of equal length, still in order.
-            kept = drafts[position < k].reshape(groups, b * k)
-            expected = np.empty((groups, b * k + 1))
-            expected[:, 0] = b
-            np.cumsum(kept, axis=1, out=expected[:, 1:])
-            expected[:, 1:] += b
-            if k == max_k:
-                by_slots[b] = expected.mean(axis=0)
-            seconds = fixed_s[k, b] + context_s[b] + verify_s[b : b * (k + 1) + 1]
-            value = expected / seconds
-            best = value.argmax(axis=1)
-            chosen = np.arange(groups), best
-            goodput[b, k] = value[chosen].sum() / groups
-            tokens[b, k] = expected[chosen].sum() / (groups * b)
-            middle = int(np.sort(best)[groups // 2])
-            verify_tokens[b, k] = b + middle
-            cost_error = math.hypot(math.sqrt(fixed_error[k, b]), verify_error_s[b + middle]) / seconds[middle]
-            uncertainty[b, k] = math.hypot(cost_error, float(survival_error[:k].sum()) / float(tokens[b, k]))
-    _fill_between(np.array(grid), outputs)
-    return by_slots
+def _per_request(models: ForecastInputs, seed: int, costs: Costs) -> tuple[Plans, dict[int, Floats]]:
+    """Return the plans, and `Forecast.expected_tokens`. All batch sizes of the grid are searched at once, in flat arrays."""
+    rows, survival_error = _survival(models.acceptance)
+    max_k, contexts = rows.shape[1], costs.context_s.shape[1]
+    best_first = np.argsort(-rows, axis=None)
+    rank = np.empty(rows.size, dtype=np.int32)
+    rank[best_first] = np.arange(rows.size)
+    shuffled = rank.reshape(rows.shape)[np.random.default_rng(seed).permutation(len(rows))]
+    grid = np.array(batch_grid(models.batches))
+    groups = _groups(grid)
+    # Ranks of the slots of each group, the best ones first. Rank -1, position -1: what its requests get without a draft token.
+    ranks = []
+    for b, n in zip(grid.tolist(), groups.tolist(), strict=True):
+        slots = np.full((n, 1 + b * max_k), -1, dtype=np.int32)
+        slots[:, 1:] = shuffled.take(np.arange(n * b), axis=0, mode="wrap").reshape(n, -1)
+        slots.sort(axis=1)
+        ranks.append(slots.ravel())
+    slot = np.concatenate(ranks)
+    begin, batch = np.cumsum(groups) - groups, np.repeat(grid, groups)
+    position = np.append(best_first % max_k, -1).astype(np.int8)[slot]
+    drafts = np.append(rows.ravel()[best_first], 0.0)[slot]
+    drafts[position < 0] = batch
+    index = np.arange(len(drafts))
+    shape = (len(grid), contexts, max_k + 1)
+    found = Plans(np.zeros(shape), np.ones(shape), np.ones(shape), np.zeros((len(grid), max_k + 1), dtype=np.int64))
+    for k in models.candidates:
+        lengths = 1 + batch * k
+        first = np.cumsum(lengths) - lengths
+        expected = np.cumsum(drafts.compress(position < k))
+        expected -= np.repeat(expected[first] - batch, lengths)
+        tokens = index[: len(expected)] - np.repeat(first - batch, lengths)
+        verify_s = costs.verify_s[tokens]
+        for c in range(contexts):
+            other_s = costs.fixed_s[grid, k] + costs.context_s[grid, c]
+            value = expected / (verify_s + np.repeat(np.repeat(other_s, groups), lengths))
+            best = np.maximum.reduceat(value, first)
+            equal = np.flatnonzero(value == np.repeat(best, lengths))
+            chosen = equal[np.searchsorted(equal, first)]
+            per_request = np.add.reduceat(expected[chosen], begin) / (groups * grid)
+            by_group = tokens[chosen]
+            middle = by_group[np.lexsort((by_group, batch))][begin + groups // 2]
+            cost_error = np.hypot(costs.fixed_error_s[grid, k], costs.verify_error_s[middle]) / (other_s + costs.verify_s[middle])
+            found.goodput[:, c, k] = np.add.reduceat(best, begin) / groups
+            found.uncertainty[:, c, k] = np.hypot(cost_error, survival_error[:k].sum() / per_request)
+            found.tokens_per_request[:, c, k] = per_request
+            found.verify_tokens[:, k] = middle
+    # `expected` is of the largest K now.
+    by_size = zip(grid.tolist(), groups.tolist(), np.split(expected, first[begin][1:]), strict=True)
+    return _fill_between(grid, found, len(models.batches)), {b: out.reshape(n, -1).mean(axis=0) for b, n, out in by_size}
 
 
-def _fill_between(grid: NDArray[np.int64], outputs: Outputs) -> None:
-    """Batch sizes between those of the grid: step seconds, tokens per request and error interpolated; beyond it a step takes as
-    long per request as at its end.
+def _fill_between(grid: NDArray[np.int64], plans: Plans, rows: int) -> Plans:
+    """Plans of batch sizes 0..rows-1 from those of the grid. Between: step seconds, tokens per request and error interpolated;
+    beyond it a step takes as long per request as at its end.
     """
-    goodput, uncertainty, tokens, verify_tokens = outputs
-    sizes = np.arange(len(goodput))
-    right = np.minimum(np.searchsorted(grid, sizes), len(grid) - 1)
-    high, low = grid[right], grid[np.maximum(right - 1, 0)]
-    inside = (sizes > low) & (sizes < high)
-    share = np.where(inside, (sizes - low) / np.maximum(high - low, 1), (sizes >= high).astype(np.float64))[:, None]
+    sizes = np.arange(rows)
+    high = np.minimum(np.searchsorted(grid, sizes), len(grid) - 1)
+    low = np.maximum(high - 1, 0)
+    share = np.clip((sizes - grid[low]) / np.maximum(grid[high] - grid[low], 1), 0.0, 1.0)
     # A K that is no candidate has goodput 0: any finite time will do, its goodput stays 0.
-    step_s = np.where(goodput > 0.0, sizes[:, None] * tokens / np.maximum(goodput, 1e-12), 0.0)
-    per_request = verify_tokens / np.maximum(sizes, 1)[:, None]
-    tokens[:], uncertainty[:] = (a[low] + share * (a[high] - a[low]) for a in (tokens, uncertainty))
-    per_request = per_request[low] + share * (per_request[high] - per_request[low])
-    between_s = step_s[low] + share * (step_s[high] - step_s[low])
-    between_s *= np.where(sizes > grid[-1], sizes / grid[-1], 1.0)[:, None]
-    goodput[:] = np.where(between_s > 0.0, sizes[:, None] * tokens / np.maximum(between_s, 1e-12), 0.0)
-    verify_tokens[:] = np.rint(per_request * sizes[:, None])
+    allowed = plans.goodput > 0.0
+    step_s = np.where(allowed, grid[:, None, None] * plans.tokens_per_request / np.where(allowed, plans.goodput, 1.0), 0.0)
+    known = np.stack((step_s, plans.uncertainty, plans.tokens_per_request), axis=1)
+    between_s, uncertainty, tokens = np.moveaxis(known[low] + share[:, None, None, None] * (known[high] - known[low]), 1, 0)
+    between_s *= np.maximum(sizes / grid[-1], 1.0)[:, None, None]
+    goodput = np.where(between_s > 0.0, sizes[:, None, None] * tokens / np.maximum(between_s, 1e-12), 0.0)
+    per_request = plans.verify_tokens / grid[:, None]
+    per_request = per_request[low] + share[:, None] * (per_request[high] - per_request[low])
+    return Plans(goodput, uncertainty, tokens, np.rint(per_request * sizes[:, None]).astype(np.int64))
 
 
 def batch_grid(batches: NDArray[np.float64]) -> list[int]:
@@ -271,12 +285,12 @@ def batch_grid(batches: NDArray[np.float64]) -> list[int]:
     coarse = {2**e for e in range(13)}
     frequent = np.argsort(-batches, kind="stable")[:FREQUENT]
     grid = {1} | {b for b in coarse if b <= min(largest, 2 * max(seen, 4))}
-    rows = sum(_groups(b) * b for b in grid)
+    rows = sum(int(_groups(b)) * b for b in grid)
     for b in frequent.tolist():
-        if batches[b] > MIN_TALLY and b not in grid and b > 0 and (rows := rows + _groups(b) * b) <= MOST_ROWS:
+        if batches[b] > MIN_TALLY and b not in grid and b > 0 and (rows := rows + int(_groups(b)) * b) <= MOST_ROWS:
             grid.add(b)
     return sorted(grid)
 
 
-def _groups(batch_size: int) -> int:
-    return max(GROUP_ROWS // batch_size, MIN_GROUPS)
+def _groups(batch_size: int | NDArray[np.int64]) -> NDArray[np.int64]:
+    return np.maximum(GROUP_ROWS // batch_size, MIN_GROUPS)

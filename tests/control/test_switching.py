@@ -7,6 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
+from adaptive_spec.control import switching
 from adaptive_spec.control.switching import charge_switches
 
 TOKENS = np.ones((5, 1, 2))
@@ -71,3 +72,17 @@ def test_the_best_entries_are_the_table_of_least_cost() -> None:
 
         found = charge_switches(rows, np.ones((5, 1, 3)), batches, crossings, switch_s)[1:, 0].argmax(axis=1)
         assert cost(tuple(found.tolist())) == pytest.approx(min(map(cost, itertools.product(range(3), repeat=4))))
+
+
+def test_contexts_are_charged_apart_and_only_the_most_frequent_sizes_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(5)
+    rows, tokens = rng.uniform(80, 120, (9, 2, 3)), rng.uniform(1, 3, (9, 2, 3))
+    batches, crossings = np.arange(9.0), np.full(9, 5.0)
+    both = charge_switches(rows, tokens, batches, crossings, 0.01)
+    for c in range(2):
+        alone = charge_switches(rows[:, [c]], tokens[:, [c]], batches, crossings, 0.01)
+        np.testing.assert_array_equal(both[:, c], alone[:, 0])
+    monkeypatch.setattr(switching, "MOST_SIZES", 4)
+    few = charge_switches(rows, tokens, batches, crossings, 0.01)
+    np.testing.assert_array_equal(few, charge_switches(rows, tokens, np.where(batches > 4, batches, 0.0), crossings, 0.01))
+    np.testing.assert_array_equal(few[:5], rows[:5])

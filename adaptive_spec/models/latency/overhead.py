@@ -85,7 +85,7 @@ class OverheadModel:
         covariance = np.linalg.inv(self._gram + np.diag(RIDGE))
         # The prior is as wide as the overhead itself.
         spread_s = np.hypot(self.sd_s, 0.3 * float(self.coefficients[0]))
-        return x @ self.coefficients, spread_s * np.sqrt(np.einsum("kbi,ij,kbj->kb", x, covariance, x))
+        return x @ self.coefficients, spread_s * np.sqrt((x @ covariance * x).sum(axis=-1))
 
     def state(self) -> NDArray[np.float64]:
         """[FEATURES, FEATURES + 2]: the Gram matrix, the moments, and a column with the running median."""

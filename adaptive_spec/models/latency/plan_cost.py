@@ -25,7 +25,7 @@ MISFIT_BETWEEN = 0.1
 class PlanCostModel:
     """Seconds of one stage as a function of the plan (K, batch size b), for draft and draft-extend.
 
-        seconds(K, b) = [1(K>0), (K-1)+, b 1(K>0), b (K-1)+, 1, b] . coefficients, all >= 0
+        seconds(K, b) = [1(K>0), b 1(K>0), (K-1)+, b (K-1)+, 1, b] . coefficients, all >= 0
 
     The first draft token often comes with the draft-extend at no extra cost, so K counts from the second. The prediction for a
     plan is its own mean and the regression over all plans, weighted by precision; the regression weighs as much as one sample
@@ -51,11 +51,11 @@ class PlanCostModel:
             return
         k, b = np.divmod(rows[:, 0], self.stride)
         weight = np.sqrt(np.minimum(rows[:, 1], 8.0)) / np.maximum(rows[:, 3], 1e-6)
-        design = self._features(k, b)
+        design = (_of_k(k)[:, :, None] * np.stack((np.ones_like(b), b), axis=-1)[:, None, :]).reshape(-1, self.FEATURES)
         scale = np.maximum(np.abs(design).max(axis=0), 1e-12)
         # Weak ridge prior: when data cannot separate the features, attribute cost to draft tokens first and to batch size last.
         # A wrong cost per request would be multiplied as soon as a large batch comes.
-        prior = np.diag([0.3, 0.03, 3.0, 1.0, 0.1, 1.0])
+        prior = np.diag([0.3, 3.0, 0.03, 1.0, 0.1, 1.0])
         system = np.vstack((design / scale * weight[:, None], prior))
         target = np.concatenate((rows[:, 3] * weight, np.zeros(self.FEATURES)))
         self.coefficients = non_negative_least_squares(system, target) / scale
@@ -66,9 +66,8 @@ class PlanCostModel:
         The relative error is `UNMEASURED_FIXED` where nothing was measured, grows with every doubling of b away from all measured
         batch sizes, and falls with the square root of the weight.
         """
-        k, b = np.meshgrid(np.arange(max_k + 1.0), np.arange(max_batch + 1.0), indexing="ij")
-        value: Floats = self._features(k.ravel(), b.ravel()) @ self.coefficients
-        value = value.reshape(max_k + 1, max_batch + 1)
+        b = np.arange(max_batch + 1.0)
+        value: Floats = _of_k(np.arange(max_k + 1.0)) @ self.coefficients.reshape(-1, 2) @ np.stack((np.ones_like(b), b))
         weight = np.zeros_like(value)
         rows = self._rows
         row, column = np.divmod(rows[:, 0].astype(np.int64), self.stride)
@@ -77,9 +76,11 @@ class PlanCostModel:
         regression_weight = (self._means.sigma / MISFIT_BETWEEN) ** 2
         value[at] += measured_rows[:, 1] / (measured_rows[:, 1] + regression_weight) * (measured_rows[:, 3] - value[at])
         weight[at] = measured_rows[:, 1]
-        measured = np.log2(np.unique(np.maximum(column, 1)))
-        octaves = np.log2(np.maximum(np.arange(max_batch + 1.0), 1.0))
-        distance = np.abs(octaves[:, None] - measured).min(axis=1) if len(measured) else octaves
+        octaves = np.log2(np.maximum(b, 1.0))
+        measured = np.log2(np.unique(np.maximum(column, 1))) if len(column) else np.zeros(1)
+        above = np.searchsorted(measured, octaves)
+        near = measured[np.maximum(above - 1, 0)], measured[np.minimum(above, len(measured) - 1)]
+        distance = np.minimum(np.abs(octaves - near[0]), np.abs(octaves - near[1]))
         error = np.hypot(UNMEASURED_FIXED, UNKNOWN_PER_DOUBLING * distance) / np.sqrt(1.0 + weight)
         return value, value * error
 
@@ -102,10 +103,10 @@ class PlanCostModel:
         rows[:, 0] = plans[:, 0] * self.stride + plans[:, 1]
         self._means.restore({**state, "rows": rows[plans[:, 1] < self.stride]})
 
-    @staticmethod
-    def _features(k: Floats, b: Floats) -> Floats:
-        on, more = (k > 0).astype(np.float64), np.maximum(k - 1.0, 0.0)
-        return np.stack((on, more, b * on, b * more, np.ones_like(k), b), axis=-1)
+
+def _of_k(k: Floats) -> Floats:
+    """Features of K [n] that are constant in the batch size, and proportional to it: [n, 3]."""
+    return np.stack((k > 0, np.maximum(k - 1.0, 0.0), np.ones_like(k)), axis=-1)
 
 
 def non_negative_least_squares(system: Floats, target: Floats) -> Floats:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Mapping
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
@@ -232,7 +233,7 @@ class RobustMeans:
             for key, m in self.means.items()
             if m.weight > 0.0
         ]
-        rows = np.array(table, dtype=np.float64).reshape(-1, 7)
+        rows = np.fromiter(chain.from_iterable(table), np.float64).reshape(-1, 7)
         # Distance to the present factor or to the announced one: a short burst must not discard the means.
         nearest = np.minimum(np.abs(self.speed_factor.value - rows[:, 6]), np.abs(self.speed_factor.announced - rows[:, 6]))
         rows = rows[nearest <= FAR]

@@ -1,37 +1,72 @@
 from __future__ import annotations
 
-from itertools import combinations
-
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from adaptive_spec.models.latency.segments import line, partition
+from adaptive_spec.models.latency import segments
+from adaptive_spec.models.latency.segments import FLAT, STEEP_PENALTIES, fit_segments, partition
 from adaptive_spec.offline.fit_samples import fit_samples
 from tests.curves import load
 
 
-def cost_of(starts: list[int], x: np.ndarray, y: np.ndarray, w: np.ndarray, penalty: float) -> float:
-    total = penalty * (len(starts) - 1)
-    for first, last in zip(starts, [*starts[1:], len(x)], strict=True):
-        intercept, slope = line(x[first:last], y[first:last], w[first:last])
-        total += float(w[first:last] @ (y[first:last] - intercept - slope * x[first:last]) ** 2)
-    return total
+def cost_of(x: np.ndarray, y: np.ndarray, w: np.ndarray, penalty: float) -> float:
+    """Weighted squared residual and prior of the best line over all points."""
+    mean_x, mean_y = np.average(x, weights=w), np.average(y, weights=w)
+    xx, xy, yy = w @ (x - mean_x) ** 2, w @ ((x - mean_x) * (y - mean_y)), w @ (y - mean_y) ** 2
+    if len(x) == 1:
+        return 0.0
+    ridge = (mean_x / (mean_y * FLAT)) ** 2
+    return float(yy - max(xy**2 / (xx + ridge), xy**2 / xx - STEEP_PENALTIES * penalty))
+
+
+def least_cost(x: np.ndarray, y: np.ndarray, w: np.ndarray, penalty: float) -> float:
+    """Of all partitions, without dropping any break."""
+    least = [-penalty]
+    for end in range(1, len(x) + 1):
+        least.append(min(least[i] + penalty + cost_of(x[i:end], y[i:end], w[i:end], penalty) for i in range(end)))
+    return least[-1]
 
 
 @given(
-    y=st.lists(st.floats(0.5, 5.0), min_size=1, max_size=8),
-    gaps=st.lists(st.integers(1, 40), min_size=8, max_size=8),
-    weights=st.lists(st.floats(0.1, 50.0), min_size=8, max_size=8),
+    y=st.lists(st.floats(0.5, 5.0), min_size=1, max_size=40),
+    gap=st.integers(1, 40),
+    weight=st.sampled_from([0.1, 1.0, 50.0, 2000.0]),
+    trend=st.floats(-0.01, 0.1),
     penalty=st.floats(0.001, 20.0),
 )
-def test_partition_reaches_the_brute_force_minimum(y: list[float], gaps: list[int], weights: list[float], penalty: float) -> None:
+def test_partition_reaches_the_least_cost(y: list[float], gap: int, weight: float, trend: float, penalty: float) -> None:
     n = len(y)
-    x, values, w = np.cumsum(gaps[:n]).astype(float), np.array(y), np.array(weights[:n])
-    best = min(cost_of([0, *breaks], x, values, w, penalty) for size in range(n) for breaks in combinations(range(1, n), size))
-    found = cost_of(partition(x, values, w, penalty), x, values, w, penalty)
-    assert found == pytest.approx(best, rel=1e-9, abs=1e-9)
+    rng = np.random.default_rng(n)
+    x, w = np.cumsum(rng.integers(1, gap + 1, n)).astype(float), weight * rng.uniform(0.1, 10.0, n)
+    values = np.array(y) + 5.0 * np.maximum(trend * x, -0.09)
+    starts = partition(x, values, w, penalty)
+    pieces = [slice(*ends) for ends in zip(starts, [*starts[1:], n], strict=True)]
+    found = sum(cost_of(x[p], values[p], w[p], penalty) for p in pieces) + penalty * (len(starts) - 1)
+    assert found == pytest.approx(least_cost(x, values, w, penalty), rel=1e-9, abs=1e-7)
+
+
+@pytest.mark.parametrize("tile", [8, 40, 150])
+def test_many_points_are_partitioned_as_well_in_two_steps(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(tile)
+    x = np.arange(1.0, 1025.0)
+    y = 1.2 ** np.minimum((x - 1) // tile, 20) * (1.0 + 0.1 * x / 1024) * np.exp(0.01 * rng.standard_normal(1024))
+    w, penalty = 1.0 / (5e-4 * y * y), 3.0 * np.log(1024)
+    found = partition(x, y, w, penalty)
+    monkeypatch.setattr(segments, "EXACT_POINTS", 1024)
+    assert found == partition(x, y, w, penalty)
+    assert found == list(range(0, min(21 * tile, 1024), tile))
+
+
+def test_each_line_is_the_best_of_its_segment() -> None:
+    rng = np.random.default_rng(2)
+    x, w = np.arange(1.0, 41.0), rng.uniform(1e5, 1e6, 40)
+    y = np.where(x <= 20, 1.0 + 0.002 * x, 2.0 + 0.05 * x)
+    fitted = fit_segments(x, y, w, 10.0)
+    assert [(s.first, s.last) for s in fitted] == [(1, 20), (21, 40)]
+    for segment, (intercept, slope) in zip(fitted, ((1.0, 0.002), (2.0, 0.05)), strict=True):
+        assert (segment.intercept_s, segment.slope_s_per_token) == pytest.approx((intercept, slope), rel=1e-3)
 
 
 @pytest.mark.parametrize("n", [31, 32, 33, 64, 65, 200])

@@ -193,7 +193,9 @@ class ProfileStore:
         return sorted((entry for entry in found if entry[0] <= now_s + FUTURE_S), reverse=True)
 
     def _prune(self, folder: str, now_s: float) -> None:
-        for _, path in self._listed(folder, now_s)[KEPT:]:
+        # Those dated after now do not count: with eight of them, whoever writes there would have every new profile removed.
+        dated = [path for written_s, path in self._listed(folder, now_s) if written_s <= now_s + 0.001]
+        for path in dated[KEPT:]:
             try:
                 self._files.rm_file(path)
             except OSError as error:  # another writer removed it, or it is another user's: the next writer tries again

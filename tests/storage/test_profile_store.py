@@ -63,6 +63,15 @@ def test_the_newest_wins(store: ProfileStore) -> None:
     assert {name: array.shape for name, array in found.profile.latency.items()} == {"a": (500,), "head.b": (3, 3)}
 
 
+def test_profiles_dated_ahead_do_not_remove_the_others(files: ProfileStore, folder: Path) -> None:
+    """Whoever may add to the store, and not delete, could have every new profile removed by the sidecar that saved it."""
+    folder.mkdir(parents=True)
+    for number in range(2 * KEPT):
+        (folder / f"{int(1000 * NOW_S) + 10_000 + number:013d}-stranger.npz").write_bytes(b"nonsense")
+    files.save(INFO, numbered(1), NOW_S)
+    assert number_of(files.load(INFO, NOW_S, accept_any)) == 1
+
+
 def test_the_newest_valid_wins(files: ProfileStore, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     files.save(INFO, numbered(1), NOW_S)
     for second, data in enumerate(

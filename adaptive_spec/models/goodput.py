@@ -31,8 +31,7 @@ MATERIAL_CONTEXT = 0.02
 MIN_TALLY = 0.01
 """Forgotten tally below which a batch size is not a recent one: with the tallies' memory of 500 steps, after 2300 steps."""
 GROUP_ROWS = 256
-"""Recent requests an expectation is taken over, in groups of the batch size, at least `MIN_GROUPS` groups."""
-MIN_GROUPS = 2
+"""Recent requests an expectation is taken over, in groups of the batch size: at least two, or one of so many or more requests."""
 FREQUENT = 24
 """Batch sizes forecast exactly at request granularity, besides the powers of two, at most."""
 MOST_ROWS = 32 * GROUP_ROWS
@@ -293,4 +292,5 @@ def batch_grid(batches: NDArray[np.float64]) -> list[int]:
 
 
 def _groups(batch_size: int | NDArray[np.int64]) -> NDArray[np.int64]:
-    return np.maximum(GROUP_ROWS // batch_size, MIN_GROUPS)
+    """Groups of a batch size that an expectation is taken over."""
+    return np.maximum(GROUP_ROWS // batch_size, np.where(np.less(batch_size, GROUP_ROWS), 2, 1))

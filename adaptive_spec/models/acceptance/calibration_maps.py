@@ -73,16 +73,15 @@ def fit_logistic(verified: Floats, accepted: Floats, prior: Floats, prior_weight
     kept >= 0.05: acceptance that falls with the score is noise.
     """
     theta = prior.copy()
-    precision = np.array([[0.25, 0.0], [0.0, 0.5]]) * prior_weight
+    precision = np.array([0.25, 0.5]) * prior_weight
     x = GRID
+    powers = np.stack((np.ones_like(x), x, x * x), axis=-1)
     for _ in range(8):
         p = sigmoid(theta[:, :1] + theta[:, 1:] * x)
-        gradient = accepted - verified * p
-        curvature = verified * p * (1.0 - p) + 1e-9 * verified
-        g = np.stack((gradient.sum(1), gradient @ x), axis=-1) - (theta - prior) @ precision
-        h01 = curvature @ x
-        h = np.stack((curvature.sum(1), h01, h01, curvature @ (x * x)), axis=-1).reshape(-1, 2, 2) + precision
-        step = np.linalg.solve(h, g[:, :, None])[:, :, 0]
+        g0, g1 = ((accepted - verified * p) @ powers[:, :2] - (theta - prior) * precision).T
+        h00, h01, h11 = ((verified * p * (1.0 - p) + 1e-9 * verified) @ powers).T
+        h00, h11 = h00 + precision[0], h11 + precision[1]
+        step = (np.stack((h11 * g0 - h01 * g1, h00 * g1 - h01 * g0)) / (h00 * h11 - h01 * h01)).T
         theta = theta + np.clip(step, -1.5, 1.5)
         theta[:, 1] = np.maximum(theta[:, 1], 0.05)
         if np.abs(step).max(initial=0.0) < 1e-6:

@@ -73,9 +73,7 @@ class OverheadModel:
         """Solve for the coefficients."""
         if self._gram[0, 0] <= 0.0:
             return
-        system: Floats = np.asarray(np.linalg.cholesky(self._gram + np.diag(RIDGE)).T, dtype=np.float64)
-        target: Floats = np.asarray(np.linalg.solve(system.T, self._moment), dtype=np.float64)
-        self.coefficients = non_negative_least_squares(system, target)
+        self.coefficients = non_negative_least_squares(self._gram + np.diag(RIDGE), self._moment)
         self._fitted = True
 
     def predict(self, max_k: int, max_batch: int) -> tuple[Floats, Floats]:

@@ -55,10 +55,9 @@ class PlanCostModel:
         scale = np.maximum(np.abs(design).max(axis=0), 1e-12)
         # Weak ridge prior: when data cannot separate the features, attribute cost to draft tokens first and to batch size last.
         # A wrong cost per request would be multiplied as soon as a large batch comes.
-        prior = np.diag([0.3, 3.0, 0.03, 1.0, 0.1, 1.0])
-        system = np.vstack((design / scale * weight[:, None], prior))
-        target = np.concatenate((rows[:, 3] * weight, np.zeros(self.FEATURES)))
-        self.coefficients = non_negative_least_squares(system, target) / scale
+        prior = np.diag(np.array([0.3, 3.0, 0.03, 1.0, 0.1, 1.0]) ** 2)
+        system = design / scale * weight[:, None]
+        self.coefficients = non_negative_least_squares(system.T @ system + prior, system.T @ (rows[:, 3] * weight)) / scale
 
     def predict(self, max_k: int, max_batch: int) -> tuple[Floats, Floats]:
         """Return seconds [max_k + 1, max_batch + 1] and the standard error of each in seconds, as of the last refit.
@@ -109,12 +108,15 @@ def _of_k(k: Floats) -> Floats:
     return np.stack((k > 0, np.maximum(k - 1.0, 0.0), np.ones_like(k)), axis=-1)
 
 
-def non_negative_least_squares(system: Floats, target: Floats) -> Floats:
-    """Minimise |system @ x - target| over x >= 0 for a handful of unknowns, dropping negative ones (active set)."""
-    active = np.ones(system.shape[1], dtype=bool)
-    solution = np.zeros(system.shape[1])
+def non_negative_least_squares(gram: Floats, moment: Floats) -> Floats:
+    """Minimise x gram x / 2 - moment x over x >= 0 for a handful of unknowns, dropping negative ones (active set).
+
+    gram: positive definite.
+    """
+    active = np.ones(len(moment), dtype=bool)
+    solution = np.zeros(len(moment))
     while active.any():
-        part = np.linalg.lstsq(system[:, active], target, rcond=None)[0]
+        part = np.linalg.solve(gram[np.ix_(active, active)], moment[active])
         if (part >= 0.0).all():
             solution[active] = part
             break

@@ -3,7 +3,7 @@
     verify_s(tokens, kv) = staircase(tokens) + context_s_per_token * kv
     staircase(tokens)    = intercept_s + slope_s_per_token * tokens   within the segment of `tokens`
 
-`LatencyModel` keeps one robust forgetting mean per token count and partitions the means exactly into segments. The prediction
+`LatencyModel` keeps one robust forgetting mean per token count and partitions the means into segments. The prediction
 for a token count is its segment's line, corrected by the mean of that count in proportion to how precisely it was measured.
 Regimes: a measured count is predicted by its own mean; a count between measured ones by the line; beyond the last measured
 count the line continues and the standard error grows, so that such a count is probed before it is used.
@@ -94,10 +94,8 @@ class LatencyFit:
         noise = self.sigma**2 / np.maximum(self.weight[at], 1e-9) + self.excess_spread**2
         trust = MISFIT**2 / (MISFIT**2 + noise)
         value = np.where(measured, value + trust * (self.mean_s[at] - value), value)
-        distance = np.minimum(
-            np.abs(np.log2(np.maximum(tokens, 1) / self.tokens[at])),
-            np.abs(np.log2(np.maximum(tokens, 1) / self.tokens[np.maximum(at - 1, 0)])),
-        )
+        octave, known = np.log2(np.maximum(tokens, 1)), np.log2(self.tokens)
+        distance = np.minimum(np.abs(octave - known[at]), np.abs(octave - known[np.maximum(at - 1, 0)]))
         far = MISFIT**2 + (UNKNOWN_PER_DOUBLING * distance) ** 2
         if gap is not None:
             # A boundary lies anywhere in the gap: on its left side a count costs the left segment's time.
@@ -170,9 +168,8 @@ def fit_staircase(rows: Floats, sigma: float, context_s_per_token: float, jump_t
         segments, (), tokens, mean, sigma**2 / noise, samples, stale_error, 0.0, sigma, excess_spread, context_s_per_token
     )  # fmt: skip
     mape = float(np.mean(np.abs(fit.line_s(tokens) / mean - 1.0)))
-    at_first, _ = fit.predict(np.array([s.first for s in segments]))
-    at_last, _ = fit.predict(np.array([s.last for s in segments]))
-    boundaries = find_boundaries(segments, at_first, at_last, jump_threshold)
+    ends_s, _ = fit.predict(np.array([s.first for s in segments] + [s.last for s in segments]))
+    boundaries = find_boundaries(segments, ends_s[: len(segments)], ends_s[len(segments) :], jump_threshold)
     return replace(fit, boundaries=boundaries, mape=mape)
 
 

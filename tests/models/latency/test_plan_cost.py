@@ -46,4 +46,5 @@ def test_an_absent_stage_costs_nothing() -> None:
 
 def test_non_negative_least_squares_matches_projection() -> None:
     system = np.array([[1.0, 1.0], [1.0, 2.0], [1.0, 3.0]])
-    assert non_negative_least_squares(system, np.array([3.0, 2.0, 1.0])) == pytest.approx([2.0, 0.0], abs=1e-9)
+    found = non_negative_least_squares(system.T @ system, system.T @ np.array([3.0, 2.0, 1.0]))
+    assert found == pytest.approx([2.0, 0.0], abs=1e-9)

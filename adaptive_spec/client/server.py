@@ -14,6 +14,8 @@ from adaptive_spec.client.address import checked_url
 from adaptive_spec.errors import one_line
 
 TIMEOUT_S = 120.0
+LARGEST_ANSWER = 16 << 20
+"""Bytes of an answer, or of a line of an event stream."""
 
 
 class Output(NamedTuple):
@@ -56,7 +58,10 @@ class HttpServer:
         try:
             connection.request(method, path, json.dumps(body) if body is not None else None, self._headers)
             answer = connection.getresponse()
-            return answer.status, answer.read()
+            content = answer.read(LARGEST_ANSWER + 1)
+            if len(content) > LARGEST_ANSWER:
+                raise OSError(f"the answer is longer than {LARGEST_ANSWER} bytes")
+            return answer.status, content
         finally:
             connection.close()
 
@@ -86,7 +91,7 @@ class HttpServer:
 
 
 def _documents(answer: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
-    for line in answer:
+    while line := answer.readline(LARGEST_ANSWER):
         if line.startswith(b"data: {"):
             document = json.loads(line[len(b"data: ") :])
             if "error" in document:
@@ -131,7 +136,7 @@ class HeldBatch:
                             self._running[slot].set()
                         if self._stop.is_set():
                             return
-            except (OSError, http.client.HTTPException, ValueError, KeyError) as error:
+            except Exception as error:  # whatever the server answers
                 self.failure = self.failure or one_line(error)
             turn += len(self._threads)
         self._running[slot].set()

@@ -22,7 +22,7 @@ class ServerApi(HttpServer):
             try:
                 status, body = self.ask("GET", path, None, 10.0)
                 document = json.loads(body) if status == 200 else None
-            except (OSError, http.client.HTTPException, ValueError) as error:
+            except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:
                 reason = str(getattr(error, "strerror", None) or error)
                 continue
             if isinstance(document, dict):
@@ -31,7 +31,8 @@ class ServerApi(HttpServer):
         raise BadInput(f"--url: '{self.url}': {reason}; must be a running SGLang server")
 
     def max_running_requests(self) -> int | None:
-        return int(self.info().get("max_running_requests") or 0) or None
+        most = self.info().get("max_running_requests")
+        return most if isinstance(most, int) and most > 0 else None
 
     def generate(self, text: str, tokens: int) -> Output:
         document = self.post("/generate", _request(text, tokens, stream=False))

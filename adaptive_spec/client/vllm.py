@@ -30,7 +30,7 @@ class ServerApi(HttpServer):
                     self._model = str(json.loads(body)["data"][0]["id"])
                 else:
                     reason = f"status {status} for /v1/models"
-            except (OSError, http.client.HTTPException, ValueError, KeyError, IndexError, TypeError) as error:
+            except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError, RecursionError) as error:
                 reason = str(getattr(error, "strerror", None) or error)
             if self._model is None:
                 raise BadInput(f"--url: '{self.url}': {reason}; must be a running vLLM server")

@@ -75,6 +75,31 @@ def test_a_batch_that_fails_says_why_in_one_line(server: CannedServer) -> None:
     assert batch.failure == "status 503: no room"
 
 
+@pytest.mark.parametrize("most", ["many", None, [], {}, 0, -1, 1e3])
+def test_a_number_of_requests_that_is_none_is_unknown(server: CannedServer, most: object) -> None:
+    server.answers["GET /server_info"] = (200, json.dumps({"max_running_requests": most}).encode())
+    assert ServerApi(server.url).max_running_requests() is None
+    server.answers["GET /server_info"] = (200, b'{"max_running_requests": 48}')
+    assert ServerApi(server.url).max_running_requests() == 48
+
+
+def test_an_answer_that_is_too_deep_or_too_long_is_one_line(server: CannedServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    server.answers |= dict.fromkeys(("GET /server_info", "GET /get_server_info"), (200, b"[" * 100_000))
+    with pytest.raises(BadInput, match=r"; must be a running SGLang server$"):
+        ServerApi(server.url).info()
+    monkeypatch.setattr("adaptive_spec.client.server.LARGEST_ANSWER", 1000)
+    with pytest.raises(BadInput, match=r"the answer is longer than 1000 bytes; must be a running SGLang server$"):
+        ServerApi(server.url).info()
+
+
+@pytest.mark.parametrize("line", [b"{}", b'{"meta_info": []}', b'{"meta_info": {"completion_tokens": null}}', b"{" * 100_000])
+def test_a_stream_of_something_else_is_a_failure_of_the_batch(server: CannedServer, line: bytes) -> None:
+    server.answers["POST /generate"] = (200, b"data: " + line + b"\n\n")
+    with HeldBatch(ServerApi(server.url), 1, ["a"], 3) as batch:
+        assert not batch.wait(30.0)
+    assert batch.failure
+
+
 @pytest.mark.parametrize("url", ["ftp://x", "http://", "//"])
 def test_a_url_that_is_none_is_one_line(url: str) -> None:
     with pytest.raises(BadInput, match=r"^--url: must be like http://HOST:PORT, got "):

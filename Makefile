@@ -6,7 +6,7 @@ STAMP := $(VENV)/.adaptive-spec-installed
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: bench benchmarks clean dashboards demo demo-sglang demo-vllm docs fuzz gpu-report help images lint manifests nightly release-check setup sglang-matrix site stack test vendor vllm-matrix wheel
+.PHONY: bench benchmarks clean dashboards demo demo-sglang demo-vllm docs fuzz gpu-report help images lint manifests nightly release-check setup sglang-matrix site soak stack test vendor vllm-matrix wheel
 
 help:
 	@echo "make demo [ARGS=\"--duration 90 --compare\"]  see it work on a real engine"
@@ -15,6 +15,7 @@ help:
 	@echo "make wheel                                  dist/adaptive_spec-VERSION-py3-none-any.whl, to install elsewhere"
 	@echo "make release-check                          build the release and try it in a fresh environment (minutes)"
 	@echo "make benchmarks [ARGS=\"--seed 7\"]            policies against each other, simulated; writes docs/benchmarks.md"
+	@echo "make soak [ARGS=\"--seconds 1200\"]           an hour of the demo and a week of records: what grows, the worst call"
 	@echo "make fuzz [ARGS=\"csv --seconds 60\"]         fuzz what is read from outside the process"
 	@echo "make gpu-report OUT=DIR                     verify latency, boundaries, overhead, K on this device (CUDA, or the CPU)"
 	@echo "make stack [ARGS=\"--duration 90\"]            demo, Prometheus and Alertmanager with the shipped configuration"
@@ -56,6 +57,9 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.run $(ARGS)
+
+soak: $(STAMP)
+	$(BIN)/python -m benchmarks.soak $(ARGS)
 
 benchmarks: $(STAMP)
 	$(BIN)/python -m benchmarks.decisions --write $(ARGS)

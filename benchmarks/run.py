@@ -8,6 +8,7 @@ import sys
 
 BENCHMARKS = {
     "hot_path": "in the server's process; wanted: write p50 <= 5 us, p99 <= 25 us; read the policy p50 <= 1 us; plan <= 1 ms",
+    "protections": "what each protection on that path costs: with and without it, in turn; medians of 300 rounds",
     "plugin_step": "Python time of the SGLang plugin in one decode step, at 1, 64 and 256 requests",
     "refit": "in the sidecar",
     "ingestion": "in the sidecar, one core",

@@ -85,6 +85,7 @@ def test_a_lost_ring_is_made_again(run: Path, tap: EngineTap, how: str) -> None:
     found = readable(run)
     steps(tap, 10)
     assert readable(run) == found + 10
+    assert (run / RING_NAME).stat().st_mode & 0o777 == 0o600
     assert role_is_held(run, "engine")
     counters = tap.counters
     assert (counters.records_written - before, counters.write_failures, counters.hook_failures) == (10, 0, 0)

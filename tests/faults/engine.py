@@ -20,23 +20,25 @@ import click
 
 from adaptive_spec.domain.step_record import StepFlag
 from adaptive_spec.wire.engine_report import EngineReport, write_report
+from tests.faults.marks import MarkingTap
 from tests.support.numbers_engine import NumbersEngine
 
-MAX_AGE_S = 1.0
-"""The heartbeat's age beyond which this engine takes its launch K; 30 s by default, here so short that a test need not wait."""
+SLOTS = 8192
+"""Records in the ring: what is written in some 20 s, so that a sidecar that is restarted finds all of them."""
 
 
 @click.command()
 @click.option("--runtime-dir", type=click.Path(path_type=Path), required=True)
 @click.option("--state", type=click.Path(path_type=Path), required=True)
-def main(runtime_dir: Path, state: Path) -> None:
+@click.option("--max-age", type=float, default=1.0, help="seconds of the heartbeat beyond which the launch K is taken")
+def main(runtime_dir: Path, state: Path, max_age: float) -> None:
     stopping: list[int] = []
 
     def stop(number: int, _frame: FrameType | None) -> None:
         stopping.append(number)
 
     signal.signal(signal.SIGTERM, stop)
-    engine = NumbersEngine(runtime_dir, max_age_s=MAX_AGE_S)
+    engine = NumbersEngine(runtime_dir, max_age_s=max_age, slots=SLOTS, tap=MarkingTap)
     pause = state.with_name(state.name + ".pause")
     temporary = state.with_name(state.name + ".tmp")
     write_at_s = 0.0
@@ -48,10 +50,13 @@ def main(runtime_dir: Path, state: Path) -> None:
         if now_s >= write_at_s:
             write_at_s = now_s + 0.1
             counters = engine.tap.counters._asdict()
-            fallback = bool(engine.tap.begun.flags & StepFlag.FALLBACK)
-            document = {"pid": os.getpid(), "steps": engine.steps, "paused": paused, "fallback": fallback}
-            document["k"] = engine.tap.begun.k
-            temporary.write_text(json.dumps(document | {"output_tokens": engine.output_tokens} | counters))
+            document = {
+                "pid": os.getpid(), "steps": engine.steps, "paused": paused, "k": engine.tap.begun.k,
+                "fallback": bool(engine.tap.begun.flags & StepFlag.FALLBACK), "refused": engine.tap.refused,
+                "output_tokens": engine.output_tokens, "verified_tokens": engine.verified_tokens,
+                "accepted_tokens": engine.accepted_tokens,
+            }  # fmt: skip
+            temporary.write_text(json.dumps(document | counters))
             temporary.replace(state)
             with contextlib.suppress(OSError):  # as the plugins do: a report that cannot be written is written later
                 write_report(runtime_dir, EngineReport(os.getpid(), "numbers", "attached", counters=counters))

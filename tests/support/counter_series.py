@@ -5,7 +5,7 @@ from __future__ import annotations
 from prometheus_client.parser import text_string_to_metric_families
 
 Series = dict[tuple[str, tuple[tuple[str, str], ...]], float]
-OF_THE_PROCESS = ("process_", "adaptive_spec_controller_failures", "adaptive_spec_engine_")
+OF_THE_PROCESS = ("process_", "adaptive_spec_controller_failures", "adaptive_spec_annotations", "adaptive_spec_engine_")
 """Counters that begin at 0 with each process, which a counter may, or that are the engine's."""
 
 

@@ -29,11 +29,14 @@ def verify_s(tokens: int) -> float:
 class NumbersEngine:
     """Runs steps as fast as they are asked for; its times are numbers, nothing waits for them."""
 
-    def __init__(self, runtime_dir: Path, info: EngineInfo | None = None, seed: int = 0, max_age_s: float = 30.0) -> None:
+    def __init__(
+        self, runtime_dir: Path, info: EngineInfo | None = None, seed: int = 0, max_age_s: float = 30.0, slots: int = 1024,
+        tap: type[EngineTap] = EngineTap,
+    ) -> None:  # fmt: skip
         self.info = info or engine_info()
-        self.tap = EngineTap.open(runtime_dir, self.info, max_age_s)
+        self.tap = tap.open(runtime_dir, self.info, max_age_s, slots)
         self.rng = np.random.default_rng(seed)
-        self.steps = self.output_tokens = 0
+        self.steps = self.output_tokens = self.verified_tokens = self.accepted_tokens = 0
 
     def step(self, batch_size: int = 2) -> int:
         """Do one step; returns its K."""
@@ -52,6 +55,8 @@ class NumbersEngine:
         )  # fmt: skip
         self.steps += 1
         self.output_tokens += int(accept_len.sum()) + b
+        self.verified_tokens += int(verify_len.sum())
+        self.accepted_tokens += int(accept_len.sum())
         return k
 
     def run(self, seconds: float, batch_size: int = 2, pause_s: float = 0.001) -> None:

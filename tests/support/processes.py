@@ -46,12 +46,12 @@ def wait_for(condition: Callable[[], Any], what: str) -> Any:
 
 
 class SidecarProcess:
-    """A sidecar on a free port; killed at the end of the block if it still runs."""
+    """A sidecar on a free port; killed at the end of the block if it still runs. module: whose main runs the command."""
 
-    def __init__(self, runtime_dir: Path, profile_dir: Path, *arguments: str) -> None:
+    def __init__(self, runtime_dir: Path, profile_dir: Path, *arguments: str, module: str = "adaptive_spec.cli") -> None:
         self.runtime_dir = runtime_dir
         self.log = runtime_dir.parent / f"sidecar-{time.monotonic_ns()}.log"
-        command = [sys.executable, "-m", "adaptive_spec.cli", "sidecar", "--runtime-dir", str(runtime_dir)]
+        command = [sys.executable, "-m", module, "sidecar", "--runtime-dir", str(runtime_dir)]
         command += ["--profile-dir", str(profile_dir), "--port", "0", *arguments]
         with self.log.open("wb") as output:
             self.process = subprocess.Popen(command, stdout=output, stderr=output)

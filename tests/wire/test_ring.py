@@ -444,7 +444,11 @@ def _link(path: Path) -> None:
     path.symlink_to(path.with_name("moved"))
 
 
-DAMAGE: list[Callable[[Path], None]] = [_truncate, _copy_over, _zero, _replace, _link, Path.unlink]
+def _unreadable(path: Path) -> None:
+    path.chmod(0)
+
+
+DAMAGE: list[Callable[[Path], None]] = [_truncate, _copy_over, _zero, _replace, _link, _unreadable, Path.unlink]
 
 
 @pytest.mark.parametrize("damage", DAMAGE)

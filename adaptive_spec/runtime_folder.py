@@ -136,9 +136,14 @@ class RoleLock:
         for attempt in range(attempts):
             if attempt:
                 time.sleep(LOCK_PAUSE_S)
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | _OPEN, 0o600)
             try:
-                status = check_own_file(descriptor, path)
+                descriptor = _open_lock(path)
+            except (
+                OSError
+            ) as error:  # a link, a folder, a pipe, a file that others can use: the folder itself may be as it must be
+                raise OSError(error.errno, f"{path.name}: {error.strerror}", str(path)) from error
+            try:
+                status = os.fstat(descriptor)
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if _is_at(path, status):
                     _note(descriptor)
@@ -168,6 +173,17 @@ class RoleLock:
 
     def __del__(self) -> None:
         self.release()
+
+
+def _open_lock(path: Path) -> int:
+    """Open a lock file, which must be regular and private; it is made where there is none. Raises OSError."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | _OPEN, 0o600)
+    try:
+        check_own_file(descriptor, path)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 _held: weakref.WeakSet[RoleLock] = weakref.WeakSet()

@@ -141,8 +141,7 @@ def _take_role(folder: Path) -> RoleLock:
         raise BadInput(f"runtime_dir: '{folder}': {error.strerror}; must be a folder of one engine and one sidecar") from error
     except OSError as error:
         wanted = "" if "must be" in (error.strerror or "") else "; must be a writable folder"
-        lock = f"{Path(error.filename).name}: " if str(error.filename).endswith(".lock") else ""
-        raise BadInput(f"runtime_dir: '{folder}': {lock}{error.strerror}{wanted}") from error
+        raise BadInput(f"runtime_dir: '{folder}': {error.strerror}{wanted}") from error
 
 
 def _read_token(path: Path) -> str:

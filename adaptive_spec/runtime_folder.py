@@ -159,9 +159,15 @@ class RoleLock:
 
     @property
     def in_place(self) -> bool:
-        """Whether the locked file is still the one at its path: if it was deleted, another process could take the role."""
+        """Whether the locked file is still the one at its path: if it was deleted, another process could take the role.
+
+        Another mode than 0600 is set back: with it, nobody would see that the role is held.
+        """
         try:
-            return _is_at(self.path, os.fstat(self._descriptor))
+            status = os.fstat(self._descriptor)
+            if stat.S_IMODE(status.st_mode) != 0o600:
+                os.fchmod(self._descriptor, 0o600)
+            return _is_at(self.path, status)
         except OSError:
             return False
 

@@ -176,6 +176,16 @@ def test_a_deleted_lock_file_is_noticed(tmp_path: Path) -> None:
     assert role_is_held(tmp_path, "engine") is None
 
 
+@pytest.mark.parametrize("mode", [0o644, 0o666, 0o000, 0o400])
+def test_another_mode_of_a_held_lock_is_set_back(tmp_path: Path, mode: int) -> None:
+    lock = RoleLock.acquire(tmp_path, "sidecar")
+    lock.path.chmod(mode)
+    assert lock.in_place
+    assert lock.path.stat().st_mode & 0o777 == 0o600
+    assert role_is_held(tmp_path, "sidecar")
+    lock.release()
+
+
 @pytest.mark.parametrize("kind", ["link", "fifo", "folder", "open to others"])
 def test_another_thing_in_place_of_the_lock_file(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "engine.lock"

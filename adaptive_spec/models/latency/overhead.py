@@ -78,12 +78,13 @@ class OverheadModel:
 
     def predict(self, max_k: int, max_batch: int) -> tuple[Floats, Floats]:
         """Return seconds [max_k + 1, max_batch + 1] and the standard error of each in seconds."""
-        k, b = np.meshgrid(np.arange(max_k + 1.0), np.arange(max_batch + 1.0), indexing="ij")
-        x = np.stack((np.ones_like(k), k > 0, k, b), axis=-1) / self._scale
-        covariance = np.linalg.inv(self._gram + np.diag(RIDGE))
+        k, b = np.arange(max_k + 1.0), np.arange(max_batch + 1.0) / self._scale[3]
+        plan = np.stack((np.ones_like(k), k > 0, k), axis=-1) / self._scale[:3]
+        c = np.linalg.inv(self._gram + np.diag(RIDGE))
+        seconds = (plan @ self.coefficients[:3])[:, None] + self.coefficients[3] * b
+        variance = (plan @ c[:3, :3] * plan).sum(axis=1)[:, None] + 2.0 * (plan @ c[:3, 3])[:, None] * b + c[3, 3] * b * b
         # The prior is as wide as the overhead itself.
-        spread_s = np.hypot(self.sd_s, 0.3 * float(self.coefficients[0]))
-        return x @ self.coefficients, spread_s * np.sqrt((x @ covariance * x).sum(axis=-1))
+        return seconds, np.hypot(self.sd_s, 0.3 * float(self.coefficients[0])) * np.sqrt(variance)
 
     def state(self) -> NDArray[np.float64]:
         """[FEATURES, FEATURES + 2]: the Gram matrix, the moments, and a column with the running median."""

@@ -16,8 +16,8 @@ def test_what_stays_the_same_is_flat() -> None:
     assert (found.first, found.last, found.slope_per_hour, found.grew, found.flat) == (400.0, 400.0, 0.0, 0.0, True)
 
 
-def test_one_more_series_in_the_second_half_is_growth() -> None:
-    found = trend("series", "series", TIMES_S, [400.0] * 500 + [401.0] * 220)
+def test_more_series_in_the_second_half_are_growth() -> None:
+    found = trend("series", "series", TIMES_S, [400.0] * 500 + [430.0] * 220)
     assert not found.flat
     assert "GREW" in trend_lines([found])[1]
 

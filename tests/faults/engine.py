@@ -23,14 +23,16 @@ from adaptive_spec.wire.engine_report import EngineReport, write_report
 from tests.faults.marks import MarkingTap
 from tests.support.numbers_engine import NumbersEngine
 
-SLOTS = 8192
+SLOTS = 4096
 """Records in the ring: what is written in some 20 s, so that a sidecar that is restarted finds all of them."""
+PAUSE_S = 0.005
+"""Between two steps."""
 
 
 @click.command()
 @click.option("--runtime-dir", type=click.Path(path_type=Path), required=True)
 @click.option("--state", type=click.Path(path_type=Path), required=True)
-@click.option("--max-age", type=float, default=1.0, help="seconds of the heartbeat beyond which the launch K is taken")
+@click.option("--max-age", type=float, default=5.0, help="seconds of the heartbeat beyond which the launch K is taken")
 def main(runtime_dir: Path, state: Path, max_age: float) -> None:
     stopping: list[int] = []
 
@@ -60,7 +62,7 @@ def main(runtime_dir: Path, state: Path, max_age: float) -> None:
             temporary.replace(state)
             with contextlib.suppress(OSError):  # as the plugins do: a report that cannot be written is written later
                 write_report(runtime_dir, EngineReport(os.getpid(), "numbers", "attached", counters=counters))
-        time.sleep(0.002)
+        time.sleep(PAUSE_S)
     engine.close()
 
 

@@ -66,7 +66,7 @@ class Pair:
     """
 
     def __init__(
-        self, folder: Path, *sidecar_arguments: str, module: str = "adaptive_spec.cli", max_age_s: float = 1.0
+        self, folder: Path, *sidecar_arguments: str, module: str = "adaptive_spec.cli", max_age_s: float = 5.0
     ) -> None:  # fmt: skip
         self.folder, self.run, self.profiles = folder, folder / "run", folder / "profiles"
         self.state = folder / "engine-state.json"

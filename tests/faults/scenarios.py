@@ -28,7 +28,7 @@ class Amounts(NamedTuple):
     stop_s: float
 
 
-CI = Amounts(3, 2, 2.0)
+CI = Amounts(3, 2, 6.0)
 NIGHTLY = Amounts(100, 20, 40.0)
 BY_RECORD = tuple(
     f"adaptive_spec_{name}"
@@ -141,7 +141,7 @@ def sidecar_stopped(pair: Pair, amounts: Amounts) -> str:
     finally:
         pair.sidecar.process.send_signal(signal.SIGCONT)
     seen = pair.check()
-    return f"launch K after {after_s:.1f} s (its bound here is 1 s); {pair.books().since(before)}; {seen}"
+    return f"launch K after {after_s:.1f} s (its bound here is {pair.max_age_s:g} s); {pair.books().since(before)}; {seen}"
 
 
 def engine_stopped(pair: Pair, amounts: Amounts) -> str:
@@ -194,7 +194,7 @@ FAULTS = (
 )
 
 
-def swept_pair(folder: Path, *sidecar_arguments: str, module: str = "adaptive_spec.cli", max_age_s: float = 1.0) -> Pair:
+def swept_pair(folder: Path, *sidecar_arguments: str, module: str = "adaptive_spec.cli", max_age_s: float = 5.0) -> Pair:
     """A pair after its sweep."""
     pair = Pair(folder, *sidecar_arguments, module=module, max_age_s=max_age_s)
     try:

@@ -37,14 +37,14 @@ IMPOSSIBLE_VALUES: tuple[dict[str, Any], ...] = (
 
 
 @pytest.mark.parametrize("granularity", list(Granularity))
-@pytest.mark.parametrize("count", [CI, pytest.param(NIGHTLY // len(Granularity), marks=pytest.mark.nightly)])
+@pytest.mark.parametrize("count", [CI, pytest.param(NIGHTLY, marks=pytest.mark.nightly)])
 def test_records_of_extremes(tmp_path: Path, count: int, granularity: Granularity) -> None:
     info = EngineInfo("t", "m", "g", 1, 4, (0, 1, 2, 3, 4), 8, granularity, False, 1).checked()
     writer = RingWriter.create(tmp_path / "ring", info, slots=MADE)
     reader = RingReader.open(tmp_path / "ring")
     controller, rng = Controller(ControllerSettings(), info), np.random.default_rng(3)
     impossible, now_s, slowest_s, begun_s = 0, 0.0, 0.0, time.monotonic()
-    while writer.written < count:
+    while writer.written < count // len(Granularity):
         made = [_record(rng, info) for _ in range(MADE)]
         for _ in range(REPEATS):
             for number in rng.permutation(MADE):

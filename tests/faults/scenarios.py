@@ -17,6 +17,7 @@ from adaptive_spec.sidecar.counters_page import COUNTERS_NAME
 from adaptive_spec.sidecar.own_files import CHECKPOINT_NAME
 from adaptive_spec.wire.engine_report import REPORT_NAME
 from tests.faults.pair import HOWS, Pair, damage
+from tests.support.counter_series import went_back
 from tests.support.processes import wait_for
 
 
@@ -35,6 +36,9 @@ BY_RECORD = tuple(
     for name in ("observations", "output_tokens", "decode_steps", "draft_tokens", "verified_tokens", "accepted_tokens")
 )
 """Counters that only depend on the records: these the ring gives again behind a checkpoint, without the counters page."""
+
+
+DROPPED = "observations_dropped"
 
 
 def harmless(how: str) -> bool:
@@ -97,9 +101,13 @@ def counters_page(pair: Pair, amounts: Amounts) -> str:
         pair.kill_sidecar()
         pair.mark()
         damage(pair.run / COUNTERS_NAME, how)
-        pair.counters = {series: value for series, value in pair.counters.items() if series[0].startswith(BY_RECORD)}
+        shown = {series: value for series, value in pair.counters.items() if series[0].startswith(BY_RECORD)}
+        pair.counters = {}
         pair.start_sidecar()
         seen = pair.check()
+        found = pair.scrape()
+        if pair.total(found, DROPPED) == pair.total(shown, DROPPED):  # else the ring had not all that came after the checkpoint
+            assert went_back(shown, found) == []
         if how != "deleted" and not harmless(how):
             pair.noticed(f"{COUNTERS_NAME} cannot be used: .*; set aside as")
     return f"{pair.books().since(before)}; {seen}"

@@ -104,8 +104,8 @@ def _best_breaks(sums: Floats, penalty: float, steep: float) -> list[int]:
 def _explained(sums: Floats, steep: float) -> Floats:
     """What the best line over some points takes off their sum of squares, less its prior.
 
-    sums: [5, ...], over these points: of the weight, and of it times u, y, u^2 and u y. Changed in place. Undefined without a
-    point.
+    sums: [5, ...], over these points: of the weight, and of it times u, y, u^2 and u y. Changed in place. 0 where the sums
+    say nothing.
     """
     w, wu, wy, wuu, wuy = sums
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -125,6 +125,8 @@ def _explained(sums: Floats, steep: float) -> Floats:
         wuy /= wuu
         wuy -= steep
         explained: Floats = wy + np.maximum(mean_u, wuy)
+    # Where weights differ by more than a float's precision, nothing is left of a light point in the sums.
+    explained[~np.isfinite(explained)] = 0.0
     return explained
 
 

@@ -76,6 +76,18 @@ def test_partition_across_blocks_finds_every_step_of_a_staircase(n: int) -> None
     assert partition(x, y, np.full(n, 1e4), 10.0) == list(range(0, n, 16))
 
 
+@pytest.mark.parametrize("seed", range(50))
+def test_weights_beyond_a_floats_precision_end_in_a_partition(seed: int) -> None:
+    """Once, nothing was left of a light point in the sums, and the breaks were followed for ever."""
+    rng = np.random.default_rng(seed)
+    n = int(rng.integers(2, 60))
+    x = np.sort(rng.choice(np.arange(1.0, 1 << 20), n, replace=False))
+    starts = partition(x, 10.0 ** rng.uniform(-7.0, 3.5, n), 10.0 ** rng.uniform(-8.0, 30.0, n), 1.0)
+    assert starts[0] == 0
+    assert starts == sorted(set(starts))
+    assert starts[-1] < n
+
+
 def test_partition_of_nothing_is_nothing() -> None:
     assert partition(np.zeros(0), np.zeros(0), np.zeros(0), 1.0) == []
 

@@ -27,6 +27,8 @@ GUIDED = atheris is not None
 SEED = 1
 DONE = "inputs run: "
 """Begins the last line of a run without a fault."""
+SLOWEST_INPUT_S = 30.0
+"""Of processor time: on a machine with other work the wall clock shows faults that are none."""
 NUMBERS = (0, 1, 127, 128, 255)
 
 
@@ -70,7 +72,10 @@ class Run:
                 print(f"{DONE}{self.done}", flush=True)
                 os._exit(0)
             self.done += 1
+            begun_s = time.process_time()
             self.target.run(data)
+            if (taken_s := time.process_time() - begun_s) > SLOWEST_INPUT_S:
+                raise AssertionError(f"the input took {taken_s:.0f} s of processor time")
         except BaseException:
             with suppress(Exception):
                 self.target.close()

@@ -23,6 +23,10 @@ def checked_url(url: str) -> str:
     except ValueError:
         right = False
     if not right or any(mark in url for mark in "@?# ") or not url.isprintable() or len(url) > LONGEST_URL:
-        shown = re.split("[?#]", url.rpartition("@")[2])[0][:LONGEST_SHOWN]
-        raise BadInput(f"--url: must be like http://HOST:PORT, got {shown!r}; without user, password and query")
+        raise BadInput(f"--url: must be like http://HOST:PORT, got {shown_url(url)!r}; without user, password and query")
     return url.rstrip("/")
+
+
+def shown_url(url: str) -> str:
+    """Return what a message may show of an address: no user, password, query or fragment, at most `LONGEST_SHOWN` characters."""
+    return re.split("[?#]", url.rpartition("@")[2])[0][:LONGEST_SHOWN]

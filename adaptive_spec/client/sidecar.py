@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
-from adaptive_spec.client.address import checked_url
+from adaptive_spec.client.address import checked_url, shown_url
 from adaptive_spec.client.tls import ClientTls
 from adaptive_spec.errors import BadInput, one_line
 from adaptive_spec.regular_file import read_regular_file, read_token
@@ -44,6 +44,8 @@ class ControlClient:
     """
 
     def __init__(self, url: str, token: str = "", timeout_s: float = 10.0, tls: ClientTls = NO_TLS) -> None:
+        if not url.startswith(("http://", "https://")):
+            raise BadInput(f"--url: must begin with http:// or https://, got {shown_url(url)!r}")
         self.url = checked_url(url)
         self._token = token
         self._timeout_s = timeout_s

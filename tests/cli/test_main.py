@@ -44,7 +44,7 @@ def test_version() -> None:
         (["ctl", "explain", "x"], ("x",)),
         (["ctl", "pause", "3"], ("K: only allowed for pin, got 3 with pause",)),
         (["ctl", "status", "--runtime-dir", "none"], ("--runtime-dir", "no sidecar runs there")),
-        (["ctl", "status", "--url", "127.0.0.1:1"], ("--url", "must be like http://HOST:PORT")),
+        (["ctl", "status", "--url", "127.0.0.1:1"], ("--url", "must begin with http:// or https://")),
         (["ctl", "pause", "--url", "http://127.0.0.1:1"], ("http://127.0.0.1:1", "no sidecar answers")),
         (["ctl", "pause", "--url", "http://127.0.0.1:1", "--token-file", "none"], ("--token-file", "cannot be read")),
         (["sweep", "--runtime-dir", "none"], ("no sidecar runs there",)),

@@ -8,7 +8,6 @@ from __future__ import annotations
 import gc
 import json
 import os
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +23,7 @@ from adaptive_spec.engine_side.planner import Planner
 from adaptive_spec.engine_side.tap import PAGE_NAME, EngineTap
 from adaptive_spec.wire.policy_page import PolicyPage, PolicyPageReader, payload_bytes
 from adaptive_spec.wire.ring import RingReader, RingWriter
+from benchmarks.surroundings import folder_in_memory
 
 BATCH, MAX_K, LARGE_BATCH = 64, 7, 256
 POLL_RECORDS = 16
@@ -132,9 +132,8 @@ def run(folder: Path, calls: int) -> dict[str, dict[str, float]]:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
 def main(calls: int, as_json: bool) -> None:
     """Measure the hot path: ring, policy page, tap, planner."""
-    shared = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=shared if os.access(shared, os.W_OK) else None) as folder:
-        results = run(Path(folder), calls)
+    with folder_in_memory() as folder:
+        results = run(folder, calls)
     if as_json:
         click.echo(json.dumps(results, indent=1))
         return

@@ -18,9 +18,9 @@ import click
 
 from adaptive_spec.client.sidecar import ControlClient
 from adaptive_spec.engine_side.tap import RING_NAME
-from adaptive_spec.errors import BadInput
 from adaptive_spec.wire.ring import RingWriter
 from benchmarks.ingestion import engine_info, made_records
+from benchmarks.surroundings import resident_mb, started_client
 
 HOUR_RECORDS = 144_000
 CHUNK = 256
@@ -38,16 +38,16 @@ def run(folder: Path, records: int) -> dict[str, Any]:
     command += ["--profile-dir", str(folder / "profiles"), "--port", "0"]
     with subprocess.Popen(command, stderr=subprocess.DEVNULL) as sidecar:
         try:
-            client = _client(runtime_dir)
+            client = started_client(runtime_dir)
             used = []
             begun = time.monotonic()
             for fed in range(CHUNK, records + 1, CHUNK):
                 for record in made:
                     writer.write(record)
                 _await_learnt(client, fed - CHUNK)
-                used.append(_resident_mb(sidecar.pid))
+                used.append(resident_mb(sidecar.pid))
             _await_learnt(client, writer.written)
-            used.append(_resident_mb(sidecar.pid))
+            used.append(resident_mb(sidecar.pid))
             dropped = client.status()["dropped"]
         finally:
             sidecar.terminate()
@@ -65,17 +65,6 @@ def run(folder: Path, records: int) -> dict[str, Any]:
     }
 
 
-def _client(runtime_dir: Path) -> ControlClient:
-    deadline_s = time.monotonic() + TIMEOUT_S
-    while True:
-        try:
-            return ControlClient.find(runtime_dir, None, None)
-        except BadInput:
-            if time.monotonic() > deadline_s:
-                raise
-            time.sleep(0.1)
-
-
 def _await_learnt(client: ControlClient, records: int) -> None:
     """Wait until all but the last chunk is learnt, so that the ring of 1024 never overflows."""
     deadline_s = time.monotonic() + TIMEOUT_S
@@ -83,11 +72,6 @@ def _await_learnt(client: ControlClient, records: int) -> None:
         if time.monotonic() > deadline_s:
             raise RuntimeError(f"the sidecar has not learnt {records} records within {TIMEOUT_S:g} s")
         time.sleep(0.05)
-
-
-def _resident_mb(pid: int) -> float:
-    status = Path(f"/proc/{pid}/status").read_text()
-    return int(status.split("VmRSS:")[1].split()[0]) * 1024 / 1e6
 
 
 @click.command()

@@ -10,8 +10,6 @@ share of the caches.
 from __future__ import annotations
 
 import gc
-import os
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -32,6 +30,7 @@ from adaptive_spec.engines.sglang.attachment import Place
 from adaptive_spec.engines.sglang.eagle_attachment import EagleAttachment
 from adaptive_spec.wire.policy_page import PolicyPage, payload_bytes
 from adaptive_spec.wire.ring import RingReader
+from benchmarks.surroundings import folder_in_memory
 
 K, CANDIDATES, MAX_BATCH, VOCABULARY = 3, (1, 3, 5, 7), 256, 32
 ROWS = (1, 64, 256)
@@ -188,12 +187,11 @@ def measure(folder: Path, case: Case, rows: int, steps: int) -> dict[str, float]
 def main(steps: int) -> None:
     """Measure the Python time of the SGLang plugin in one decode step."""
     torch.set_num_threads(1)
-    shared = Path("/dev/shm")
     click.echo(f"{'added to a step, K 3, in us':40s} {'rows':>5s}" + "".join(f"{name:>10s}" for name in QUANTILES))
     for case in CASES:
         for rows in ROWS:
-            with tempfile.TemporaryDirectory(dir=shared if os.access(shared, os.W_OK) else None) as folder:
-                figures = measure(Path(folder), case, rows, steps)
+            with folder_in_memory() as folder:
+                figures = measure(folder, case, rows, steps)
             click.echo(f"{case.name:40s} {rows:5d}" + "".join(f"{figures[name]:10.1f}" for name in QUANTILES))
 
 

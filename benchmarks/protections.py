@@ -12,7 +12,6 @@ import json
 import mmap
 import os
 import struct
-import tempfile
 import time
 import zlib
 from collections.abc import Callable
@@ -33,6 +32,7 @@ from adaptive_spec.wire.ring import HEADER_BYTES, RingReader, RingWriter
 from adaptive_spec.wire.slot import HEAD, decode_slot
 from benchmarks.hot_path import BATCH, LARGE_BATCH, MAX_K, policy_for
 from benchmarks.ingestion import engine_info
+from benchmarks.surroundings import folder_in_memory
 
 CALLS = 200
 RECORD = f"pwrite in place of a mapping: write a record, batch {BATCH}, K {MAX_K}"
@@ -277,9 +277,8 @@ def _engine_pairs() -> list[Pair]:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
 def main(rounds: int, as_json: bool) -> None:
     """Measure what each protection costs."""
-    shared = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=shared if os.access(shared, os.W_OK) else None) as folder:
-        costs = [paired(pair, rounds) for pair in pairs(Path(folder))]
+    with folder_in_memory() as folder:
+        costs = [paired(pair, rounds) for pair in pairs(folder)]
     if as_json:
         click.echo(json.dumps([cost._asdict() for cost in costs], indent=1))
         return

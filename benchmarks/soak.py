@@ -12,7 +12,6 @@ import os
 import resource
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.request
 from collections.abc import Sequence
@@ -23,17 +22,15 @@ from typing import Any, NamedTuple
 import click
 import numpy as np
 
-from adaptive_spec.client.sidecar import ControlClient
 from adaptive_spec.config.settings import ControllerSettings
 from adaptive_spec.control.controller import Controller
 from adaptive_spec.domain.step_record import StepRecord
-from adaptive_spec.errors import BadInput
 from adaptive_spec.wire.ring import RingReader, RingWriter
 from benchmarks.ingestion import engine_info, made_records
+from benchmarks.surroundings import folder_in_memory, resident_mb, started_client
 from benchmarks.timed_tap import CALLS, SlowCall
 
 SAMPLE_S = 5.0
-START_S = 60.0
 DAYS, HOURS = 7, 24
 STEP_S = 0.025
 POLL_RECORDS = 512
@@ -99,7 +96,7 @@ def demo(folder: Path, seconds: float) -> tuple[list[Sample], dict[str, Any], di
     samples: list[Sample] = []
     with (folder / "log").open("wb") as log, subprocess.Popen(command, stdout=log, stderr=log) as sidecar:
         try:
-            client = _client(run_dir)
+            client = started_client(run_dir)
             command = [sys.executable, "-m", "benchmarks.soak_worker", str(times), "--runtime-dir", str(run_dir)]
             command += ["--status", str(status), "--duration", str(seconds)]
             with subprocess.Popen(command, stdout=log, stderr=log) as engine:
@@ -111,7 +108,7 @@ def demo(folder: Path, seconds: float) -> tuple[list[Sample], dict[str, Any], di
                         series = sum(not line.startswith("#") for line in page.splitlines())
                         try:
                             pids = sidecar.pid, engine.pid
-                            memory = _resident_mb(pids[0]), _resident_mb(pids[1])
+                            memory = resident_mb(pids[0]), resident_mb(pids[1])
                             descriptors = _descriptors(pids[0]), _descriptors(pids[1])
                         except (FileNotFoundError, IndexError):  # the engine has just ended
                             break
@@ -123,21 +120,6 @@ def demo(folder: Path, seconds: float) -> tuple[list[Sample], dict[str, Any], di
         finally:
             sidecar.terminate()
     return samples, last, json.loads(times.read_bytes())
-
-
-def _client(runtime_dir: Path) -> ControlClient:
-    deadline_s = time.monotonic() + START_S
-    while True:
-        try:
-            return ControlClient.find(runtime_dir, None, None)
-        except BadInput:
-            if time.monotonic() > deadline_s:
-                raise
-            time.sleep(0.1)
-
-
-def _resident_mb(pid: int) -> float:
-    return int(Path(f"/proc/{pid}/status").read_text().split("VmRSS:")[1].split()[0]) * 1024 / 1e6
 
 
 def _descriptors(pid: int) -> int:
@@ -185,7 +167,7 @@ def week(folder: Path, records_per_hour: int, days: int = DAYS) -> list[Hour]:
         state = sum(array.nbytes for array in controller.state().values())
         p99 = float(np.quantile(taken_ms, 0.99)) if taken_ms else 0.0
         hours.append(
-            Hour(_resident_mb(os.getpid()), state / 1e3, len(snapshot.events), len(taken_ms), p99, max(taken_ms, default=0.0))
+            Hour(resident_mb(os.getpid()), state / 1e3, len(snapshot.events), len(taken_ms), p99, max(taken_ms, default=0.0))
         )
     if reader.lost or reader.torn or reader.invalid or controller.counters.observations != days * HOURS * records_per_hour:
         raise RuntimeError("not every record was learnt")
@@ -242,10 +224,9 @@ def slow_call_lines(times: dict[str, Any]) -> list[str]:
 def main(seconds: float, records_per_hour: int, only: str | None) -> None:
     """Run the demo for an hour, then a week of records in fast time."""
     trends: list[Trend] = []
-    shared = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=shared if os.access(shared, os.W_OK) else None) as folder:
+    with folder_in_memory() as folder:
         if only != "week":
-            samples, status, times = demo(Path(folder), seconds)
+            samples, status, times = demo(folder, seconds)
             seen_s = [sample.time_s for sample in samples]
             found = [trend(name, unit, seen_s, [getattr(s, name) for s in samples]) for name, unit in UNITS.items()]
             dropped = sum(status["dropped"].values())
@@ -254,7 +235,7 @@ def main(seconds: float, records_per_hour: int, only: str | None) -> None:
             trends += found
         if only != "demo":
             begun_s = time.monotonic()
-            hours = week(Path(folder), records_per_hour)
+            hours = week(folder, records_per_hour)
             at_s = [3600.0 * hour for hour in range(len(hours))]
             found = [
                 trend("week: memory_mb", "MB", at_s, [hour.memory_mb for hour in hours]),

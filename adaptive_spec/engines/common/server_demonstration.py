@@ -46,7 +46,7 @@ STATUS_INTERVAL_S = 0.5
 REQUESTS = (1.0, 8.0)
 """Fewest and most requests of a round's phase, times its concurrency."""
 PASS_S = 30.0
-"""Seconds of all phases of a round on one arm, without a duration: some tens of steps a phase on an idle machine."""
+"""Seconds of all phases of a round on one arm, without a duration: 3 to 4 s a phase on an idle machine."""
 LEAST_ROUNDS = 2
 """Rounds that a run with a duration and no number of rounds leaves time for."""
 

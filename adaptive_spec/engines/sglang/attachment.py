@@ -29,17 +29,17 @@ from adaptive_spec.engine_side.tap import EngineTap
 from adaptive_spec.engines.common.hook_guard import Guard
 from adaptive_spec.engines.common.identity import config_hash, fingerprint, known, model_name
 from adaptive_spec.engines.common.plugin_settings import PluginSettings
+from adaptive_spec.engines.common.report_writer import ReportWriter
 from adaptive_spec.engines.common.stage_clock import HostClock, StageClock
 from adaptive_spec.engines.common.steps_in_flight import FinishedStep, OpenStep, StepsInFlight
 from adaptive_spec.engines.sglang import contract, supported_servers
 from adaptive_spec.engines.sglang.ranks import Notes, RankedTap, Steering, carried, try_policy
 from adaptive_spec.engines.static_contract import installed, unmet
-from adaptive_spec.wire.engine_report import EngineReport, ReportFile, State, report_file, write_report
+from adaptive_spec.wire.engine_report import EngineReport, State
 from adaptive_spec.wire.slot import MAX_BATCH_LIMIT
 
 STEP_ATTRIBUTE = "adaptive_spec_step"
 """Attribute of SGLang's result object that holds its step."""
-REPORT_INTERVAL_S = 1.0
 
 _DISTURBED = int(StepFlag.DISTURBED)
 
@@ -93,10 +93,7 @@ class Attachment:
         self._step: OpenStep | None = None
         self._first_rank = True
         self._attention_dp = False
-        self._report_at_s = 0.0
-        self._reported: EngineReport | None = None
-        self._report_file: ReportFile | None = None
-        self._report_error = ""
+        self._writer = ReportWriter(settings.runtime_dir, log)
 
     # -- once ----------------------------------------------------------------------------------------------------------
 
@@ -393,27 +390,16 @@ class Attachment:
         return counters
 
     def _report_when_due(self) -> None:
-        if time.monotonic() >= self._report_at_s:
+        if self._first_rank and self._writer.due:
             self.report(self._state, self._reason)
 
     def report(self, state: State, reason: str) -> None:
         """Write the engine report if it has changed, or was deleted or damaged. Never raises."""
         self._state, self._reason = state, reason
-        self._report_at_s = time.monotonic() + REPORT_INTERVAL_S
-        if not self._first_rank:
-            return
-        try:
-            report = EngineReport(
-                os.getpid(), self._engine, state, reason, dict(self._guard.failures), self._counters(), self.level
+        if self._first_rank:
+            self._writer.write(
+                EngineReport(os.getpid(), self._engine, state, reason, dict(self._guard.failures), self._counters(), self.level)
             )
-            if report != self._reported or self._report_file != report_file(self._settings.runtime_dir):
-                self._report_file = write_report(self._settings.runtime_dir, report)
-                self._reported = report
-        except Exception as error:
-            if str(error) != self._report_error:
-                self._report_error = str(error)
-                log.warning("adaptive-spec: the report could not be written: %s", error)
-            self._report_at_s = time.monotonic() + 60.0
 
 
 def rank_of(parallel: Any, name: str) -> int | None:

@@ -35,6 +35,8 @@ SWAP_MEMORY_S = 30.0
 """Time constant with which swaps are forgotten: five swaps a minute at most in the long run, at the default dwell."""
 EVERY_SIZE = 64
 """Batch sizes up to it are all shown: a bounded number of series, whatever the engine's largest batch."""
+ASKED_FOR = ("sweep", "command")
+"""Reasons of swaps that were to come: they are not watched, and no later swap waits because of them."""
 USED_SHARE = 0.02
 """A batch size with a smaller share of recent steps does not make a change of the table a swap."""
 
@@ -111,9 +113,11 @@ class Decision:
         self.table = proposal.table
         if proposal.swap is None:
             return ""
-        self._note_swap(now_s)
         self._watch = None
-        if proposal.swap not in ("sweep", "command"):
+        if proposal.swap in ASKED_FOR:
+            self._drift_time_s = -math.inf  # of what drifted before, the table knows
+        else:
+            self._note_swap(now_s)
             self._watch = SwapWatch(proposal.previous, self.table, self._settings.rollback_loss, forecast_ratio, version)
         b, c = self.entry(traffic)
         old, new = int(proposal.previous[b, c]), int(self.table[b, c])

@@ -1,10 +1,16 @@
 """Acceptance of single requests: decaying counts by request and draft position, shrunk towards all requests together.
 
 c[i, j] = (accepted[i, j] + m c[j]) / (reached[i, j] + m),   m = PRIOR_STEPS
+
+Where the first token has a calibrated confidence p, the request's own record corrects it, because a draft model may be too sure
+of itself on one request and not on another:
+
+s[i] = p (accepted[i] + m c[1]) / (expected[i] + m c[1]),   of the steps of request i in which p was known; expected = sum of p
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -33,6 +39,12 @@ class AcceptanceHistory:
         self._counts = np.zeros((capacity + 1, 2, max_k))
         """Reached and accepted by request. The last row stays 0: that of every unknown request."""
         self._all = np.array([np.full(max_k, 1.0), np.full(max_k, 0.5)])
+        self._usual_of: tuple[int, Floats] = -1, self.usual
+        """See `usual_of`."""
+        self._scored = np.zeros((capacity + 1, 2))
+        """Expected and accepted first tokens by request, of the steps that had a calibrated confidence."""
+        self._predicted: dict[int, float] = {}
+        """Calibrated confidence of the first token by request, of the step whose outcome is to come."""
         self._row: dict[int, int] = {}
         self._free = list(range(capacity - 1, -1, -1))
 
@@ -46,10 +58,13 @@ class AcceptanceHistory:
         verified one do, towards the population's rate, so that a request that is cut short is tried again.
         """
         of_all = isinstance(verified, int)
+        predicted, self._predicted = self._predicted, {}
         if len(accept_len) == 0 or not (verified if of_all else np.any(verified)):
             return
         # On the engine's hot path: every call of numpy costs more than its arithmetic here, so there are few.
         rows = self._rows(request_ids)
+        if predicted:
+            self._score(rows, [predicted.get(request, math.nan) for request in request_ids], accept_len, verified)
         ends = np.empty((len(rows), 2), np.intp)  # positions reached and accepted end before these
         ends[:, 1] = accept_len
         np.minimum(ends[:, 1] + 1, verified, out=ends[:, 0])
@@ -67,6 +82,12 @@ class AcceptanceHistory:
         """P(accept j | all before j accepted) of all requests together, [max_k]."""
         return np.asarray(self._all[1] / self._all[0])
 
+    def usual_of(self, table: int) -> Floats:
+        """`usual` as it was at the first call with this number of a K table: of the traffic that the table was made for."""
+        if self._usual_of[0] != table:
+            self._usual_of = table, self.usual
+        return self._usual_of[1]
+
     def conditional(self, request_ids: Sequence[int]) -> Floats:
         """P(accept j | all before j accepted) of each request, [b, max_k]; of an unknown request, the population's."""
         population = self.usual * PRIOR_STEPS
@@ -74,12 +95,31 @@ class AcceptanceHistory:
         counts = self._counts[[known.get(request, unknown) for request in request_ids]]
         return np.asarray((counts[:, 1] + population) / (counts[:, 0] + PRIOR_STEPS))
 
+    def first_tokens(self, request_ids: Sequence[int], calibrated: Floats) -> Floats:
+        """P(accept) of each request's first draft token in the coming step, [b]: its confidence, corrected by its own record.
+
+        calibrated: P(accept) by the confidence alone, [b], NaN where it is unknown; the result is NaN there too. The next
+        `observe` compares it with what was accepted.
+        """
+        self._predicted = dict(zip(request_ids, calibrated.tolist(), strict=True))
+        known, unknown = self._row, len(self._counts) - 1
+        scored = self._scored[[known.get(request, unknown) for request in request_ids]]
+        prior = PRIOR_STEPS * float(self._all[1, 0] / self._all[0, 0])
+        return np.asarray(np.minimum(calibrated * (scored[:, 1] + prior) / (scored[:, 0] + prior), 1.0))
+
+    def _score(self, rows: Ints, predicted: list[float], accept_len: Lengths, verified: int | Lengths) -> None:
+        """Count a step in the records of the requests that had a calibrated confidence and a verified token."""
+        expected = np.array(predicted)
+        counts = np.stack((expected, np.minimum(accept_len, 1)), axis=1)
+        scored = (expected >= 0.0) & (np.asarray(verified) > 0)
+        self._scored[rows[scored]] = self._scored[rows[scored]] * REQUEST_DECAY + counts[scored]
+
     def _rows(self, request_ids: Sequence[int]) -> Ints:
         rows = np.empty(len(request_ids), np.int64)
         for i, request in enumerate(request_ids):
             row = self._row.pop(request, None)
             if row is None:
                 row = self._free.pop() if self._free else self._row.pop(next(iter(self._row)))
-                self._counts[row] = 0.0
+                self._counts[row] = self._scored[row] = 0.0
             self._row[request] = rows[i] = row  # last in the order: most recently used
         return rows

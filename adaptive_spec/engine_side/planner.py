@@ -21,6 +21,7 @@ class Planner:
     always ends.
 
     limited: the K of this step is not the one the policy's table asked for. moved: the step choice replaced the table's K.
+    tables: how many different K tables were adopted one after another.
     last_k, last_moved: K of the step before, and whether the step choice had chosen it. stayed: steps in a row with last_k.
     """
 
@@ -31,6 +32,7 @@ class Planner:
         self.limited = self.moved = self.last_moved = False
         self.last_k = launch_k
         self.stayed = 0
+        self.tables = 0
         self._runnable = runnable_table(np.ones((1, max_k + 1), np.bool_) if allowed is None else allowed)
         self._running: Trial | None = None
         self._trial = 0
@@ -62,6 +64,8 @@ class Planner:
 
     def adopt(self, policy: Policy | None) -> None:
         """Use a new policy from now on (None: the launch K). Its trials begin with the first."""
+        if policy is not None and (self.policy is None or not np.array_equal(self.policy.k_table, policy.k_table)):
+            self.tables += 1
         self.policy = policy
         self._trial = self._trial_steps = self._waited = 0
 

@@ -1,15 +1,16 @@
 """K of one step from the requests in it, where all requests of a step share one K (SGLang's EAGLE at topk = 1).
 
-    S[i, 1] = P(accept | confidence of request i's first draft token), calibrated; from its history where that is unknown
+    S[i, 1] = P(accept | confidence of request i's first draft token), calibrated and corrected by the request's own record
+              (`AcceptanceHistory.first_tokens`); from its history where that is unknown
     S[i, j] = S[i, j-1] * c[i, j],   c[i, j] = (accepted[i, j] + m c[j]) / (reached[i, j] + m)
     goodput(K) = (b + sum over i and j <= K of S[i, j]) / (fixed_s[K, b] + verify_s[padded b (K + 1)] + context share)
 
 c[i, j] is how often request i's draft token j was accepted given that all before it were, shrunk towards c[j] of all requests
-with the weight of m = PRIOR_STEPS steps. The policy's table holds the best K for usual requests, those with c[j]. Where
-another K is predicted to be better than the table's K for usual requests too, its goodput is reduced by that ratio, so that only
-the difference between these requests and usual ones counts:
+with the weight of m = PRIOR_STEPS steps. The policy's table holds the best K for usual requests, those with u[j]: c[j] as it was
+when the table came. Where another K is predicted to be better than the table's K for usual requests too, its goodput is reduced
+by that ratio, so that only the difference between these requests and those the table was made for counts:
 
-    chosen = argmax over K of goodput(K) * min(1, usual(table's K) / usual(K)),   usual(K) = goodput(K) with c[i, j] = c[j]
+    chosen = argmax over K of goodput(K) * min(1, usual(table's K) / usual(K)),   usual(K) = goodput(K) with c[i, j] = u[j]
 
 Regimes: requests with high predicted acceptance get a longer draft than the table's, requests with low predicted acceptance a
 shorter one; usual requests keep the table's K, because another K must predict a goodput at least `min_gain` higher.
@@ -26,7 +27,8 @@ a K that is known to be worse. Runs in the engine's process, numpy only; no deci
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 
@@ -40,10 +42,16 @@ MAX_DWELL_STEPS = 64
 """Largest N above: a request remembers about 50 steps, so its prediction says little about a longer stay."""
 
 
-def survival(history: Floats, first_confidence: AnyFloats | None, calibration: SurvivalMap) -> Floats:
+def survival(
+    history: Floats,
+    first_confidence: AnyFloats | None,
+    calibration: SurvivalMap,
+    corrected: Callable[[Floats], Floats] | None = None,
+) -> Floats:
     """P(draft position j is accepted), [b, max_k], when at most the first token is drafted.
 
     history: `AcceptanceHistory.conditional`. first_confidence: [b] in (0, 1]; any value outside means unknown; None: all unknown.
+    corrected: `AcceptanceHistory.first_tokens` of these requests; None: calibrated confidences as they are.
     """
     chances = history.copy()
     if first_confidence is not None:
@@ -51,7 +59,8 @@ def survival(history: Floats, first_confidence: AnyFloats | None, calibration: S
         if known.any():
             at = grid_position(np.where(known, first_confidence, 0.5))
             row = calibration.table[0]
-            chances[:, 0] = np.where(known, row[at.low] + (row[at.low + 1] - row[at.low]) * at.weight, chances[:, 0])
+            first = np.where(known, row[at.low] + (row[at.low + 1] - row[at.low]) * at.weight, np.nan)
+            chances[:, 0] = np.where(known, first if corrected is None else corrected(first), chances[:, 0])
     return np.asarray(np.cumprod(chances, axis=1))
 
 
@@ -130,8 +139,10 @@ def refined_k(
         if seconds and seconds[last_k] > 0.0 and planner.stayed < dwell_steps(policy, seconds[last_k]):
             planner.move(last_k)
             return last_k
-    chances = survival(history.conditional(request_ids), first_confidence, policy.survival)
-    usual = np.cumprod(history.usual, dtype=np.float64)
+    chances = survival(
+        history.conditional(request_ids), first_confidence, policy.survival, partial(history.first_tokens, request_ids)
+    )
+    usual = np.cumprod(history.usual_of(planner.tables), dtype=np.float64)
     k = best_k(chances, usual, policy, table_k, kv_tokens, padded_rows, candidates, running_k=last_k)
     planner.move(k)
     return k

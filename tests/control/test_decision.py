@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import pytest
 
 from adaptive_spec.config.settings import PolicySettings
 from adaptive_spec.control.decision import ROLLBACK_HOLD_S, Decision
@@ -58,6 +59,18 @@ def test_a_swap_waits_twice_as_long_after_every_swap_lately() -> None:
     assert decision.table[4, 0] == 1
     assert swap(decision, FOUR, 4.1 + 5.0) is None, "after two: nearly x 4"
     assert swap(decision, FOUR, 4.1 + 8.0) == "gain"
+
+
+@pytest.mark.parametrize("reason", ["sweep", "command"])
+def test_no_swap_waits_because_of_a_sweep_or_a_command(reason: str) -> None:
+    decision = Decision(SETTINGS, INFO)
+    decision.note_drift(0.0)
+    for _ in range(5):
+        proposal = decision.propose(FOUR, traffic(), 1.0, True)
+        decision.adopt(replace(proposal, swap=reason), traffic(), 7, 1.0, 1.0)
+    assert decision.table[4, 0] == 4
+    assert swap(decision, ONE, 1.1) == "gain", "what drifted before, the table knew"
+    assert decision.table[4, 0] == 1
 
 
 def test_a_batch_size_served_for_the_first_time_does_not_wait() -> None:

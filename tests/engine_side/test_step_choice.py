@@ -209,6 +209,25 @@ def test_an_active_policy_leaves_the_choice_to_the_step() -> None:
     assert _refined(_policy()) == 5
 
 
+def test_after_a_change_of_all_traffic_the_choice_corrects_the_table_until_a_new_one_comes() -> None:
+    """What is usual is what the table was made for: else the choice would give up as the new traffic became usual."""
+    history, planner = _seen({1: 0.3}), Planner(3, MAX_K)
+    short = replace(_policy(), k_table=np.full((9, 1), 1, np.uint8))
+
+    def chosen(request: int) -> int:
+        return refined_k(history, planner, [request], None, planner.draft_length(1, 100), 100, 1, CANDIDATES)
+
+    planner.adopt(short)
+    assert chosen(1) == 1
+    for step in range(3000):
+        history.observe([2], np.full(1, MAX_K, np.uint8), MAX_K)
+        if step % 100 == 0:
+            planner.adopt(replace(short, version=2 + step))  # a new version, the same table
+    assert chosen(2) == MAX_K
+    planner.adopt(replace(short, version=10_000, k_table=np.full((9, 1), 3, np.uint8)))
+    assert chosen(2) == 3, "the new table was made for this traffic"
+
+
 def test_without_a_policy_the_launch_k_stays() -> None:
     assert _refined(None) == 3
 

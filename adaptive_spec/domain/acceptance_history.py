@@ -39,10 +39,10 @@ class AcceptanceHistory:
         self._counts = np.zeros((capacity + 1, 2, max_k))
         """Reached and accepted by request. The last row stays 0: that of every unknown request."""
         self._all = np.array([np.full(max_k, 1.0), np.full(max_k, 0.5)])
-        self._usual_of: tuple[int, Floats] = -1, self.usual
+        self._usual_of: tuple[int, Floats] = -1, np.cumprod(self.usual, dtype=np.float64)
         """See `usual_of`."""
-        self._scored = np.zeros((capacity + 1, 2))
-        """Expected and accepted first tokens by request, of the steps that had a calibrated confidence."""
+        self._expected, self._accepted = [0.0] * (capacity + 1), [0.0] * (capacity + 1)
+        """Expected and accepted first tokens by row, of the steps that had a calibrated confidence."""
         self._predicted: dict[int, float] = {}
         """Calibrated confidence of the first token by request, of the step whose outcome is to come."""
         self._row: dict[int, int] = {}
@@ -64,7 +64,7 @@ class AcceptanceHistory:
         # On the engine's hot path: every call of numpy costs more than its arithmetic here, so there are few.
         rows = self._rows(request_ids)
         if predicted:
-            self._score(rows, [predicted.get(request, math.nan) for request in request_ids], accept_len, verified)
+            self._score(request_ids, rows.tolist(), predicted, accept_len.tolist(), verified)
         ends = np.empty((len(rows), 2), np.intp)  # positions reached and accepted end before these
         ends[:, 1] = accept_len
         np.minimum(ends[:, 1] + 1, verified, out=ends[:, 0])
@@ -83,9 +83,11 @@ class AcceptanceHistory:
         return np.asarray(self._all[1] / self._all[0])
 
     def usual_of(self, table: int) -> Floats:
-        """`usual` as it was at the first call with this number of a K table: of the traffic that the table was made for."""
+        """P(draft position j is accepted) of all requests together, [max_k], as it was at the first call with this number of a K
+        table: that of the traffic that the table was made for.
+        """
         if self._usual_of[0] != table:
-            self._usual_of = table, self.usual
+            self._usual_of = table, np.cumprod(self.usual, dtype=np.float64)
         return self._usual_of[1]
 
     def conditional(self, request_ids: Sequence[int]) -> Floats:
@@ -95,24 +97,37 @@ class AcceptanceHistory:
         counts = self._counts[[known.get(request, unknown) for request in request_ids]]
         return np.asarray((counts[:, 1] + population) / (counts[:, 0] + PRIOR_STEPS))
 
-    def first_tokens(self, request_ids: Sequence[int], calibrated: Floats) -> Floats:
+    def first_tokens(self, request_ids: Sequence[int], calibrated: Sequence[float]) -> list[float]:
         """P(accept) of each request's first draft token in the coming step, [b]: its confidence, corrected by its own record.
 
         calibrated: P(accept) by the confidence alone, [b], NaN where it is unknown; the result is NaN there too. The next
         `observe` compares it with what was accepted.
         """
-        self._predicted = dict(zip(request_ids, calibrated.tolist(), strict=True))
-        known, unknown = self._row, len(self._counts) - 1
-        scored = self._scored[[known.get(request, unknown) for request in request_ids]]
+        self._predicted = dict(zip(request_ids, calibrated, strict=True))
+        known, unknown, expected, accepted = self._row, len(self._expected) - 1, self._expected, self._accepted
         prior = PRIOR_STEPS * float(self._all[1, 0] / self._all[0, 0])
-        return np.asarray(np.minimum(calibrated * (scored[:, 1] + prior) / (scored[:, 0] + prior), 1.0))
+        found = []
+        for request, chance in self._predicted.items():
+            row = known.get(request, unknown)
+            found.append(min(chance * (accepted[row] + prior) / (expected[row] + prior), 1.0))
+        return found
 
-    def _score(self, rows: Ints, predicted: list[float], accept_len: Lengths, verified: int | Lengths) -> None:
+    def _score(
+        self,
+        request_ids: Sequence[int],
+        rows: list[int],
+        predicted: dict[int, float],
+        accept_len: list[int],
+        verified: int | Lengths,
+    ) -> None:
         """Count a step in the records of the requests that had a calibrated confidence and a verified token."""
-        expected = np.array(predicted)
-        counts = np.stack((expected, np.minimum(accept_len, 1)), axis=1)
-        scored = (expected >= 0.0) & (np.asarray(verified) > 0)
-        self._scored[rows[scored]] = self._scored[rows[scored]] * REQUEST_DECAY + counts[scored]
+        expected, accepted = self._expected, self._accepted
+        lengths = [verified] * len(rows) if isinstance(verified, int) else verified.tolist()
+        for request, row, ran, right in zip(request_ids, rows, lengths, accept_len, strict=True):
+            chance = predicted.get(request, math.nan)
+            if ran > 0 and chance >= 0.0:
+                expected[row] = expected[row] * REQUEST_DECAY + chance
+                accepted[row] = accepted[row] * REQUEST_DECAY + (right > 0)
 
     def _rows(self, request_ids: Sequence[int]) -> Ints:
         rows = np.empty(len(request_ids), np.int64)
@@ -120,6 +135,6 @@ class AcceptanceHistory:
             row = self._row.pop(request, None)
             if row is None:
                 row = self._free.pop() if self._free else self._row.pop(next(iter(self._row)))
-                self._counts[row] = self._scored[row] = 0.0
+                self._counts[row] = self._expected[row] = self._accepted[row] = 0.0
             self._row[request] = rows[i] = row  # last in the order: most recently used
         return rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -16,6 +17,7 @@ GRID_POINTS = 81
 _POINTS_PER_LOGIT = (GRID_POINTS - 1) / (2 * LOGIT_LIMIT)
 _LOWEST, _HIGHEST = 1.0 / (1.0 + np.exp(np.array([LOGIT_LIMIT, -LOGIT_LIMIT]) * (1.0 - 1e-12)))
 """Scores just inside the ends of the grid. float64, so that comparisons are in float64 too."""
+_LOWEST_NUMBER, _HIGHEST_NUMBER = float(_LOWEST), float(_HIGHEST)
 
 
 class GridPosition(NamedTuple):
@@ -56,6 +58,20 @@ class SurvivalMap:
     def survival(self, confidences: AnyFloats) -> Floats:
         """Confidences [b, k] in (0, 1] -> survival probabilities [b, k], never increasing along a row."""
         return self.survival_at(grid_position(confidences if self.conditional else np.cumprod(confidences, axis=1)))
+
+    def first(self, confidence: float) -> float:
+        """P(first draft token is accepted) by its confidence alone: `survival` of one token, without arrays."""
+        q = min(max(confidence, _LOWEST_NUMBER), _HIGHEST_NUMBER)
+        x = (math.log(q / (1.0 - q)) + LOGIT_LIMIT) * _POINTS_PER_LOGIT
+        low = int(x)
+        row = self._first_row
+        below = row[low]
+        return below + (row[low + 1] - below) * (x - low)
+
+    @cached_property
+    def _first_row(self) -> list[float]:
+        found: list[float] = self.table[0].tolist()
+        return found
 
     def survival_at(self, position: GridPosition) -> Floats:
         """`survival` from grid positions [b, k]: of the confidences if conditional, else of the cumulative scores."""

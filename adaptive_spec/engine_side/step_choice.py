@@ -29,13 +29,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import accumulate
 
 import numpy as np
 
 from adaptive_spec.domain.acceptance_history import AcceptanceHistory
 from adaptive_spec.domain.arrays import AnyFloats, Floats
 from adaptive_spec.domain.policy import Mode, Policy
-from adaptive_spec.domain.survival import SurvivalMap, grid_position
+from adaptive_spec.domain.survival import SurvivalMap
 from adaptive_spec.engine_side.planner import Planner
 
 MAX_DWELL_STEPS = 64
@@ -43,11 +44,9 @@ MAX_DWELL_STEPS = 64
 
 
 def survival(
-    history: Floats,
-    first_confidence: AnyFloats | None,
-    calibration: SurvivalMap,
-    corrected: Callable[[Floats], Floats] | None = None,
-) -> Floats:
+    history: Floats, first_confidence: AnyFloats | None, calibration: SurvivalMap,
+    corrected: Callable[[Sequence[float]], Sequence[float]] | None = None,
+) -> Floats:  # fmt: skip
     """P(draft position j is accepted), [b, max_k], when at most the first token is drafted.
 
     history: `AcceptanceHistory.conditional`. first_confidence: [b] in (0, 1]; any value outside means unknown; None: all unknown.
@@ -55,13 +54,12 @@ def survival(
     """
     chances = history.copy()
     if first_confidence is not None:
-        known = (first_confidence > 0.0) & (first_confidence <= 1.0)
-        if known.any():
-            at = grid_position(np.where(known, first_confidence, 0.5))
-            row = calibration.table[0]
-            first = np.where(known, row[at.low] + (row[at.low + 1] - row[at.low]) * at.weight, np.nan)
-            chances[:, 0] = np.where(known, first if corrected is None else corrected(first), chances[:, 0])
-    return np.asarray(np.cumprod(chances, axis=1))
+        # By number: most batches are small, and a call of numpy costs as much as several requests.
+        first = [calibration.first(c) if 0.0 < c <= 1.0 else math.nan for c in first_confidence.tolist()]
+        for row, chance in enumerate(first if corrected is None else corrected(first)):
+            if chance >= 0.0:
+                chances[row, 0] = chance
+    return np.asarray(np.multiply.accumulate(chances, axis=1))
 
 
 def best_k(
@@ -76,8 +74,8 @@ def best_k(
     None: no change of K is charged.
     """
     b = len(chances)
-    expected = b + np.concatenate(([0.0], np.cumsum(chances.sum(axis=0))))
-    expected_usual = b + b * np.concatenate(([0.0], np.cumsum(usual)))
+    expected = list(accumulate(np.add.reduce(chances, axis=0).tolist(), initial=float(b)))
+    expected_usual = [b * tokens for tokens in accumulate(usual.tolist(), initial=1.0)]
     seconds = _step_seconds(policy, b, len(expected), kv_tokens, padded_rows, candidates)
     if table_k not in seconds or min(seconds.values()) <= 0.0:
         return table_k
@@ -139,10 +137,8 @@ def refined_k(
         if seconds and seconds[last_k] > 0.0 and planner.stayed < dwell_steps(policy, seconds[last_k]):
             planner.move(last_k)
             return last_k
-    chances = survival(
-        history.conditional(request_ids), first_confidence, policy.survival, partial(history.first_tokens, request_ids)
-    )
-    usual = np.cumprod(history.usual_of(planner.tables), dtype=np.float64)
-    k = best_k(chances, usual, policy, table_k, kv_tokens, padded_rows, candidates, running_k=last_k)
+    corrected = partial(history.first_tokens, request_ids)
+    chances = survival(history.conditional(request_ids), first_confidence, policy.survival, corrected)
+    k = best_k(chances, history.usual_of(planner.tables), policy, table_k, kv_tokens, padded_rows, candidates, running_k=last_k)
     planner.move(k)
     return k

@@ -43,3 +43,11 @@ def test_each_position_has_its_own_row() -> None:
     confidences = np.full((2, 3), 0.6, np.float32)
     np.testing.assert_allclose(SurvivalMap(table, True).survival(confidences), [[0.5, 0.125, 0.09375]] * 2)
     np.testing.assert_allclose(SurvivalMap(table, False).survival(confidences), [[0.5, 0.25, 0.25]] * 2)
+
+
+def test_one_first_token_is_as_one_of_many() -> None:
+    random = np.random.default_rng(5)
+    calibration = SurvivalMap(np.sort(random.random((3, GRID_POINTS))).astype(np.float32), conditional=True)
+    confidences = [0.0, 1e-9, 0.5, 1.0, *random.random(200).tolist()]
+    together = calibration.survival(np.array(confidences)[:, None])[:, 0]
+    np.testing.assert_allclose([calibration.first(c) for c in confidences], together, rtol=1e-12)

@@ -70,8 +70,9 @@ class Controller:
         self.reason = "cold start"
         self._untrained = self.models.acceptance.survival
         self._decision = Decision(settings.policy, info)
+        rails = settings.policy
         self._publisher = Publisher(
-            info, self._decision.allowed, settings.policy.min_gain, step_choice=settings.policy.slo_tpot_ms is None
+            info, self._decision.allowed, rails.min_gain, rails.slo_tpot_ms is None, rails.k_min, rails.k_max
         )
         self._budget = ProbeBudget(settings.policy.probe_budget)
         self._control_arm = ControlArm(settings.policy.control_share, min(info.launch_k, info.max_k))
@@ -290,6 +291,8 @@ class Controller:
         if k_now == trial.k and self.info.granularity is Granularity.BATCH:
             arm.count_same()
             return ()
+        if trial.k > self._decision.verified[1]:
+            return ()  # the guard rails exclude verifying all that is drafted
         now, launch = proposal.goodput[row, context, k_now], proposal.goodput[row, context, trial.k]
         loss = 1.0 - launch / now if now > 0.0 else 1.0
         return (trial,) if self._budget.affords(max(loss, 0.0), trial.steps, forecast.switch_s) else ()
@@ -306,7 +309,7 @@ class Controller:
             return ()
         b, c = self._decision.entry(traffic)
         k_now, min_gain = int(self._decision.table[b, c]), self.settings.policy.min_gain + forecast.unrest
-        plans = probe_plans(forecast, proposal.goodput, b, c, k_now, self.info.granularity, min_gain)
+        plans = probe_plans(forecast, proposal.goodput, b, c, k_now, self.info.granularity, min_gain, self._decision.verified)
         return self._budget.choose(plans, forecast.switch_s)
 
     def _follow_swap(self, record: StepRecord, now_s: float) -> Policy | None:
@@ -351,7 +354,8 @@ class Controller:
         return self._next_sweep_round(now_s) if begin or ended else None
 
     def _new_sweep(self) -> Sweep:
-        return Sweep(self.settings.sweep, self.info, self.settings.latency.jump_threshold, self._decision.allowed)
+        decision, threshold = self._decision, self.settings.latency.jump_threshold
+        return Sweep(self.settings.sweep, self.info, threshold, decision.allowed, decision.verified)
 
     def _begin_sweep(self, reason: str, now_s: float) -> Policy | None:
         self._sweep = self._new_sweep()

@@ -22,7 +22,7 @@ from adaptive_spec.config.settings import PolicySettings
 from adaptive_spec.control.explanation import Considered
 from adaptive_spec.control.guard_rails import SwapWatch, Table, better_table, hurdles, table_for, within_target
 from adaptive_spec.control.switching import charge_switches
-from adaptive_spec.domain.allowed import runnable_table, within_rails
+from adaptive_spec.domain.allowed import runnable_table, verified_rails, within_rails
 from adaptive_spec.domain.arrays import Bools, Floats
 from adaptive_spec.domain.engine_info import EngineInfo
 from adaptive_spec.domain.step_record import StepRecord
@@ -57,12 +57,14 @@ class Proposal:
 class Decision:
     """Owns the K table [max_batch + 1, contexts] and the watch over its last swap. Every entry is allowed at its batch size.
 
-    allowed: K that the engine runs and the guard rails leave, [max_batch + 1, max_k + 1].
+    allowed: K that the engine runs and the guard rails leave, [max_batch + 1, max_k + 1]. verified: least and most draft tokens
+    per request of a step that it may verify, see `verified_rails`.
     """
 
     def __init__(self, settings: PolicySettings, info: EngineInfo) -> None:
         self._settings, self._info = settings, info
         self.allowed: Bools = within_rails(info.allowed_mask(), settings.k_min, settings.k_max)
+        self.verified = verified_rails(info.candidates, settings.k_min, settings.k_max)
         self._runnable = runnable_table(self.allowed)
         self.table = self.runnable(np.full((info.max_batch + 1, 1), info.launch_k, dtype=np.uint8))
         self._swap_time_s = -math.inf

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from adaptive_spec.domain.allowed import LARGEST_K
 from adaptive_spec.domain.arrays import Floats
 from adaptive_spec.domain.policy import Granularity, Trial
 from adaptive_spec.models.goodput import Forecast
@@ -118,9 +119,10 @@ def _plan(candidate: ProbeCandidate) -> tuple[int, int, bool]:
 
 
 def probe_plans(
-    forecast: Forecast, goodput: Floats, batch_size: int, context: int, k_now: int, granularity: Granularity, min_gain: float
-) -> list[ProbeCandidate]:
-    """Plans worth measuring at one batch size.
+    forecast: Forecast, goodput: Floats, batch_size: int, context: int, k_now: int, granularity: Granularity, min_gain: float,
+    verified: tuple[int, int] = (0, LARGEST_K),
+) -> list[ProbeCandidate]:  # fmt: skip
+    """Plans worth measuring at one batch size. verified: see `verified_rails`.
 
     A plan is worth measuring when its goodput plus `OPTIMISM` standard errors exceeds the present plan's by `min_gain`. The bound
     is generous, because the budget limits what is spent.
@@ -143,19 +145,22 @@ def probe_plans(
             trial = Trial(batch_size, k, tokens, 3)
             found.append(ProbeCandidate(value * (1.0 + OPTIMISM * error[k]), max(0.0, 1.0 - value), trial))
     if granularity is Granularity.REQUEST:
-        found += _probe_tokens(forecast, goodput, row, batch_size, now, min_gain)
+        found += _probe_tokens(forecast, goodput, row, batch_size, now, min_gain, verified)
     return found
 
 
 def _probe_tokens(
-    forecast: Forecast, goodput: Floats, row: int, batch_size: int, now: float, min_gain: float
+    forecast: Forecast, goodput: Floats, row: int, batch_size: int, now: float, min_gain: float, verified: tuple[int, int]
 ) -> list[ProbeCandidate]:
     """The token count whose latency is so uncertain that verifying exactly it might be best; [] when there is none."""
     out = forecast.expected_tokens.get(batch_size)
     if out is None:
         return []
     runnable = np.flatnonzero(goodput[row].max(axis=0) > 0.0)
-    slots = np.arange(min(len(out), len(forecast.verify_s) - batch_size, batch_size * int(runnable[-1]) + 1))
+    least, most = batch_size * verified[0], batch_size * min(int(runnable[-1]), verified[1])
+    slots = np.arange(least, min(len(out), len(forecast.verify_s) - batch_size, most + 1))
+    if not len(slots):
+        return []
     # One position deeper than an even spread needs, so that slots can go to the requests most likely to accept.
     k = runnable[np.minimum(np.searchsorted(runnable, -(-slots // batch_size) + 1), len(runnable) - 1)]
     seconds = forecast.fixed_s[k, row] + forecast.verify_s[batch_size + slots]
@@ -165,5 +170,5 @@ def _probe_tokens(
     i = int(upper_goodput.argmax())
     if upper_goodput[i] <= now * (1.0 + min_gain):
         return []
-    loss = max(0.0, 1.0 - float(out[i] / seconds[i]) / now)
-    return [ProbeCandidate(float(upper_goodput[i] / now), loss, Trial(batch_size, int(k[i]), batch_size + i, 3))]
+    loss = max(0.0, 1.0 - float(out[slots[i]] / seconds[i]) / now)
+    return [ProbeCandidate(float(upper_goodput[i] / now), loss, Trial(batch_size, int(k[i]), batch_size + int(slots[i]), 3))]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from adaptive_spec.control.guard_rails import Table, table_for
-from adaptive_spec.domain.allowed import mask_ranges
+from adaptive_spec.domain.allowed import LARGEST_K, mask_ranges
 from adaptive_spec.domain.arrays import Bools
 from adaptive_spec.domain.engine_info import EngineInfo
 from adaptive_spec.domain.policy import STEP_CHOICE_GAIN, Granularity, Mode, Policy, Trial, largest_tokens
@@ -26,11 +26,15 @@ NO_STEP_CHOICE_GAIN = 1.0
 class Publisher:
     """latest: the newest policy, None before the first. version: its number, never falling. time_s: when it was made."""
 
-    def __init__(self, info: EngineInfo, allowed: Bools, min_gain: float, step_choice: bool = True) -> None:
+    def __init__(
+        self, info: EngineInfo, allowed: Bools, min_gain: float, step_choice: bool = True, k_min: int = 0, k_max: int = LARGEST_K
+    ) -> None:
         """allowed: K within the guard rails, [max_batch + 1, max_k + 1]: the engine's own choices of a step keep to it too.
         min_gain: of the settings; the step choice needs this gain, at least `STEP_CHOICE_GAIN`. step_choice: False: off.
+        k_min, k_max: the guard rails, 0 <= k_min <= k_max <= LARGEST_K.
         """
         self._info = info
+        self._k_min, self._k_max = k_min, k_max
         self._allowed_from = mask_ranges(allowed)
         self._min_gain = max(min_gain, STEP_CHOICE_GAIN) if step_choice else NO_STEP_CHOICE_GAIN
         self.latest: Policy | None = None
@@ -64,6 +68,7 @@ class Publisher:
             self.version, mode, acting, info.granularity, info.max_k, table_for(table, len(edges) + 1), edges,
             fixed_s.astype(np.float32), verify_s.astype(np.float32), slope, survival, verify_all, trials,
             self._allowed_from, self._min_gain, forecast.switch_s if forecast is not None else 0.0,
+            self._k_min, self._k_max,
         )  # fmt: skip
         return self.latest
 

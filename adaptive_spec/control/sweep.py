@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adaptive_spec.config.settings import SweepSettings
+from adaptive_spec.domain.allowed import LARGEST_K
 from adaptive_spec.domain.arrays import Bools
 from adaptive_spec.domain.engine_info import EngineInfo
 from adaptive_spec.domain.policy import Granularity, Trial
@@ -37,8 +38,14 @@ class Sweep:
     """Samples of a count when it is first measured: a first replay of a captured graph may take too long, never too short."""
     MAX_SAMPLES = 12
 
-    def __init__(self, settings: SweepSettings, info: EngineInfo, jump_threshold: float, allowed: Bools | None = None) -> None:
-        """allowed: K within the guard rails, [max_batch + 1, max_k + 1]; None: all that the engine runs."""
+    def __init__(
+        self, settings: SweepSettings, info: EngineInfo, jump_threshold: float, allowed: Bools | None = None,
+        verified: tuple[int, int] = (0, LARGEST_K),
+    ) -> None:  # fmt: skip
+        """allowed: K within the guard rails, [max_batch + 1, max_k + 1]; None: all that the engine runs. verified: see
+        `verified_rails`; at request granularity every count of a sweep is within them.
+        """
+        self._least, self._most = verified
         self._settings, self._info, self._threshold = settings, info, jump_threshold
         mask = info.allowed_mask() if allowed is None else allowed
         self._allowed: list[tuple[int, ...]] = [tuple(np.flatnonzero(row).tolist()) for row in mask]
@@ -60,7 +67,10 @@ class Sweep:
         info = self._info
         batches = range(1, info.max_batch + 1) if info.holds_batch else [max(batch_size, 1)]
         if info.granularity is Granularity.REQUEST:
-            counts = np.arange(batches[0], max(b * (self._allowed_k(b)[-1] + 1) for b in batches) + 1)
+            counts = np.arange(batches[0] * (self._least + 1), max(self._most_tokens(b) for b in batches) + 1)
+            # Of the batches whose least count a count reaches, the largest one has the most tokens.
+            largest = np.minimum(counts // (self._least + 1), batches[-1])
+            counts = counts[counts <= largest * (self._most + 1)]
         else:
             counts = np.unique([b * (k + 1) for b in batches for k in self._allowed_k(b)])
         return counts[counts <= max(self._settings.max_tokens, int(counts[0]))]
@@ -116,6 +126,10 @@ class Sweep:
     def _allowed_k(self, batch_size: int) -> tuple[int, ...]:
         return self._allowed[min(batch_size, len(self._allowed) - 1)]
 
+    def _most_tokens(self, batch_size: int) -> int:
+        """Most tokens of a step at request granularity."""
+        return batch_size * (min(self._allowed_k(batch_size)[-1], self._most) + 1)
+
     def _trial(self, tokens: int, steps: int, batch_size: int) -> Trial | None:
         info = self._info
         self._turn += 1
@@ -123,11 +137,12 @@ class Sweep:
         if not info.holds_batch:
             batch = max(batch_size, 1)
         elif info.granularity is Granularity.REQUEST:
-            lowest = -(-tokens // (self._candidates[-1] + 1))
-            batch = min(max(-(-tokens // (preferred + 1)), lowest), min(tokens, info.max_batch))
-            if batch * (self._allowed_k(batch)[-1] + 1) < tokens:
+            lowest = -(-tokens // (min(self._candidates[-1], self._most) + 1))
+            batch = min(max(-(-tokens // (preferred + 1)), lowest), min(tokens // (self._least + 1), info.max_batch))
+            if self._most_tokens(batch) < tokens:
                 # Not enough K is allowed at that size: the smallest one that reaches the count.
-                reaching = (b for b in range(1, info.max_batch + 1) if b <= tokens <= b * (self._allowed_k(b)[-1] + 1))
+                sizes_up = range(1, info.max_batch + 1)
+                reaching = (b for b in sizes_up if b * (self._least + 1) <= tokens <= self._most_tokens(b))
                 batch = next(reaching, batch)
         else:
             sizes = [(tokens // (k + 1), k) for k in self._candidates if tokens % (k + 1) == 0]

@@ -12,6 +12,8 @@ import numpy as np
 
 from adaptive_spec.domain.arrays import Bools, KTable
 
+LARGEST_K = 32
+"""Draft tokens per request, of any engine."""
 AllowedFrom = tuple[tuple[int, tuple[int, ...]], ...]
 """(batch size, K ascending): from this batch size on, these K. Ascending batch sizes, the first at 1; () allows every K."""
 
@@ -43,6 +45,16 @@ def within_rails(mask: Bools, k_min: int, k_max: int) -> Bools:
     inside = mask & (k >= k_min) & (k <= k_max)
     nearest = np.where(mask, np.abs(k - k_max), len(k) + abs(k_max)).argmin(axis=1)
     return np.asarray(inside | (~inside.any(axis=1, keepdims=True) & (k == nearest[:, None])))
+
+
+def verified_rails(candidates: Sequence[int], k_min: int, k_max: int) -> tuple[int, int]:
+    """Least and most draft tokens per request, on the mean of a step's requests, that an engine may verify by the rails.
+
+    An engine with one candidate always drafts it, so that the rails are those of what it verifies of it. Elsewhere they are those
+    of K, and a step may verify from none to all of what is drafted. candidates: ascending, at least one.
+    """
+    longest = candidates[-1]
+    return (min(k_min, longest), min(k_max, longest)) if len(candidates) == 1 else (0, longest)
 
 
 def runnable_table(mask: Bools) -> KTable:

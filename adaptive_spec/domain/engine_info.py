@@ -10,11 +10,10 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from adaptive_spec.domain.allowed import AllowedFrom, allowed_at, ranges
+from adaptive_spec.domain.allowed import LARGEST_K, AllowedFrom, allowed_at, ranges
 from adaptive_spec.domain.arrays import Bools
 from adaptive_spec.domain.policy import Granularity
 
-LARGEST_K = 32
 LARGEST_BATCH = 4096
 LARGEST_TP = 4096
 LARGEST_PID = 2**31 - 1

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from adaptive_spec.domain.allowed import AllowedFrom, allowed_at
+from adaptive_spec.domain.allowed import LARGEST_K, AllowedFrom, allowed_at, verified_rails
 from adaptive_spec.domain.arrays import Float32s, KTable
 from adaptive_spec.domain.survival import SurvivalMap
 
@@ -71,6 +71,8 @@ class Policy:
     survival: calibration. verify_all: verify every drafted token (pinned, and batch granularity). trials: run once, before the
     table is used. allowed_from: K allowed by batch size, () for every K; every entry of k_table is allowed at its batch size.
     min_gain: relative gain that the step choice needs, >= 0. switch_s: seconds that a change of K costs, 0 when not known.
+    k_min, k_max: the guard rails, 0 <= k_min <= k_max <= LARGEST_K; 0 and LARGEST_K are none. The table and the trials are within
+    them; an engine that always drafts the same K keeps to them in what it verifies, see `verified_rails`.
     """
 
     version: int
@@ -89,10 +91,16 @@ class Policy:
     allowed_from: AllowedFrom = ()
     min_gain: float = STEP_CHOICE_GAIN
     switch_s: float = 0.0
+    k_min: int = 0
+    k_max: int = LARGEST_K
 
     def allows(self, batch_size: int, k: int) -> bool:
         """Whether K is allowed at a batch size."""
         return not self.allowed_from or k in allowed_at(self.allowed_from, batch_size)
+
+    def verified_rails(self, k: int) -> tuple[int, int]:
+        """Least and most draft tokens per request, on the mean, that a step of an engine verifies which always drafts k."""
+        return verified_rails((k,), self.k_min, self.k_max)
 
     def draft_length(self, batch_size: int, kv_tokens: int) -> int:
         """K of the table for a batch. A batch larger than the table uses its last row."""

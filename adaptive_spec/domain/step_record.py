@@ -38,7 +38,9 @@ class StepFlag(IntFlag):
     STEP_CHOICE = 16
     """The step choice moved K from the policy's table."""
     LIMITED = 32
-    """The K that ran is not the one the policy asked for: it is not allowed at this batch size. Such a step is never a TRIAL."""
+    """The K that ran is not the one the policy asked for: it is not allowed at this batch size. Or another number of tokens was
+    verified than a trial asked for. Such a step is never a TRIAL.
+    """
     WHOLE = 64
     """The engine does not time the stages of its steps: verify_s is the whole forward, the other stages are 0."""
 

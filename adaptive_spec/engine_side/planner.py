@@ -34,6 +34,8 @@ class Planner:
         self.stayed = 0
         self.tables = 0
         self._runnable = runnable_table(np.ones((1, max_k + 1), np.bool_) if allowed is None else allowed)
+        self._one_k = bool((self._runnable == self._runnable[0, 0]).all())
+        """Whether the engine always drafts the same K: the rails are then those of what is verified of it."""
         self._running: Trial | None = None
         self._trial = 0
         self._trial_steps = 0
@@ -102,6 +104,18 @@ class Planner:
         A request with an unknown confidence counts by its row of `expected`, survival [b, k] from its history; without that, as
         the mean of the requests without an unknown one; if all have one, all count alike.
         """
+        lengths, policy = self._lengths(confidences, expected), self.policy
+        if not self._one_k or policy is None or not policy.acting or policy.granularity is Granularity.BATCH:
+            return lengths
+        b, k = confidences.shape
+        least, most = policy.verified_rails(k)
+        count = int(lengths.sum())
+        if b * least <= count <= b * most:
+            return lengths
+        return best_slots(_survival(policy.survival, confidences, expected), min(max(count, b * least), b * most))
+
+    def _lengths(self, confidences: Float32s, expected: Floats | None) -> Lengths:
+        """`verify_lengths` without the rails."""
         b, k = confidences.shape
         policy = self.policy
         if policy is None or not policy.acting or k == 0:

@@ -17,6 +17,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from adaptive_spec.domain.allowed import LARGEST_K
 from adaptive_spec.domain.arrays import Bools, Floats
 from adaptive_spec.domain.policy import Granularity
 from adaptive_spec.domain.survival import SurvivalMap
@@ -115,6 +116,8 @@ class ForecastInputs:
     """Seconds that a change of K costs, 0 while unknown."""
     slowest_share: Floats | None = None
     """See `Forecast`."""
+    verified: tuple[int, int] = (0, LARGEST_K)
+    """Least and most draft tokens per request of a step that the engine may verify, see `verified_rails`."""
 
 
 def forecast(models: ForecastInputs, seed: int) -> Forecast | None:
@@ -228,6 +231,7 @@ def _per_request(models: ForecastInputs, seed: int, costs: Costs) -> tuple[Plans
     index = np.arange(len(drafts))
     shape = (len(grid), contexts, max_k + 1)
     found = Plans(np.zeros(shape), np.ones(shape), np.ones(shape), np.zeros((len(grid), max_k + 1), dtype=np.int64))
+    least, most = models.verified
     for k in models.candidates:
         lengths = 1 + batch * k
         first = np.cumsum(lengths) - lengths
@@ -235,9 +239,12 @@ def _per_request(models: ForecastInputs, seed: int, costs: Costs) -> tuple[Plans
         expected -= np.repeat(expected[first] - batch, lengths)
         tokens = index[: len(expected)] - np.repeat(first - batch, lengths)
         verify_s = costs.verify_s[tokens]
+        outside = _outside(tokens, np.repeat(batch, lengths), models.verified) if least > 0 or most < k else None
         for c in range(contexts):
             other_s = costs.fixed_s[grid, k] + costs.context_s[grid, c]
             value = expected / (verify_s + np.repeat(np.repeat(other_s, groups), lengths))
+            if outside is not None:
+                value[outside] = 0.0
             best = np.maximum.reduceat(value, first)
             equal = np.flatnonzero(value == np.repeat(best, lengths))
             chosen = equal[np.searchsorted(equal, first)]
@@ -252,6 +259,11 @@ def _per_request(models: ForecastInputs, seed: int, costs: Costs) -> tuple[Plans
     # `expected` is of the largest K now.
     by_size = zip(grid.tolist(), groups.tolist(), np.split(expected, first[begin][1:]), strict=True)
     return _fill_between(grid, found, len(models.batches)), {b: out.reshape(n, -1).mean(axis=0) for b, n, out in by_size}
+
+
+def _outside(tokens: NDArray[np.int64], batch: NDArray[np.int64], verified: tuple[int, int]) -> Bools:
+    """Which token counts of batches verify fewer or more draft tokens than the rails leave."""
+    return (tokens < batch * (verified[0] + 1)) | (tokens > batch * (verified[1] + 1))
 
 
 def _fill_between(grid: NDArray[np.int64], plans: Plans, rows: int) -> Plans:

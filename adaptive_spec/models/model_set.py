@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adaptive_spec.config.settings import ControllerSettings
+from adaptive_spec.domain.allowed import verified_rails
 from adaptive_spec.domain.arrays import Floats
 from adaptive_spec.domain.engine_info import EngineInfo
 from adaptive_spec.domain.policy import Granularity
@@ -128,6 +129,7 @@ class ModelSet:
         self.crossings = np.zeros(info.max_batch + 1)
         self.switch_cost = SwitchCost(info.granularity, self.speed_factor)
         self._allowed = info.allowed_mask()
+        self._verified = verified_rails(info.candidates, settings.policy.k_min, settings.policy.k_max)
         self._latency_drift = DriftDetector()
         self._calibration_drift = DriftDetector()
         self._traffic_drift = TrafficDetector()
@@ -205,6 +207,7 @@ class ModelSet:
             batches=self.batches,
             switch_s=self.switch_cost.seconds,
             slowest_share=None if self.token_times is None else self.token_times.slowest_share(),
+            verified=self._verified,
         )
 
     def compare(self, record: StepRecord) -> StepComparison | None:

@@ -19,7 +19,8 @@ MAX_TOKENS = 2 * MAX_BATCH_LIMIT * (MAX_K_LIMIT + 1)
 """Twice what the largest batch can verify: verify_s may extend to the graph bucket that this batch is padded to."""
 MAX_SECONDS = 3600.0
 
-_POLICY = struct.Struct("<QBBBBBB2xdddIIIIII")
+_POLICY = struct.Struct("<QBBBBBBBBdddIIIIII")
+"""The two bytes before the floats are 0 in policies of writers that know no rails: k_min, and MAX_K_LIMIT - k_max."""
 _TRIAL = struct.Struct("<IIII")
 _ALLOWED = struct.Struct("<IQ")
 """An entry of allowed_from: batch size, and the K as bits, K = 0 the lowest."""
@@ -39,6 +40,8 @@ def check_policy(policy: Policy) -> None:
     """Raise ValueError (field, what is allowed, value) unless an engine can execute the policy."""
     _range("version", policy.version, 1, 2**63)
     _range("max_k", policy.max_k, 0, MAX_K_LIMIT)
+    _range("k_max", policy.k_max, 0, MAX_K_LIMIT)
+    _range("k_min", policy.k_min, 0, policy.k_max)
     _shape("k_table", policy.k_table, 2, (1, MAX_BATCH_LIMIT + 1), (1, MAX_CONTEXTS))
     rows, contexts = policy.k_table.shape
     if policy.k_table.dtype.kind not in "iu":
@@ -92,9 +95,10 @@ def _check_allowed(policy: Policy) -> None:
 def encode_policy(policy: Policy) -> bytes:
     """Return the payload of a policy: fixed fields, trials, allowed_from, context_edges, fixed_s, verify_s, survival, k_table.
 
-    Fixed fields: version, mode, granularity, acting, verify_all, conditional, max_k, context_s_per_token, min_gain, switch_s,
-    rows and columns of k_table, entries of verify_s, rows of survival, number of trials, entries of allowed_from. Arrays are
-    little-endian float32, k_table uint8; an entry of allowed_from is a batch size and its K as bits.
+    Fixed fields: version, mode, granularity, acting, verify_all, conditional, max_k, k_min, MAX_K_LIMIT - k_max,
+    context_s_per_token, min_gain, switch_s, rows and columns of k_table, entries of verify_s, rows of survival, number of trials,
+    entries of allowed_from. Arrays are little-endian float32, k_table uint8; an entry of allowed_from is a batch size and its K
+    as bits.
     Raises ValueError, see `check_policy`.
     """
     check_policy(policy)
@@ -105,7 +109,8 @@ def _pack(policy: Policy) -> bytes:
     table = policy.survival.table
     head = _POLICY.pack(
         policy.version, _MODES.index(policy.mode), _GRANULARITIES.index(policy.granularity), policy.acting, policy.verify_all,
-        policy.survival.conditional, policy.max_k, policy.context_s_per_token, policy.min_gain, policy.switch_s,
+        policy.survival.conditional, policy.max_k, policy.k_min, MAX_K_LIMIT - policy.k_max,
+        policy.context_s_per_token, policy.min_gain, policy.switch_s,
         *policy.k_table.shape, len(policy.verify_s), len(table), len(policy.trials), len(policy.allowed_from),
     )  # fmt: skip
     floats = (policy.context_edges, policy.fixed_s, policy.verify_s, table)
@@ -119,8 +124,8 @@ def decode_policy(data: bytes) -> Policy:
     """Return the policy in a payload; its arrays are read-only views of `data`. Raises ValueError for invalid bytes."""
     if len(data) < _POLICY.size:
         raise ValueError(f"policy: must be at least {_POLICY.size} bytes, got {len(data)}")
-    (version, mode, granularity, acting, verify_all, conditional, max_k, context_s, min_gain, switch_s, rows, contexts,
-     verify_entries, survival_rows, trials, allowed) = _POLICY.unpack_from(data)  # fmt: skip
+    (version, mode, granularity, acting, verify_all, conditional, max_k, k_min, below_limit, context_s, min_gain, switch_s,
+     rows, contexts, verify_entries, survival_rows, trials, allowed) = _POLICY.unpack_from(data)  # fmt: skip
     # Before anything is allocated: each count is within its limit, and together they give exactly the payload's length.
     _range("mode", mode, 0, len(_MODES) - 1)
     _range("granularity", granularity, 0, len(_GRANULARITIES) - 1)
@@ -147,6 +152,7 @@ def decode_policy(data: bytes) -> Policy:
         verify_s, context_s, SurvivalMap(table.reshape(survival_rows, GRID_POINTS), bool(conditional)), bool(verify_all),
         tuple(map(Trial._make, _TRIAL.iter_unpack(data[_POLICY.size : trials_end]))),
         tuple((size, _bits(ks)) for size, ks in _ALLOWED.iter_unpack(data[trials_end:allowed_end])), min_gain, switch_s,
+        k_min, MAX_K_LIMIT - below_limit,
     )  # fmt: skip
     check_policy(policy)
     return policy

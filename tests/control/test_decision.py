@@ -7,7 +7,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from adaptive_spec.config.settings import PolicySettings
+from adaptive_spec.config.settings import ControllerSettings, PolicySettings
+from adaptive_spec.control.controller import Controller
 from adaptive_spec.control.decision import ROLLBACK_HOLD_S, Decision
 from adaptive_spec.control.guard_rails import SwapWatch
 from adaptive_spec.control.publication import Publisher
@@ -143,3 +144,12 @@ def test_versions_rise_and_a_policy_is_outdated_by_what_would_change_a_choice() 
     surer = replace(FOUR, survival=SurvivalMap(SURVIVAL.table + np.float32(0.02), True))
     assert publisher.outdated(Mode.ACTIVE, decision.table, surer)
     assert publisher.outdated(Mode.ACTIVE, decision.table, replace(FOUR, switch_s=0.001))
+
+
+def test_a_policy_carries_the_rails() -> None:
+    publisher = Publisher(INFO, Decision(SETTINGS, INFO).allowed, 0.02, k_min=1, k_max=3)
+    policy = publisher.publish(Mode.ACTIVE, True, Decision(SETTINGS, INFO).table, FOUR, SURVIVAL, (), 1.0)
+    assert (policy.k_min, policy.k_max) == (1, 3)
+    one = Controller(ControllerSettings(policy=PolicySettings(k_min=1, k_max=3)), INFO).tick(0.0)
+    assert one is not None
+    assert (one.k_min, one.k_max) == (1, 3)

@@ -8,7 +8,8 @@ import pytest
 from adaptive_spec.config.settings import ControllerSettings, PolicySettings, SweepSettings
 from adaptive_spec.control.sweep import Sweep
 from adaptive_spec.domain.engine_info import EngineInfo
-from adaptive_spec.domain.policy import Granularity
+from adaptive_spec.domain.policy import Granularity, Trial
+from adaptive_spec.domain.step_record import StepRecord
 from adaptive_spec.models.latency.measured_counts import MeasuredCounts
 from tests.curves import load
 from tests.support.simulated_server import SimulatedServer, engine_info, staircase
@@ -92,6 +93,35 @@ def test_it_measures_no_k_beyond_the_guard_rails(granularity: Granularity, holds
         server.controller_sees(steps[-1])
     assert server.controller.mode == "active"
     assert {record.k for record in steps if record.policy_version} == {1, 2, 3}
+
+
+@pytest.mark.parametrize("rails", [(1, 3), (0, 2), (5, 32), (3, 3)])
+@pytest.mark.parametrize("holds_batch", [True, False])
+def test_with_one_k_every_count_is_within_the_guard_rails(holds_batch: bool, rails: tuple[int, int]) -> None:
+    """In the sweep, in probes and by the table: DSPARK drafts gamma tokens whatever the rails say."""
+    info = replace(engine_info(Granularity.REQUEST, holds_batch=holds_batch), candidates=(7,), launch_k=7)
+    settings = ControllerSettings(policy=PolicySettings(k_min=rails[0], k_max=rails[1], probe_budget=0.2))
+    server = SimulatedServer(info, staircase(tile=8), settings=settings, batch_size=5)
+    trials, asked, records = list[Trial](), 0, list[StepRecord]()
+    for _ in range(1500):
+        policy = server.planner.policy
+        if policy is not None and policy.version != asked:
+            asked, trials = policy.version, [*trials, *policy.trials]
+        records.append(server.step())
+        server.controller_sees(records[-1])
+    assert server.controller.mode == "active"
+    low, high = (min(rail, 7) for rail in rails)
+    assert len({trial.num_tokens for trial in trials}) > 3 or low == high
+    for trial in trials:
+        b = trial.batch_size or 5
+        assert b * (low + 1) <= trial.num_tokens <= b * (high + 1), trial
+    for record in records:
+        if record.policy_version:
+            assert record.batch_size * low <= record.verify_len.sum() <= record.batch_size * high
+    forecast = server.controller.models.forecast
+    assert forecast is not None
+    verified = forecast.verify_tokens[5, 7] / 5 - 1
+    assert low <= verified <= high
 
 
 @pytest.mark.parametrize("granularity", list(Granularity))

@@ -184,3 +184,33 @@ def test_it_remembers_the_k_that_ran_and_for_how_long() -> None:
     assert [*seen, (made.last_k, made.stayed, made.last_moved)] == [
         (3, 1, False), (2, 1, True), (2, 2, True), (2, 3, True), (3, 1, False)
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("b", [1, 3, 8])
+@pytest.mark.parametrize("rails", [(0, 2), (2, 7), (1, 3), (3, 3), (0, 0), (9, 32)])
+def test_an_engine_that_always_drafts_one_k_verifies_within_the_rails(b: int, rails: tuple[int, int]) -> None:
+    """By the table, in trials and pinned; which tokens is the choice of their confidences, as without rails."""
+    low, high = (b * min(rail, 7) for rail in rails)
+    dear = np.where(np.arange(65) > b, 1.0, 1e-3).astype(np.float32)
+    confidences = np.random.default_rng(b).random((b, 7)).astype(np.float32)
+    one = np.zeros((9, 8), np.bool_)
+    one[:, 7] = True
+    for changes, free in (
+        ({}, b * 7), ({"verify_s": dear}, 0), ({"verify_all": True}, b * 7), ({"trials": (Trial(0, 7, 0, 1),)}, b * 7),
+        ({"trials": (Trial(0, 7, b + 1, 1),)}, 1), ({"trials": (Trial(0, 7, b, 1),)}, 0),
+    ):  # fmt: skip
+        made = Planner(7, 7, one)
+        made.adopt(policy(k_min=rails[0], k_max=rails[1], **changes))
+        assert made.draft_length(b, 0) == 7
+        lengths = made.verify_lengths(confidences)
+        assert lengths.sum() == min(max(free, low), high)
+        survival = np.cumprod(confidences, axis=1)
+        verified = np.arange(7) < lengths[:, None]
+        if 0 < lengths.sum() < b * 7:
+            assert survival[verified].min() >= survival[~verified].max()
+
+
+def test_rails_of_k_do_not_limit_what_is_verified_of_it() -> None:
+    made = planner(policy(k_min=3, k_max=3, trials=(Trial(0, 3, 2, 1),)))
+    assert made.draft_length(2, 0) == 3
+    assert made.verify_lengths(np.full((2, 3), 0.5, np.float32)).tolist() == [0, 0]

@@ -74,7 +74,7 @@ class PolicyPages(FileTarget):
             read = decode_policy(payload)
         except ValueError as error:
             return str(error)
-        written = encode_policy(read)  # two bytes of a payload have no meaning
+        written = encode_policy(read)
         assert len(written) == len(payload)
         assert encode_policy(decode_policy(written)) == written
         _executed(read)

@@ -64,12 +64,14 @@ def policies(draw: st.DrawFn) -> Policy:
         mask = np.array([np.isin(np.arange(max_k + 1), allowed_at(allowed_from, b)) for b in range(rows)])
         k_table = np.take_along_axis(runnable_table(mask), k_table.astype(np.int64), axis=1)
         trial_sizes = st.just(0)
+    k_max = draw(st.integers(0, 32))
     trial = st.builds(Trial, trial_sizes, st.integers(0, max_k), st.integers(0, 135_000), st.integers(1, 1_000_000))
     return Policy(
         draw(st.integers(1, 2**63)), draw(st.sampled_from(Mode)), draw(st.booleans()), draw(st.sampled_from(Granularity)), max_k,
         k_table, np.arange(contexts - 1, dtype=np.float32) * 1000.5,
         fixed_s, verify_s, draw(st.floats(0.0, 3599.0)), SurvivalMap(table, draw(st.booleans())), draw(st.booleans()),
         tuple(draw(st.lists(trial, max_size=5))), allowed_from, draw(st.floats(0.0, 1.0)), draw(st.floats(0.0, 3599.0)),
+        draw(st.integers(0, k_max)), k_max,
     )  # fmt: skip
 
 
@@ -91,6 +93,30 @@ def test_policy_round_trip_is_exact(policy: Policy) -> None:
     data = encode_policy(policy)
     assert_same(decode_policy(data), policy)
     assert encode_policy(decode_policy(data)) == data
+
+
+RAIL_BYTES = slice(14, 16)
+"""Of a payload: after version and six bytes."""
+
+
+def test_a_payload_of_a_writer_without_rails_has_none() -> None:
+    """Both ways: its two bytes are 0, as the struct's padding was, and no rails are written as 0."""
+    assert (GOOD.k_min, GOOD.k_max) == (0, 32)
+    assert encode_policy(GOOD)[RAIL_BYTES] == b"\0\0"
+    railed = bytearray(encode_policy(replace(GOOD, k_min=2, k_max=5)))
+    assert railed[RAIL_BYTES] == bytes((2, 27))
+    read = decode_policy(bytes(railed))
+    assert (read.k_min, read.k_max, read.verified_rails(7), read.verified_rails(3)) == (2, 5, (2, 5), (2, 3))
+    railed[RAIL_BYTES] = b"\0\0"
+    assert_same(decode_policy(bytes(railed)), GOOD)
+
+
+@pytest.mark.parametrize("rails", [b"\1\40", b"\41\0", b"\0\41", b"\377\377"])
+def test_rails_that_are_none_are_refused(rails: bytes) -> None:
+    payload = bytearray(encode_policy(GOOD))
+    payload[RAIL_BYTES] = rails
+    with pytest.raises(ValueError, match=r"^k_m(in|ax): must be in 0\.\."):
+        decode_policy(bytes(payload))
 
 
 @pytest.mark.parametrize(("max_batch", "max_k"), [(1, 0), (64, 7), (256, 7), (4096, 32)])
@@ -141,6 +167,7 @@ INVALID = {
     "trial num_tokens": replace(GOOD, trials=(Trial(0, 1, 10**7, 1),)),
     "min_gain": replace(GOOD, min_gain=-0.1),
     "switch_s": replace(GOOD, switch_s=float("inf")),
+    r"k_min: must be in 0\.\.4": replace(GOOD, k_min=5, k_max=4),
     "allowed_from: must have ascending batch sizes": replace(GOOD, allowed_from=((2, (0, 3)),)),
     "allowed_from: batch size 9": replace(GOOD, allowed_from=((1, (0, 3)), (9, ()))),
     "allowed_from: batch size 8": replace(GOOD, allowed_from=((1, (0, 3)), (8, (3, 8)))),

@@ -26,6 +26,7 @@ from adaptive_spec.engine_side.tap import BegunStep
 MOST_OPEN = 8
 """Most steps that wait for results; an older one is dropped and counted as lost."""
 PAUSE_RATE = 0.05
+_TRIAL, _LIMITED = int(StepFlag.TRIAL), int(StepFlag.LIMITED)
 LONGEST_PAUSE_S = 1.0
 
 
@@ -63,7 +64,8 @@ class OpenStep:
     verified [b], None for k each. flags: of `StepFlag`, known when the step is launched. staged: whether its stages are timed;
     if not, the record has the time of the whole forward as verify_s and the flag WHOLE. drafts_next: where an engine drafts at
     the end of a step for the next one (vLLM), that drafting: the whole step counts the "draft" stage, in which the drafts of
-    this step were made, in its place.
+    this step were made, in its place. asked_tokens: of the verify forward, where a trial asks for a number: a step that ran
+    another one was no such trial. None: no number is asked for.
     """
 
     begun: BegunStep
@@ -81,6 +83,7 @@ class OpenStep:
     drafts_next: tuple[Moment, Moment] | None = None
     num_tokens: int | None = None
     padded_tokens: int | None = None
+    asked_tokens: int | None = None
     verify_len: NDArray[np.uint8] | None = None
     accept_len: NDArray[np.uint8] | None = None
     counted: NDArray[np.bool_] | None = None
@@ -207,8 +210,11 @@ class StepsInFlight:
             stages = {"draft": 0.0, "verify": max(forward_s, 1e-9), "draft_extend": 0.0}
         tokens = int(step.verify_len.sum()) + len(step.verify_len) if step.num_tokens is None else step.num_tokens
         padded = step.padded_rows * (step.k + 1) if step.padded_tokens is None else step.padded_tokens
+        begun = step.begun
+        if step.asked_tokens is not None and step.asked_tokens != tokens:
+            begun = begun._replace(flags=begun.flags & ~_TRIAL | _LIMITED)
         return FinishedStep(
-            step.begun, tokens, max(padded, tokens), stages["draft"], stages["verify"],
+            begun, tokens, max(padded, tokens), stages["draft"], stages["verify"],
             stages["draft_extend"], max(whole_s, sum(stages.values())), np.ascontiguousarray(values, np.float32),
             verify_len, accept_len, request_ids, flags,
         )  # fmt: skip

@@ -4,9 +4,10 @@
     plan -> step -> draft -> verify -> results      every decode step; no `plan` without the overlap scheduler
 
 DSpark always drafts gamma tokens; what varies is how many of each request are verified. So K is gamma, the granularity is by
-request, and a policy acts through SGLang's own planner: its SPS table and temperatures (`DSparkSwap`), and, for trials of a sweep
-or probe and for a pinned K, the number of draft tokens it verifies. A step is decided where SGLang plans its budget: in `plan`
-under the overlap scheduler, else in `step`; in both before the hooks that may fail (`Guard.around`, `first`).
+request, and a policy acts through SGLang's own planner: its SPS table and temperatures, the rails of what it verifies
+(`DSparkSwap`), and, for trials of a sweep or probe and for a pinned K, the number of draft tokens it verifies. A step is decided
+where SGLang plans its budget: in `plan` under the overlap scheduler, else in `step`; in both before the hooks that may fail
+(`Guard.around`, `first`). A trial of which another number of tokens ran is recorded as LIMITED, not as a trial.
 
 Exceptions are caught by `hook_guard.Guard`; SGLang then runs the step without the plugin.
 """
@@ -16,7 +17,7 @@ from __future__ import annotations
 import logging
 import time
 from bisect import bisect_left
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,7 +33,21 @@ from adaptive_spec.engines.sglang import contract
 from adaptive_spec.engines.sglang.attachment import Attachment, Place, decodes, kv_tokens_of, max_batch, request_id
 from adaptive_spec.engines.sglang.dspark_swap import DSparkSwap, launch_temperatures, nothing_to_swap
 
+SHARED_PLAN = (
+    "attention DP: its ranks verify in one forward, whose size is the largest of their plans or all that is drafted, so no rank "
+    "can choose its own (SGLang would have to plan one budget for all ranks)"
+)
+"""Why a rank with attention DP is not steered."""
+
 log = logging.getLogger("sglang.adaptive_spec")
+
+
+class _Decided(NamedTuple):
+    """A step that is decided and not launched yet. asked_tokens: see `OpenStep`."""
+
+    batch: Any
+    begun: BegunStep
+    asked_tokens: int | None = None
 
 
 class DSparkAttachment(Attachment):
@@ -46,8 +61,7 @@ class DSparkAttachment(Attachment):
         self._gamma = 0
         self._swap: DSparkSwap | None = None
         self._confidences: Any = None
-        self._begun: tuple[Any, BegunStep] | None = None
-        """Batch and decision of a step that is decided and not launched yet."""
+        self._begun: _Decided | None = None
 
     # -- once ----------------------------------------------------------------------------------------------------------
 
@@ -72,7 +86,7 @@ class DSparkAttachment(Attachment):
 
     def _begin(self, worker: Any, place: Place) -> None:
         self._first_rank = place.rank == 0
-        reason = nothing_to_swap(self._planner)
+        reason = SHARED_PLAN if place.attention_dp > 1 else nothing_to_swap(self._planner)
         if reason is None and self._settings.mode == "active":
             self._swap = DSparkSwap(self._planner, self._gamma, self._confidences.temperatures)
         self._tap = self._open_tap(self._info(worker, place, self._gamma, (self._gamma,), Granularity.REQUEST), place)
@@ -110,7 +124,7 @@ class DSparkAttachment(Attachment):
             tap = self._tap_for(worker, batch)
             if tap is None:
                 return
-            if planned is not None and planned[0] is batch:
+            if planned is not None and planned.batch is batch:
                 self._begun = planned
             else:
                 self._decide(tap, batch)
@@ -120,10 +134,12 @@ class DSparkAttachment(Attachment):
     def step_before(self, worker: Any, batch: Any, *args: Any, **kwargs: Any) -> OpenStep | None:
         if self._begun is None:
             return None
-        begun, self._begun, started = self._begun[1], None, self._clock.now()
+        decided, self._begun, started = self._begun, None, self._clock.now()
         ids = np.array([request_id(request) for request in batch.reqs], np.uint32)
         # The padding of the verify forward is not known yet.
-        self._step = OpenStep(begun, self._gamma, ids, len(ids), started, padded_tokens=0)
+        self._step = OpenStep(
+            decided.begun, self._gamma, ids, len(ids), started, padded_tokens=0, asked_tokens=decided.asked_tokens
+        )
         self._in_flight.begin(self._step)
         return self._step
 
@@ -150,7 +166,8 @@ class DSparkAttachment(Attachment):
             return
         step.stages["verify"] = (started, self._clock.now())
         width, rows = self._gamma + 1, len(step.request_ids)
-        step.num_tokens, step.padded_tokens = rows * width, _padded_rows(executor, result, rows) * width
+        computed = self._rows_computed(kwargs["batch"], rows)
+        step.num_tokens, step.padded_tokens = rows * width, _padded_rows(executor, result, computed) * width
 
     def _verified(self, result: Any) -> NDArray[np.int64] | None:
         # cap_lens counts the bonus token. SGLang has copied it to the host with the accepted lengths.
@@ -166,7 +183,7 @@ class DSparkAttachment(Attachment):
         if self._swap is None:
             # The policy does not act on this step, so the record names none.
             begun = BegunStep(begun.step, self._gamma, rows, kv_tokens, 0, 0)
-        self._begun = batch, begun
+        self._begun = _Decided(batch, begun)
         if self._swap is None:
             return
         planner, refused = tap.planner, self._swap.refused
@@ -177,9 +194,12 @@ class DSparkAttachment(Attachment):
         drafted, wanted = rows * self._gamma, None
         if policy is not None and policy.acting:
             if planner.in_trial:
-                wanted = min(max(planner.trial_tokens - rows, 0), drafted) if planner.trial_tokens else drafted
+                asked = planner.trial_tokens
+                wanted = self._swap.within(min(max(asked - rows, 0), drafted) if asked else drafted, rows)
+                as_asked = asked in (0, rows + wanted)
+                self._begun = _Decided(batch, begun, self._swap.tokens(wanted, rows) if as_asked else asked)
             elif policy.mode is Mode.PINNED:
-                wanted = drafted
+                wanted = self._swap.within(drafted, rows)
         self._swap.force(wanted, rows)
 
     def _closed(self) -> None:

@@ -9,6 +9,9 @@ files at start only. Here bias + alpha(b) becomes the fixed cost of drafting gam
 staircase, and each temperature the one under which the calibrated map is closest to a scaling of the logit. If a check of the
 new values fails, both stay as they were.
 
+The policy's rails limit the draft tokens of a step, see `DSparkSwap`: in the planner's own plans, in forced ones, and where it
+has none. They limit the sum over the requests; SGLang shares it out.
+
 The calibration is one of confidences under the temperatures of the launch, which `dspark_attachment` records whatever the current
 ones are. Otherwise each swap would change the confidences the next calibration is fitted to.
 """
@@ -16,6 +19,8 @@ ones are. Otherwise each swap would change the confidences the next calibration 
 from __future__ import annotations
 
 import logging
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,6 +34,9 @@ from adaptive_spec.errors import one_line
 TEMPERATURE_RANGE = (0.05, 20.0)
 STRAIGHT = 1e-6
 """A token count whose latency deviates less than this, relatively, from the line through its neighbours gets no table entry."""
+
+_PLAN = "_budget_from_resolved"
+"""The planner's method that every budget comes from, with and without the overlap scheduler."""
 
 log = logging.getLogger("sglang.adaptive_spec")
 
@@ -127,6 +135,42 @@ def launch_temperatures(planner: Any) -> Floats:
     return np.ones(()) if held is None else np.asarray(held.detach().cpu().numpy(), np.float64)
 
 
+class GraphSizes(NamedTuple):
+    """Token counts of the captured verify graphs, ascending; () without graphs. filled: SGLang verifies as many draft tokens as a
+    graph has room for (`--speculative-dspark-align-verify-tokens-to-graph-tier`); else it pads.
+    """
+
+    tokens: tuple[int, ...] = ()
+    filled: bool = False
+
+    def rounded(self, tokens: int, rows: int, gamma: int) -> int:
+        """Tokens that SGLang verifies where `tokens` are planned for `rows` requests, and a graph is large enough."""
+        at = bisect_left(self.tokens, tokens)
+        return max(min(self.tokens[at], rows * (gamma + 1)), tokens) if self.filled and at < len(self.tokens) else tokens
+
+
+def graph_sizes(planner: Any) -> GraphSizes:
+    """The sizes of a planner's server, once its graphs are captured."""
+    runner = planner.model_runner.decode_cuda_graph_runner
+    captured: Sequence[int] = runner.capture_num_tokens if runner is not None and runner.ragged_verify_mode else ()
+    return GraphSizes(tuple(int(size) for size in captured), bool(planner._align_verify_tokens_to_graph_tier))
+
+
+def budget_within(budget: int, rows: int, gamma: int, least: int, most: int, sizes: GraphSizes) -> int:
+    """A budget (draft tokens that a step verifies) within the rails, least..most draft tokens per request, 0..gamma.
+
+    Where SGLang would round up to more than `most`, the largest budget that it does not: where there is none, 0. `most` wins over
+    `least`. Beyond the largest graph SGLang verifies all that is drafted, or, where it fills graphs, raises.
+    """
+    high = rows * most
+    if sizes.tokens and (most < gamma or sizes.filled):
+        limit = min(rows + high, sizes.tokens[-1])
+        if sizes.filled and most < gamma:
+            limit = sizes.tokens[bisect_right(sizes.tokens, limit) - 1] if limit >= sizes.tokens[0] else rows
+        high = max(limit - rows, 0)
+    return min(max(budget, rows * least), high)
+
+
 class _Prepared(NamedTuple):
     """A policy in SGLang's form. temperatures: [gamma], None to keep the present ones."""
 
@@ -138,6 +182,8 @@ class DSparkSwap:
     """Keeps one running planner at the newest policy, and at its launch values while there is none.
 
     `at_plan` before the planner plans a step, `at_forward` on the stream of its forward: temperatures are read there by graphs.
+    While a policy with rails acts, or any policy where SGLang fills graphs, the planner's budgets pass through this object: a
+    method of the one planner is replaced, never raises for a reason of ours, and is put back with the launch values.
     planner: SGLang's DSparkVerifyPlanner, of which `nothing_to_swap` says None. gamma: draft tokens per request. launched: its
     `launch_temperatures`. swaps, refused: how often each happened.
     reason: of the last refusal, "" before one.
@@ -154,6 +200,14 @@ class DSparkSwap:
         self._wanted: Floats | None = None
         self._version = 0
         self._forced = False
+        self._sizes = graph_sizes(planner)
+        self._bounded = bool(self._sizes.tokens) and self._sizes.filled
+        """Whether a plan may be too large for SGLang, whatever the rails."""
+        self._rails = (0, gamma)
+        self._plan: Any = None
+        """The planner's own method while it is replaced."""
+        self._decision: Any = None
+        self._unclipped = False
         self.swaps = self.refused = 0
         self.reason = ""
 
@@ -166,6 +220,7 @@ class DSparkSwap:
         if policy is None or not policy.acting:
             self.restore()
             return
+        self._follow_rails(policy)
         if policy.version == self._version or policy.verify_all or policy.mode is Mode.PAUSED:
             return
         self._version = policy.version
@@ -203,8 +258,20 @@ class DSparkSwap:
         self._planner.set_forced_budget_frac((draft_tokens + 0.5) / (rows * self._gamma))
         self._forced = True
 
+    def within(self, draft_tokens: int, rows: int) -> int:
+        """The nearest number of draft tokens of a step that the rails leave."""
+        return budget_within(draft_tokens, rows, self._gamma, *self._rails, self._sizes)
+
+    def tokens(self, draft_tokens: int, rows: int) -> int:
+        """Tokens that a step verifies, bonus tokens included, where so many draft tokens are planned."""
+        return self._sizes.rounded(rows + draft_tokens, rows, self._gamma)
+
     def restore(self) -> None:
         """Back to the launch values; temperatures with the next `at_forward`."""
+        self._rails = (0, self._gamma)
+        if self._plan is not None and vars(self._planner).get(_PLAN) == self._planned:
+            delattr(self._planner, _PLAN)
+            self._plan = None
         if self._version:
             self._budget.sps_table = self._launch_table
             self._wanted = self._launched
@@ -214,6 +281,42 @@ class DSparkSwap:
         """Raise if this rank could not follow a policy. Changes nothing."""
         if policy.acting and not policy.verify_all:
             self._prepare(policy, 1.0)
+
+    def _follow_rails(self, policy: Policy) -> None:
+        """Take the rails of the policy. Never raises."""
+        self._rails = policy.verified_rails(self._gamma)
+        if self._plan is not None or (self._rails == (0, self._gamma) and not self._bounded):
+            return
+        try:
+            from sglang.srt.speculative.dspark_components.dspark_planner import VerifyBudgetDecision
+
+            self._decision, self._plan = VerifyBudgetDecision, getattr(self._planner, _PLAN)
+            setattr(self._planner, _PLAN, self._planned)
+        except Exception as error:
+            self._refuse(policy.version, f"the rails: {one_line(error)}")
+
+    def _planned(self, *args: Any, **kwargs: Any) -> int | None:
+        """In place of the planner's own method: its budget, None for every drafted token, within the rails."""
+        budget: int | None = self._plan(*args, **kwargs)
+        try:
+            return self._clipped(budget, len(kwargs["req_pool_indices_cpu"]))
+        except Exception as error:
+            if not self._unclipped:
+                self._unclipped = True
+                log.warning("adaptive-spec: a budget could not be kept within the rails: %s", one_line(error))
+            return budget
+
+    def _clipped(self, budget: int | None, rows: int) -> int | None:
+        if self._budget.forced_budget_frac is not None and not self._forced:
+            return budget  # set by SGLang's own profiling
+        if budget is None and self._rails[1] >= self._gamma:
+            return None
+        planned = rows * self._gamma if budget is None else budget
+        within = self.within(planned, rows)
+        if within == planned:
+            return budget
+        self._budget.last_decision = self._decision(budget=within)
+        return within
 
     def _refuse(self, version: int, reason: str) -> None:
         self.refused += 1

@@ -78,8 +78,7 @@ def unsupported_reason(server_args: Any) -> str | None:
 
 def dspark_unsupported_reason(server_args: Any) -> str | None:
     """Return why the plugin does not attach to a DSPARK server, or None if it can observe its steps."""
-    from sglang.srt.arg_groups.overrides import resolved_view, resolving_view
-    from sglang.srt.runtime_context import attn_dp_enabled_of
+    from sglang.srt.arg_groups.overrides import resolving_view
     from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
     cfg = resolving_view(server_args)
@@ -88,12 +87,8 @@ def dspark_unsupported_reason(server_args: Any) -> str | None:
         return f"the platform serves DSPARK with {platform_worker.__name__}"
     if not str(cfg.device).startswith("cuda"):
         return f"device={cfg.device} is not supported for DSPARK (must be cuda: elsewhere copies to the host would block)"
-    if attn_dp_enabled_of(resolved_view(server_args)):
-        return "attention DP is not supported (its ranks plan different batches)"
     if cfg.pp_size > 1:
         return f"pp_size={cfg.pp_size} is not supported for DSPARK (only the last stage plans)"
-    if cfg.dp_size > 1:
-        return f"dp_size={cfg.dp_size} is not supported (start one server and one sidecar per replica)"
     if cfg.disaggregation_mode == "prefill":
         return "disaggregation_mode=prefill is not supported (such a server decodes nothing)"
     gamma = int(cfg.speculative_num_draft_tokens) - 1

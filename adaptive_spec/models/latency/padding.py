@@ -7,7 +7,8 @@ from collections.abc import Iterable
 import numpy as np
 from numpy.typing import NDArray
 
-from adaptive_spec.domain.engine_info import LARGEST_BATCH, LARGEST_K
+from adaptive_spec.domain.allowed import LARGEST_K
+from adaptive_spec.domain.engine_info import LARGEST_BATCH
 from adaptive_spec.domain.policy import Granularity
 from adaptive_spec.domain.step_record import StepRecord
 

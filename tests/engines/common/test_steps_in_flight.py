@@ -280,3 +280,18 @@ def test_lengths_that_differ_by_request(in_flight: StepsInFlight, written: list[
     in_flight.begin(broken)
     with pytest.raises(ValueError, match="for a step of 2"):
         in_flight.result(broken, [1, 1], [True, True], np.array([1]))
+
+
+@pytest.mark.parametrize(("asked", "ran", "trial"), [(7, 7, True), (7, 8, False), (7, 6, False), (None, 6, True)])
+def test_a_trial_that_ran_another_number_of_tokens_is_none(
+    in_flight: StepsInFlight, written: list[FinishedStep], asked: int | None, ran: int, trial: bool
+) -> None:
+    step = _step(1, [1, 2], 4, 0.010)
+    step.begun = step.begun._replace(flags=int(StepFlag.TRIAL))
+    step.asked_tokens = asked
+    in_flight.begin(step)
+    _end(step, 0.017)
+    in_flight.result(step, [0, 0], [True, True], np.array([2, ran - 4]))
+    [finished] = written
+    assert finished.num_tokens == ran
+    assert finished.begun.flags == int(StepFlag.TRIAL if trial else StepFlag.LIMITED)

@@ -16,7 +16,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from sglang.srt.arg_groups.overrides import field_names
+from sglang.srt.managers.overlap_utils import ResolvedConfidence
 from sglang.srt.managers.utils import GenerationBatchResult
 from sglang.srt.plugins.hook_registry import HookRegistry
 from sglang.srt.server_args import ServerArgs
@@ -25,10 +27,11 @@ from sglang.srt.speculative.dspark_components.dspark_planner import DSparkVerify
 from sglang.srt.speculative.dspark_components.dspark_sps import SpsAdditiveCostTable, SpsCostTable
 from sglang.srt.speculative.dspark_components.dspark_verify import TargetVerifyExecutor
 from sglang.srt.speculative.dspark_components.dspark_worker_v2 import DSparkWorkerV2
+from sglang.srt.speculative.eagle_worker_v2 import EAGLEWorkerV2
 from sglang.srt.speculative.ragged_verify import RaggedVerifyLayout
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
-from adaptive_spec.config.settings import ControllerSettings
+from adaptive_spec.config.settings import ControllerSettings, PolicySettings
 from adaptive_spec.control.controller import Controller
 from adaptive_spec.domain.plan_search import best_verified
 from adaptive_spec.domain.policy import Mode, Policy, Trial
@@ -59,6 +62,7 @@ from tests.engines.sglang.dspark_stand_in import (
 )
 from tests.engines.sglang.dspark_swap_checks import policy
 from tests.engines.sglang.eagle_rank import Board, loop
+from tests.engines.sglang.server_kinds_checks import server_args as eagle_args
 
 SERVER_ARGS = {
     "device": "cuda", "attn_dp_size": 1, "ep_join_mode": None, "pp_size": 1, "dp_size": 1,
@@ -70,11 +74,14 @@ class Plugged:
     """A stand-in server with the plugin in it, hooked by SGLang's registry into SGLang's classes."""
 
     def __init__(
-        self, monkeypatch: pytest.MonkeyPatch, folder: Path, *, plugin_mode: Any = "active", faults: str = "", **server: Any
-    ) -> None:
+        self, monkeypatch: pytest.MonkeyPatch, folder: Path, *, plugin_mode: Any = "active", faults: str = "",
+        dp_rank: int | None = None, arguments: dict[str, Any] | None = None, **server: Any,
+    ) -> None:  # fmt: skip
         self.server = StandInServer(monkeypatch, folder, **server)
         monkeypatch.setenv(hook_guard.FAULT_VARIABLE, faults)
-        monkeypatch.setattr(Attachment, "_place", lambda _: Place(0, 1))
+        attention_dp = server.get("attention_dp", 1)
+        monkeypatch.setattr(Attachment, "_place", lambda _: Place(0, 2 * attention_dp - 1, 0, attention_dp))
+        monkeypatch.setattr(plugin, "_dp_rank", lambda: dp_rank)
         made: list[DSparkAttachment] = []
         init = DSparkAttachment.__init__
 
@@ -83,11 +90,11 @@ class Plugged:
             made.append(attachment)
 
         monkeypatch.setattr(DSparkAttachment, "__init__", noted)
-        self.runtime_dir = folder / "run"
+        self.runtime_dir = folder / "run" if dp_rank is None else folder / "run" / f"dp-{dp_rank}"
         HookRegistry.reset()
-        plugin._install(PluginSettings(plugin_mode, self.runtime_dir), "sglang test")
+        plugin._install(PluginSettings(plugin_mode, folder / "run"), "sglang test")
         HookRegistry.apply_hooks()
-        assert SpeculativeAlgorithm.DSPARK.create_worker(SimpleNamespace(**SERVER_ARGS)) is DSparkWorkerV2
+        assert SpeculativeAlgorithm.DSPARK.create_worker(SimpleNamespace(**SERVER_ARGS | (arguments or {}))) is DSparkWorkerV2
         [self.attachment] = made
         self.guard = self.attachment._guard
         self.server.start()
@@ -160,7 +167,8 @@ def _assigned(owner: type) -> set[str]:
     [
         (DSparkWorkerV2, ["gamma", "_verify_planner", "device", "server_args", "_target_worker"]),
         (DSparkVerifyPlanner, ["_budget_planner", "_confidence_head"]),
-        (HostConfidenceBudgetPlanner, ["sps_table", "forced_budget_frac"]),
+        (DSparkVerifyPlanner, ["model_runner", "_align_verify_tokens_to_graph_tier", "_budget_from_resolved"]),
+        (HostConfidenceBudgetPlanner, ["sps_table", "forced_budget_frac", "last_decision"]),
         (TargetVerifyExecutor, ["model_runner"]),
         (DraftProposal, ["confidence_raw"]),
         (RaggedVerifyLayout, ["graph_num_tokens"]),
@@ -178,8 +186,7 @@ def test_every_server_argument_used_is_there() -> None:
 @pytest.mark.parametrize(
     ("argument", "value", "words"),
     [
-        ("device", "npu", "device=npu"), ("attn_dp_size", 2, "attention DP"), ("pp_size", 2, "pp_size=2"),
-        ("dp_size", 2, "dp_size=2"), ("disaggregation_mode", "prefill", "prefill"),
+        ("device", "npu", "device=npu"), ("pp_size", 2, "pp_size=2"), ("disaggregation_mode", "prefill", "prefill"),
         ("speculative_num_draft_tokens", 34, "33 draft tokens"),
     ],
 )  # fmt: skip
@@ -188,6 +195,40 @@ def test_servers_that_are_left_alone(argument: str, value: Any, words: str) -> N
     reason = dspark_unsupported_reason(SimpleNamespace(**{**SERVER_ARGS, argument: value}))
     assert reason is not None
     assert words in reason
+
+
+@pytest.mark.parametrize("changes", [{"dp_size": 2}, {"dp_size": 2, "attn_dp_size": 2}])
+def test_data_parallelism_is_not_refused(changes: dict[str, Any]) -> None:
+    assert dspark_unsupported_reason(SimpleNamespace(**{**SERVER_ARGS, **changes})) is None
+
+
+def test_dspark_needs_no_target_of_eagle(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """All that EAGLE needs beyond what every server needs is gone: a DSPARK server attaches, and is steered."""
+    gone = [Need(group, f"sglang.srt.gone_{i}.f", ("self",), hook="step") for i, group in enumerate(contract.LEVELS[1:])]
+    kept = [need for need in contract.NEEDS if need.group not in contract.LEVELS[1:]]
+    monkeypatch.setattr(contract, "NEEDS", (*kept, *gone))
+    assert "gone_0" in plugin.lacking((contract.COUNTS_AND_K,))
+    plugged = Plugged(monkeypatch, folder)
+    assert (plugged.report.state, plugged.report.reason) == ("attached", "")
+    with plugged.page() as page:
+        page.publish(policy(1))
+        plugged.server.step(4)
+    assert isinstance(plugged.table, SpsAdditiveCostTable)
+    assert [record.policy_version for record in plugged.records()] == [1]
+    assert not any("eagle" in target.lower() for target in HookRegistry._hooks)
+
+
+def test_eagle_needs_no_target_of_dspark(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    gone = Need(contract.DSPARK, "sglang.srt.gone.f", ("self",), hook="plan")
+    kept = [need for need in contract.NEEDS if need.group != contract.DSPARK]
+    monkeypatch.setattr(contract, "NEEDS", (*kept, gone))
+    HookRegistry.reset()
+    guard = Guard("SGLang", "")
+    side = plugin._attachment(PluginSettings("active", folder), guard, "sglang test", EAGLEWorkerV2, SpeculativeAlgorithm.EAGLE)
+    plugin.attach(side, guard, "sglang test", EAGLEWorkerV2, SpeculativeAlgorithm.EAGLE, eagle_args(speculative_adaptive=True))
+    assert guard.closed is None
+    assert {need.path for need in contract.hooks_of(contract.COUNTS_AND_K)} <= set(HookRegistry._hooks)
+    assert not any("dspark" in target for target in HookRegistry._hooks)
 
 
 def test_a_renamed_target_refuses_dspark_only(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
@@ -233,7 +274,7 @@ def test_other_algorithms_are_answered_as_before(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("server", "packed"),
     [
-        ({"mode": "compact"}, True), ({"mode": "compact", "graphs": True}, True), ({"mode": "compact", "sps": False}, True),
+        ({"mode": "compact"}, True), ({"mode": "compact", "graphs": CAPTURED}, True), ({"mode": "compact", "sps": False}, True),
         ({"mode": "cap-accept"}, False), ({"mode": "static"}, False),
     ],
 )  # fmt: skip
@@ -362,7 +403,9 @@ def test_trials_and_a_pinned_k_are_planned_by_count(monkeypatch: pytest.MonkeyPa
         assert found[-2:] != [17, 17]
         assert plugged.table is plugged.launch_table, "nothing was measured yet"
         flags = [bool(record.flags & StepFlag.TRIAL) for record in plugged.records()]
-        assert flags == [False] * 3 + [True] * 4 + [False] * 2
+        assert flags == [False] * 3 + [True] * 3 + [False] * 3, "3 tokens are fewer than 4 requests have"
+        limited = [bool(record.flags & StepFlag.LIMITED) for record in plugged.records()]
+        assert limited == [False] * 6 + [True] + [False] * 2
         page.publish(dataclasses.replace(policy(2, jump_s=1.0, tile=8), mode=Mode.PINNED, verify_all=True))
         plugged.server.step(4)
         assert found[-1] == 4 * GAMMA
@@ -435,6 +478,204 @@ def test_a_failure_at_the_start_is_final(monkeypatch: pytest.MonkeyPatch, folder
     plugged.server.drain()
     assert plugged.report.state == "detached"
     assert plugged.table is plugged.launch_table
+
+
+# -- rails -------------------------------------------------------------------------------------------------------------
+
+GREEDY, MEAN = 1e-6, 1.0
+"""Seconds of a tile boundary: everything pays, and nothing beyond the first tile."""
+
+
+def railed(version: int, k_min: int, k_max: int, jump_s: float = GREEDY, **changes: Any) -> Policy:
+    return dataclasses.replace(policy(version, jump_s=jump_s, tile=8), k_min=k_min, k_max=k_max, **changes)
+
+
+def verified(plugged: Plugged) -> list[tuple[int, int]]:
+    """Requests and verified draft tokens of every step, by SGLang's own results."""
+    return [(len(lengths), sum(lengths)) for lengths, _ in served(plugged.server)]
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("graphs", [(), (4, 8, 12, 16, 24, 32, 48)])
+def test_a_step_verifies_within_the_rails(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, overlap: bool, graphs: tuple[int, ...]
+) -> None:
+    """By the table, in trials and pinned, from the first step on, and no longer than a policy acts."""
+    plugged = Plugged(monkeypatch, folder, overlap=overlap, graphs=graphs)
+    batches = [4, 1, 8, 3, 5]
+    trials = tuple(Trial(0, GAMMA, tokens, 1) for tokens in (0, 8, 4, 24, 13))
+    with plugged.page() as page:
+        for rails, jump_s in (((0, 2), GREEDY), ((2, GAMMA), MEAN), ((1, 3), 4e-3), ((4, 4), MEAN)):
+            for changes in ({}, {"mode": Mode.PINNED, "verify_all": True}, {"mode": Mode.SWEEP, "trials": trials}):
+                begun = len(plugged.server.results)
+                version = 1 + (begun or 0)
+                page.publish(railed(version, *rails, jump_s=jump_s, **changes))
+                for rows in batches:
+                    plugged.server.step(rows)
+                for rows, count in verified(plugged)[begun:]:
+                    assert rows * rails[0] <= count <= rows * rails[1]
+                if changes and "trials" not in changes:
+                    assert verified(plugged)[begun:] == [(rows, rows * rails[1]) for rows in batches], (
+                        "pinned: all that they leave"
+                    )
+        page.publish(dataclasses.replace(railed(1000, 0, 1), acting=False, mode=Mode.SHADOW))
+        begun = len(plugged.server.results)
+        for rows in batches * 2:
+            plugged.server.step(rows)
+        assert "_budget_from_resolved" not in vars(plugged.server.planner)
+        assert any(count > rows for rows, count in verified(plugged)[begun:])
+    assert not plugged.guard.failures
+    for record in plugged.records():
+        assert record.invalid_reason() is None
+        assert record.padded_tokens == next((size for size in graphs if size >= record.num_tokens), record.num_tokens)
+
+
+def test_rails_that_are_narrowed_bind_in_the_very_next_step(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """A sidecar that was restarted alone, with other rails: they come with its first policy."""
+    plugged = Plugged(monkeypatch, folder)
+    with plugged.page() as page:
+        for version, k_max in enumerate((32, 3, 1, 4, 32), 1):
+            page.publish(railed(version, 0, k_max))
+            plugged.server.step(4)
+            assert verified(plugged)[-1][1] <= 4 * k_max
+        counts = [count for _, count in verified(plugged)]
+        assert counts[1:4] == [12, 4, 16]
+        assert min(counts[0], counts[4]) > 16
+        # The sidecar dies: nothing is left of the rails.
+        page.publish(railed(9, 0, 1))
+        plugged.server.step(4)
+        page.heartbeat(time.monotonic_ns() - int(1e9 * 60))
+        plugged.server.step(4)
+    assert verified(plugged)[-2][1] == 4
+    assert "_budget_from_resolved" not in vars(plugged.server.planner)
+    assert plugged.table is plugged.launch_table
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_without_a_policy_the_server_is_as_it_was_launched(monkeypatch: pytest.MonkeyPatch, folder: Path, overlap: bool) -> None:
+    plugged = Plugged(monkeypatch, folder, overlap=overlap)
+    bare = StandInServer(monkeypatch, folder, overlap=overlap)
+    with plugged.page() as page:
+        page.publish(dataclasses.replace(railed(1, 0, 1), acting=False, mode=Mode.SHADOW))
+        for rows in (4, 2, 8, 1) * 2:
+            plugged.server.step(rows)
+            bare.step(rows)
+    assert served(plugged.server) == served(bare)
+
+
+@pytest.mark.parametrize("filled", [False, True])
+def test_a_trial_is_one_only_if_its_tokens_ran(monkeypatch: pytest.MonkeyPatch, folder: Path, filled: bool) -> None:
+    """As SGLang rounds them: it pads to a captured graph, or fills it."""
+    graphs = (4, 8, 12, 16, 24)  # 8 requests have up to 48 tokens: more than any graph
+    plugged = Plugged(monkeypatch, folder, graphs=graphs, filled=filled)
+    asked = [9, 12, 21, 3, 26, 0]
+    with plugged.page() as page:
+        page.publish(dataclasses.replace(
+            railed(1, 0, 32), mode=Mode.SWEEP, verify_all=True, trials=tuple(Trial(0, GAMMA, tokens, 1) for tokens in asked)
+        ))  # fmt: skip
+        for rows in (4, 4, 4, 4, 8, 2):
+            plugged.server.step(rows)
+    records = plugged.records()
+    assert [record.num_tokens for record in records] == ([12, 12, 24, 4, 24, 12] if filled else [9, 12, 21, 4, 48, 12])
+    assert [record.padded_tokens for record in records] == [12, 12, 24, 4, 24 if filled else 48, 12]
+    trial = [bool(record.flags & StepFlag.TRIAL) for record in records]
+    assert trial == [True, True, True, False, False, True]
+    assert [bool(record.flags & StepFlag.LIMITED) for record in records] == [not one for one in trial]
+
+
+def test_a_trial_that_sglangs_profiler_or_a_missing_plan_overrules_is_none(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    plugged = Plugged(monkeypatch, folder, overlap=True)
+    with plugged.page() as page:
+        trials = (Trial(0, GAMMA, 9, 4),)
+        page.publish(dataclasses.replace(policy(1), mode=Mode.SWEEP, verify_all=True, trials=trials))
+        for _ in range(3):
+            plugged.server.step(4)  # the confidences of the first two are not there yet
+        plugged.server.step(4)
+        plugged.server.worker.set_dspark_forced_budget_frac(1.0)
+        page.publish(dataclasses.replace(policy(2), mode=Mode.SWEEP, verify_all=True, trials=trials))
+        plugged.server.worker.set_dspark_forced_budget_frac(None)
+    records = plugged.records()
+    assert [record.num_tokens for record in records] == [24, 24, 9, 9]
+    assert [bool(record.flags & StepFlag.TRIAL) for record in records] == [False, False, True, True]
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_the_loop_stays_within_the_rails(monkeypatch: pytest.MonkeyPatch, folder: Path, overlap: bool) -> None:
+    """The real controller with rails: what it sweeps, probes and decides, in SGLang's planner."""
+    plugged = Plugged(monkeypatch, folder, overlap=overlap)
+    settings = ControllerSettings(policy=PolicySettings(k_min=1, k_max=3, probe_budget=0.2))
+    dice, records = np.random.default_rng(2), list[StepRecord]()
+    with plugged.page() as page, RingReader.open(plugged.runtime_dir / RING_NAME) as ring:
+        controller = Controller(settings, ring.info)
+        published: list[Policy] = []
+        for _ in range(350):
+            rows = int(dice.integers(3, 7))
+            for _ in range(4):
+                plugged.server.step(rows)
+            for record in ring.poll(64):
+                records.append(record)
+                follow(page, controller.observe(record, plugged.server.clock.at_s), published)
+            follow(page, controller.tick(plugged.server.clock.at_s), published)
+            page.heartbeat(time.monotonic_ns())
+        assert controller.mode is Mode.ACTIVE
+    ours = [record for record in records if record.policy_version]
+    assert len(ours) > 1000
+    for record in ours:
+        assert record.batch_size <= record.verify_len.sum() <= 3 * record.batch_size
+    trials = [record for record in ours if record.flags & StepFlag.TRIAL]
+    assert len({record.num_tokens for record in trials}) > 8
+    probed = [t for p in published if p.mode is Mode.ACTIVE for t in p.trials]
+    assert probed
+    assert all(2 * t.batch_size <= t.num_tokens <= 4 * t.batch_size for t in probed)
+    assert len({record.num_tokens / record.batch_size for record in ours[-200:]}) > 1, "between them it still chooses"
+    assert not plugged.guard.failures
+
+
+# -- data parallelism --------------------------------------------------------------------------------------------------
+
+
+def test_a_replica_has_its_own_folder_and_is_steered(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    plugged = Plugged(monkeypatch, folder, dp_rank=1, arguments={"dp_size": 2})
+    assert (plugged.report.state, plugged.report.reason) == ("attached", "")
+    with plugged.page() as page:
+        page.publish(railed(1, 0, 1))
+        for _ in range(3):
+            plugged.server.step(4)
+    assert verified(plugged) == [(4, 4)] * 3
+    assert [record.policy_version for record in plugged.records()] == [1, 1, 1]
+    assert not (folder / "run" / RING_NAME).exists()
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("mode", ["compact", "static"])
+def test_attention_dp_is_observed(monkeypatch: pytest.MonkeyPatch, folder: Path, mode: str, overlap: bool) -> None:
+    """The ranks verify in one forward: its size is that of all of them, and no policy acts."""
+    others = 7
+    plugged = Plugged(
+        monkeypatch, folder, mode=mode, overlap=overlap, dp_rank=1, attention_dp=2, others=others, graphs=(6, 12, 24, 48),
+        arguments={"dp_size": 2, "attn_dp_size": 2},
+    )  # fmt: skip
+    bare = StandInServer(
+        monkeypatch, folder, mode=mode, overlap=overlap, attention_dp=2, others=others, graphs=(6, 12, 24, 48)
+    )  # fmt: skip
+    assert plugged.report.state == "observing"
+    assert "attention DP" in plugged.report.reason
+    with plugged.page() as page:
+        page.publish(railed(1, 0, 1))
+        for rows in (3, 1, 8, 2):
+            plugged.server.step(rows)
+            bare.step(rows)
+    assert served(plugged.server) == served(bare)
+    assert getattr(plugged.server.planner._budget_planner, "sps_table", None) is plugged.launch_table
+    records = plugged.records()
+    assert [(r.verify_len.tolist(), r.accept_len.tolist()) for r in records] == served(plugged.server)
+    assert [r.batch_size for r in records] == [3, 1, 8, 2]
+    assert {r.policy_version for r in records} == {0}
+    if mode == "compact":
+        assert {r.padded_tokens for r in records} == {48}
+    else:
+        assert [r.padded_tokens for r in records] == [max(rows, others) * (GAMMA + 1) for rows in (3, 1, 8, 2)]
+    assert not plugged.guard.failures
 
 
 # -- the whole loop ----------------------------------------------------------------------------------------------------
@@ -532,8 +773,8 @@ class Rank:
         assert self.attachment._swap is not None
         return self.attachment._swap
 
-    def run(self) -> tuple[str, list[float], float | None]:
-        """After a step: table, temperatures and forced budget."""
+    def run(self) -> State:
+        """After a step: table, temperatures, forced budget, and what the planner plans."""
         planner = self.server.planner
         self.forward_iter += 1
         batch = self.server.batch(1 + self.forward_iter % 4)
@@ -542,10 +783,12 @@ class Rank:
             self.plan(lambda *_: None, planner, batch, None)
         self.step(lambda *_: SimpleNamespace(), self.server.worker, batch)
         budget = planner._budget_planner
-        return budget.sps_table.to_json(), planner._confidence_head.sts_temperatures.tolist(), budget.forced_budget_frac
+        resolved = ResolvedConfidence(confidence=torch.full((3, GAMMA), 0.9), generation=torch.ones(3, dtype=torch.int64))
+        plan = planner._budget_from_resolved(resolved=resolved, req_pool_indices_cpu=torch.arange(3))
+        return budget.sps_table.to_json(), planner._confidence_head.sts_temperatures.tolist(), budget.forced_budget_frac, plan
 
 
-State = tuple[str, list[float], float | None]
+State = tuple[str, list[float], float | None, int]
 
 
 def run(ranks: list[Rank], steps: int) -> list[State]:
@@ -590,6 +833,23 @@ def test_all_ranks_swap_in_the_same_step(ranks: list[Rank], page: PolicyPage, ov
     assert not any(rank.guard.failures for rank in ranks)
 
 
+@pytest.mark.parametrize("overlap", [True, False])
+def test_all_ranks_have_the_same_rails_in_the_same_step(ranks: list[Rank], page: PolicyPage, overlap: bool) -> None:
+    for rank in ranks:
+        rank.overlap = overlap
+    last = []
+    for version, k_max in enumerate((32, 2, 1, 4, 2, 3), 1):
+        trials = (Trial(0, GAMMA, 7, 2),) if version % 2 else ()
+        page.publish(railed(version, 0, k_max, trials=trials))
+        last.append(run(ranks, 6)[-1][3])
+    assert last[1:] == [6, 3, 12, 6, 9]
+    assert last[0] > 12
+    page.heartbeat(time.monotonic_ns() - int(1e9 * 60))
+    run(ranks, 5)
+    assert not any("_budget_from_resolved" in vars(rank.server.planner) for rank in ranks)
+    assert not any(rank.guard.failures for rank in ranks)
+
+
 def test_what_one_rank_refuses_none_takes_over(ranks: list[Rank], page: PolicyPage, monkeypatch: pytest.MonkeyPatch) -> None:
     page.publish(policy(1))
     before = run(ranks, 6)[-1]
@@ -610,4 +870,4 @@ def test_a_rank_that_detaches_takes_all_back_in_the_same_step(ranks: list[Rank],
         failing(lambda: None)
     assert ranks[2].guard.closed
     assert ranks[2].run() == ranks[0].run() == ranks[1].run() == swapped, "it goes on like the others until all leave"
-    assert run(ranks, 5)[-1] == (launched, [LAUNCH_TEMPERATURE] * GAMMA, None)
+    assert run(ranks, 5)[-1][:3] == (launched, [LAUNCH_TEMPERATURE] * GAMMA, None)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -131,8 +132,9 @@ class Executor(TargetVerifyExecutor):  # type: ignore[misc]  # SGLang has no typ
 
 
 def planner_for(
-    monkeypatch: pytest.MonkeyPatch, folder: Path, model_runner: Any, head: Any, *, mode: str, sps: bool, sts: bool, overlap: bool
-) -> Any:
+    monkeypatch: pytest.MonkeyPatch, folder: Path, model_runner: Any, head: Any, *, mode: str, sps: bool, sts: bool,
+    overlap: bool, filled: bool, attention_dp: int,
+) -> Any:  # fmt: skip
     """SGLang's planner as its own constructor makes it, of files."""
     monkeypatch.setenv("SGLANG_RAGGED_VERIFY_MODE", mode)
     (folder / "sps.json").write_text(
@@ -142,14 +144,16 @@ def planner_for(
     )
     (folder / "sts.json").write_text(DSparkStsCalibration(temperatures=[LAUNCH_TEMPERATURE] * GAMMA).to_json())
     spec = SimpleNamespace(
-        speculative_dspark_align_verify_tokens_to_graph_tier=False,
+        speculative_dspark_align_verify_tokens_to_graph_tier=filled,
         speculative_dspark_confidence_sts_path=str(folder / "sts.json") if sts else None,
         speculative_dspark_sps_table_path=str(folder / "sps.json") if sps else None,
     )
     schedule = SimpleNamespace(disable_overlap_schedule=not overlap, max_running_requests=MAX_BATCH)
     monkeypatch.setattr(dspark_planner, "get_spec", lambda: spec)
     monkeypatch.setattr(dspark_planner, "get_schedule", lambda: schedule)
-    monkeypatch.setattr(dspark_planner, "is_dp_attention_enabled", lambda: False)
+    monkeypatch.setattr(dspark_planner, "is_dp_attention_enabled", lambda: attention_dp > 1)
+    # With more than one rank for a batch SGLang agrees on no plan: all graphs have room for every drafted token.
+    monkeypatch.setattr(dspark_planner, "get_parallel", lambda: SimpleNamespace(attn_tp_size=2, attn_cp_size=1))
     return DSparkVerifyPlanner(
         draft_model=SimpleNamespace(confidence_head=head), gamma=GAMMA, model_runner=model_runner, device="cpu", tp_rank=0,
         verify_num_draft_tokens=GAMMA + 1, tp_sync=SimpleNamespace(sync=lambda site, values: values),
@@ -159,13 +163,16 @@ def planner_for(
 class StandInServer:
     """Worker, scheduler loop and result processor of one rank. mode: SGLANG_RAGGED_VERIFY_MODE. sps, sts: files given at start.
 
-    graphs: the planner pads to `CAPTURED`. results: SGLang's own, step by step.
+    graphs: the planner pads to them, or, filled, verifies as much as they have room for. attention_dp: ranks that verify in one
+    forward, of which the others have `others` requests. results: SGLang's own, step by step.
     """
 
     def __init__(
         self, monkeypatch: pytest.MonkeyPatch, folder: Path, *, mode: str = "compact", sps: bool = True, sts: bool = True,
-        overlap: bool = False, graphs: bool = False, seed: int = 0,
+        overlap: bool = False, graphs: Sequence[int] = (), filled: bool = False, attention_dp: int = 1, others: int = 0,
+        seed: int = 0,
     ) -> None:  # fmt: skip
+        self.attention_dp, self.others = attention_dp, others
         self.clock, self.overlap, self.results = VirtualClock(), overlap, list[Any]()
         self.waiting: deque[tuple[Any, Any]] = deque()
         self.relayed: deque[torch.Tensor] = deque(maxlen=CONFIDENCE_RELAY_RING_LAG)
@@ -173,7 +180,7 @@ class StandInServer:
             req_generation=torch.ones(MAX_BATCH, dtype=torch.int64),
             req_to_token=torch.arange(MAX_BATCH * 4096).view(MAX_BATCH, -1),
         )
-        captured = SimpleNamespace(ragged_verify_mode=True, capture_num_tokens=CAPTURED, max_bs=MAX_BATCH)
+        captured = SimpleNamespace(ragged_verify_mode=True, capture_num_tokens=list(graphs), max_bs=MAX_BATCH)
         runner = SimpleNamespace(
             max_running_requests=MAX_BATCH, model=SimpleNamespace(get_input_embeddings=lambda: None),
             decode_cuda_graph_runner=captured if graphs else None, req_to_token_pool=pool,
@@ -183,7 +190,10 @@ class StandInServer:
         )  # fmt: skip
         target = SimpleNamespace(model_runner=runner)
         head = DSparkConfidenceHead(hidden_size=4, markov_rank=0, with_markov=False) if mode != "static" else None
-        self.planner = planner_for(monkeypatch, folder, runner, head, mode=mode, sps=sps, sts=sts, overlap=overlap)
+        self.planner = planner_for(
+            monkeypatch, folder, runner, head, mode=mode, sps=sps, sts=sts, overlap=overlap, filled=filled,
+            attention_dp=attention_dp,
+        )  # fmt: skip
         sync = SimpleNamespace(sync=lambda site, values: values, available_memory_gb=lambda *_, **__: 9.0)
         proposer, executor = object.__new__(Proposer), object.__new__(Executor)
         proposer.__dict__ |= {
@@ -204,7 +214,7 @@ class StandInServer:
         )  # fmt: skip
         self.worker = object.__new__(DSparkWorkerV2)
         self.worker.__dict__ |= {
-            "_hosts_draft": True, "_draft_is_moe": False, "device": "cpu", "gpu_id": 0, "gamma": GAMMA,
+            "_hosts_draft": True, "_draft_is_moe": attention_dp > 1, "device": "cpu", "gpu_id": 0, "gamma": GAMMA,
             "verify_num_draft_tokens": GAMMA + 1,
             "server_args": SimpleNamespace(model_path="/models/stand-in"), "model_runner": runner, "_target_worker": target,
             "_draft_worker": SimpleNamespace(init_cuda_graphs=lambda **_: None), "_decode_graph_allowed": False, "_tp_sync": sync,
@@ -222,7 +232,7 @@ class StandInServer:
         monkeypatch.setattr("sglang.srt.speculative.spec_utils.get_exec", lambda: execution)
         monkeypatch.setattr(dspark_worker_v2, "draft_pp_context", contextlib.nullcontext)
         monkeypatch.setattr(dspark_worker_v2, "draft_tp_context", lambda _: contextlib.nullcontext())
-        monkeypatch.setattr(dspark_worker_v2, "get_parallel", lambda: SimpleNamespace(attn_dp_enabled=False))
+        monkeypatch.setattr(dspark_worker_v2, "get_parallel", lambda: SimpleNamespace(attn_dp_enabled=attention_dp > 1))
         monkeypatch.setattr(torch.Tensor, "record_stream", lambda *_: None)  # a CPU has no streams
         self.next_anchor: dict[int, int] = {}
 
@@ -248,9 +258,10 @@ class StandInServer:
         draft_input.bonus_tokens = torch.tensor([self.next_anchor.get(i, i) for i in range(rows)])
         draft_input.future_indices = torch.arange(rows)
         lengths = torch.full((rows,), 100, dtype=torch.int64)
+        of_all = [rows, *[self.others] * (self.attention_dp - 1)] if self.attention_dp > 1 else None
         return SimpleNamespace(
             reqs=requests, spec_info=draft_input, forward_mode=ForwardMode.DECODE, is_extend_in_batch=False, seq_lens=lengths,
-            seq_lens_cpu=lengths, seq_lens_sum=100 * rows, global_num_tokens=None, sampling_info=None, has_grammar=False,
+            seq_lens_cpu=lengths, seq_lens_sum=100 * rows, global_num_tokens=of_all, sampling_info=None, has_grammar=False,
             req_pool_indices=torch.arange(rows), req_pool_indices_cpu=torch.arange(rows), return_logprob=False, forward_iter=1,
             spec_verify_tier_num_tokens=-1, global_spec_verify_tier_num_tokens=None, batch_size=lambda: rows,
         )  # fmt: skip

@@ -10,19 +10,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from sglang.srt.managers.overlap_utils import ResolvedConfidence
 from sglang.srt.models.dspark import DSparkConfidenceHead
 from sglang.srt.speculative.dspark_components.dspark_planner import (
     DSparkScheduleConfig,
     DSparkVerifyPlanner,
     HostConfidenceBudgetPlanner,
+    VerifyBudgetDecision,
     compute_verify_token_budget,
+    graph_tier_fill_budget,
 )
 from sglang.srt.speculative.dspark_components.dspark_sps import SpsAdditiveCostTable, SpsCostTable
+from sglang.srt.speculative.ragged_verify import round_up_grid
 
 from adaptive_spec.domain.plan_search import best_verified
 from adaptive_spec.domain.policy import Granularity, Mode, Policy
 from adaptive_spec.domain.survival import GRID_POINTS, LOGIT_LIMIT, SurvivalMap
-from adaptive_spec.engines.sglang.dspark_swap import DSparkSwap, cost_table, launch_temperatures
+from adaptive_spec.engines.sglang.dspark_swap import DSparkSwap, GraphSizes, budget_within, cost_table, launch_temperatures
 
 GAMMA, MAX_BATCH = 5, 16
 X = np.linspace(-LOGIT_LIMIT, LOGIT_LIMIT, GRID_POINTS)
@@ -49,7 +53,22 @@ def running_planner(temperatures: list[float] | None = None) -> Any:
         head.sts_temperatures = torch.tensor(temperatures)
     planner = object.__new__(DSparkVerifyPlanner)
     planner._budget_planner, planner._confidence_head, planner._is_verify_all = budget, head, False
+    generations = torch.ones(MAX_BATCH, dtype=torch.int64)
+    pool = SimpleNamespace(req_generation=generations)
+    planner.model_runner = SimpleNamespace(decode_cuda_graph_runner=None, req_to_token_pool=pool)
+    planner._align_verify_tokens_to_graph_tier = False
+    budget.carry_steps = 0
     return planner
+
+
+def planned(planner: Any, rows: int, confidence: float | None = 0.8) -> int | None:
+    """The budget of a step, as both of SGLang's ways to one ask for it. confidence: None: not there yet."""
+    resolved = None
+    if confidence is not None:
+        ones = torch.ones(rows, dtype=torch.int64)
+        resolved = ResolvedConfidence(confidence=torch.full((rows, GAMMA), confidence), generation=ones)
+    found: int | None = planner._budget_from_resolved(resolved=resolved, req_pool_indices_cpu=torch.arange(rows))
+    return found
 
 
 def swap_for(planner: Any) -> DSparkSwap:
@@ -221,3 +240,193 @@ def test_the_table_has_corners_only() -> None:
         for budget in range(rows * GAMMA + 1):
             wanted = float(source.fixed_s[GAMMA, rows]) + float(source.verify_s[rows + budget])
             assert built.step_time(num_reqs=rows, budget=budget) == pytest.approx(wanted, rel=1e-5)
+
+
+# -- rails -------------------------------------------------------------------------------------------------------------
+
+GREEDY, MEAN = 1e-6, 1.0
+"""Seconds of a tile boundary: everything pays, and nothing beyond the first tile."""
+
+
+def railed(k_min: int, k_max: int, jump_s: float = GREEDY, **changes: Any) -> Policy:
+    return replace(policy(1, tile=8, jump_s=jump_s), k_min=k_min, k_max=k_max, **changes)
+
+
+@pytest.mark.parametrize("rows", [1, 3, MAX_BATCH])
+@pytest.mark.parametrize("rails", [(0, 2), (2, GAMMA), (1, 3), (3, 3), (0, 0), (8, 32)])
+def test_the_planners_own_plans_stay_within_the_rails(rows: int, rails: tuple[int, int]) -> None:
+    low, high = (rows * min(rail, GAMMA) for rail in rails)
+    for jump_s in (GREEDY, 4e-3, MEAN):
+        free, bound = running_planner(), running_planner()
+        take(swap_for(free), railed(0, 32, jump_s))
+        swap = swap_for(bound)
+        take(swap, railed(*rails, jump_s))
+        for confidence in (0.999, 0.8, 0.3):
+            wanted = planned(free, rows, confidence)
+            assert wanted is not None
+            found = planned(bound, rows, confidence)
+            assert found == min(max(wanted, low), high)
+            assert bound.take_budget_decision().budget == found
+        assert (swap.swaps, swap.refused) == (1, 0)
+
+
+def test_rails_that_bind_nothing_replace_nothing() -> None:
+    planner = running_planner()
+    swap = swap_for(planner)
+    for rails in ((0, 32), (0, GAMMA)):
+        take(swap, railed(*rails))
+        assert "_budget_from_resolved" not in vars(planner)
+    assert planned(planner, 4, 0.999) == 4 * GAMMA
+    assert planned(planner, 4, None) is None
+
+
+@pytest.mark.parametrize(
+    ("mode", "verify_all"), [(Mode.ACTIVE, False), (Mode.PAUSED, False), (Mode.PINNED, True), (Mode.SWEEP, True)]
+)
+def test_rails_bind_in_every_mode_that_acts(mode: Mode, verify_all: bool) -> None:
+    planner = running_planner()
+    swap = swap_for(planner)
+    take(swap, railed(0, 2, mode=mode, verify_all=verify_all))
+    assert planned(planner, 4, 0.999) == 8
+
+
+def test_rails_follow_the_policy_and_go_with_it() -> None:
+    planner = running_planner()
+    plan, swap = planner._budget_from_resolved, swap_for(planner)
+    for k_max in (1, 4, 2, 5, 3):
+        take(swap, railed(0, k_max))
+        assert planned(planner, 3, 0.999) == 3 * k_max
+    take(swap, railed(0, 1, acting=False))
+    assert planner._budget_from_resolved == plan
+    assert "_budget_from_resolved" not in vars(planner), "its class has it again"
+    assert planned(planner, 3, None) is None
+    take(swap, railed(0, 1))
+    assert planned(planner, 3, 0.999) == 3
+    take(swap, None)
+    assert planner._budget_from_resolved == plan
+
+
+def test_a_broken_policy_has_rails_all_the_same() -> None:
+    planner = running_planner()
+    swap = swap_for(planner)
+    wrong = railed(0, 2)
+    take(swap, replace(wrong, verify_s=-wrong.verify_s))
+    assert swap.refused == 1
+    assert planned(planner, 4, 0.999) is not None
+    found = planned(planner, 4, 0.999)
+    assert found is not None
+    assert found <= 8
+
+
+def test_forced_counts_stay_within_the_rails() -> None:
+    planner = running_planner()
+    swap = swap_for(planner)
+    take(swap, railed(1, 3))
+    for count in range(4 * GAMMA + 1):
+        swap.force(count, 4)
+        assert planned(planner, 4) == min(max(count, 4), 12) == swap.within(count, 4)
+    swap.force(None, 4)
+    # What SGLang's own profiling forces stays.
+    planner.set_forced_budget_frac(1.0)
+    assert planned(planner, 4) == 4 * GAMMA
+
+
+def test_a_step_that_sglang_cannot_plan_is_capped() -> None:
+    """With the overlap scheduler the confidences of the first steps are not there: SGLang then verifies every drafted token."""
+    planner = running_planner()
+    swap = swap_for(planner)
+    take(swap, railed(1, GAMMA))
+    assert planned(planner, 4, None) is None, "all is within these rails"
+    take(swap, railed(0, 2))
+    assert planned(planner, 4, None) == 8
+    assert planner.take_budget_decision().budget == 8
+
+
+def test_another_one_that_replaced_the_method_since_is_left_alone() -> None:
+    planner = running_planner()
+    swap = swap_for(planner)
+    take(swap, railed(0, 2))
+    ours, calls = planner._budget_from_resolved, []
+
+    def theirs(**arguments: Any) -> Any:
+        calls.append(1)
+        return ours(**arguments)
+
+    planner._budget_from_resolved = theirs
+    take(swap, None)
+    assert planner._budget_from_resolved is theirs
+    planner._budget_planner.sps_table = SpsAdditiveCostTable(**cost_table(railed(0, 32), GAMMA)._asdict())
+    assert planned(planner, 4, 0.999) == 4 * GAMMA, "no rails act"
+    take(swap, railed(0, 1))
+    assert planned(planner, 4, 0.999) == 4
+    assert len(calls) == 2
+
+
+def test_a_failure_inside_leaves_sglangs_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    planner = running_planner()
+    swap = swap_for(planner)
+    take(swap, railed(0, 2))
+    monkeypatch.setattr(swap, "_clipped", lambda *_: {"a": 1}["x"])
+    assert planned(planner, 4, 0.999) == 4 * GAMMA
+    assert planned(planner, 4, None) is None
+    decision = planner._budget_planner.last_decision
+    assert decision is None or isinstance(decision, VerifyBudgetDecision)
+
+
+def what_runs(budget: int, rows: int, sizes: GraphSizes) -> int:
+    """Draft tokens that SGLang verifies for a budget, by its own rounding."""
+    if not sizes.filled:
+        return budget if rows + budget <= sizes.tokens[-1] else rows * GAMMA
+    return int(
+        graph_tier_fill_budget(
+            graph_num_tokens=round_up_grid(rows + budget, list(sizes.tokens)), bs=rows, verify_num_draft_tokens=GAMMA + 1,
+            min_verify_len=1,
+        )
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("filled", [False, True])
+def test_budgets_that_sglang_rounds_up_to_graphs_stay_within_the_rails(filled: bool) -> None:
+    """Every budget, batch size and pair of rails, by SGLang's own functions."""
+    sizes = GraphSizes((1, 2, 4, 8, 12, 16, 24, 32, 64), filled)
+    beyond = 0
+    for rows in range(1, MAX_BATCH + 1):
+        for most in range(GAMMA + 1):
+            for least in range(most + 1):
+                for budget in range(rows * GAMMA + 1):
+                    found = budget_within(budget, rows, GAMMA, least, most, sizes)
+                    ran = what_runs(found, rows, sizes)
+                    if ran > rows * most:
+                        beyond += 1
+                        smallest = min(what_runs(other, rows, sizes) for other in range(sizes.tokens[-1] - rows + 1))
+                        assert ran == smallest, "no budget runs fewer"
+                    elif not filled and rows * (1 + least) <= sizes.tokens[-1]:
+                        assert ran >= rows * least
+                    runnable = rows + budget <= sizes.tokens[-1] and what_runs(budget, rows, sizes) == budget
+                    if runnable and rows * least <= budget <= rows * most:
+                        assert found == budget, "what is within stays"
+    assert (beyond > 0) is filled
+
+
+def test_where_sglang_fills_graphs_no_plan_is_too_large_for_it() -> None:
+    """SGLang raises for such a plan. Without rails too: trials, pins and our table may plan more than those of the launch."""
+    planner = running_planner()
+    planner._align_verify_tokens_to_graph_tier = True
+    captured = SimpleNamespace(ragged_verify_mode=True, capture_num_tokens=[4, 8, 12], max_bs=MAX_BATCH)
+    planner.model_runner.decode_cuda_graph_runner = captured
+    swap = swap_for(planner)
+    take(swap, railed(0, 32))
+    swap.force(4 * GAMMA, 4)
+    assert planned(planner, 4) == 8
+    assert planned(planner, 4, None) is None
+    take(swap, None)
+    assert "_budget_from_resolved" not in vars(planner)
+
+
+def test_the_count_a_trial_runs_is_known_before() -> None:
+    for filled in (False, True):
+        sizes = GraphSizes((4, 8, 12, 16, 24, 32, 64), filled)
+        for rows in range(1, MAX_BATCH + 1):
+            for budget in range(rows * GAMMA + 1):
+                if rows + budget <= sizes.tokens[-1]:
+                    assert sizes.rounded(rows + budget, rows, GAMMA) == rows + what_runs(budget, rows, sizes)

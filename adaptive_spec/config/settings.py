@@ -65,10 +65,20 @@ class PolicySettings(_Section):
         0,
         ge=0,
         le=32,
-        description="Smallest K ever chosen, by table, trial, pin or step choice, 0..32. 0 allows speculation to be off.",
+        description=(
+            "Smallest K ever chosen, by table, trial, pin or step choice, 0..32. 0 allows speculation to be off. An engine "
+            "that always drafts the same K (SGLang's DSPARK) verifies at least so many draft tokens per request of a step, "
+            "on the mean."
+        ),
     )
     k_max: int = Field(
-        32, ge=0, le=32, description="Largest K ever chosen, as for `k_min`, 0..32, cut to what the engine can run."
+        32,
+        ge=0,
+        le=32,
+        description=(
+            "Largest K ever chosen, as for `k_min`, 0..32, cut to what the engine can run. An engine that always drafts the "
+            "same K verifies at most so many draft tokens per request of a step, on the mean."
+        ),
     )
     min_dwell_s: float = Field(
         1.0,

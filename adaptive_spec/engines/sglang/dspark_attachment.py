@@ -103,7 +103,7 @@ class DSparkAttachment(Attachment):
             self._swap.check(policy)
 
     def _terms(self) -> int:
-        return self._crc("dspark", self._gamma, self._swap is not None)
+        return self._crc("dspark", self._gamma, self._swap.sizes if self._swap is not None else None)
 
     # -- every decode step ---------------------------------------------------------------------------------------------
 

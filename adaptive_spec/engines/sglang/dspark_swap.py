@@ -185,8 +185,8 @@ class DSparkSwap:
     While a policy with rails acts, or any policy where SGLang fills graphs, the planner's budgets pass through this object: a
     method of the one planner is replaced, never raises for a reason of ours, and is put back with the launch values.
     planner: SGLang's DSparkVerifyPlanner, of which `nothing_to_swap` says None. gamma: draft tokens per request. launched: its
-    `launch_temperatures`. swaps, refused: how often each happened.
-    reason: of the last refusal, "" before one.
+    `launch_temperatures`. swaps, refused: how often each happened. reason: of the last refusal, "" before one. sizes: of its
+    captured graphs.
     """
 
     def __init__(self, planner: Any, gamma: int, launched: Floats) -> None:
@@ -200,8 +200,8 @@ class DSparkSwap:
         self._wanted: Floats | None = None
         self._version = 0
         self._forced = False
-        self._sizes = graph_sizes(planner)
-        self._bounded = bool(self._sizes.tokens) and self._sizes.filled
+        self.sizes = graph_sizes(planner)
+        self._bounded = bool(self.sizes.tokens) and self.sizes.filled
         """Whether a plan may be too large for SGLang, whatever the rails."""
         self._rails = (0, gamma)
         self._plan: Any = None
@@ -260,11 +260,11 @@ class DSparkSwap:
 
     def within(self, draft_tokens: int, rows: int) -> int:
         """The nearest number of draft tokens of a step that the rails leave."""
-        return budget_within(draft_tokens, rows, self._gamma, *self._rails, self._sizes)
+        return budget_within(draft_tokens, rows, self._gamma, *self._rails, self.sizes)
 
     def tokens(self, draft_tokens: int, rows: int) -> int:
         """Tokens that a step verifies, bonus tokens included, where so many draft tokens are planned."""
-        return self._sizes.rounded(rows + draft_tokens, rows, self._gamma)
+        return self.sizes.rounded(rows + draft_tokens, rows, self._gamma)
 
     def restore(self) -> None:
         """Back to the launch values; temperatures with the next `at_forward`."""

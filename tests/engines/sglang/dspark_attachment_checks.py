@@ -43,6 +43,7 @@ from adaptive_spec.engines.common.plugin_settings import PluginSettings
 from adaptive_spec.engines.sglang import contract, plugin
 from adaptive_spec.engines.sglang.attachment import Attachment, Place
 from adaptive_spec.engines.sglang.dspark_attachment import DSparkAttachment
+from adaptive_spec.engines.sglang.dspark_swap import GraphSizes
 from adaptive_spec.engines.sglang.supported_servers import dspark_unsupported_reason
 from adaptive_spec.engines.static_contract import Need
 from adaptive_spec.wire.engine_report import EngineReport, read_report
@@ -848,6 +849,14 @@ def test_all_ranks_have_the_same_rails_in_the_same_step(ranks: list[Rank], page:
     run(ranks, 5)
     assert not any("_budget_from_resolved" in vars(rank.server.planner) for rank in ranks)
     assert not any(rank.guard.failures for rank in ranks)
+
+
+def test_ranks_with_other_graphs_state_other_terms(ranks: list[Rank]) -> None:
+    """Where rails and rounding leave other budgets, ranks must not steer."""
+    terms = {rank.attachment._terms() for rank in ranks}
+    assert len(terms) == 1
+    ranks[1].swap.sizes = GraphSizes((4, 8), True)
+    assert ranks[1].attachment._terms() not in terms
 
 
 def test_what_one_rank_refuses_none_takes_over(ranks: list[Rank], page: PolicyPage, monkeypatch: pytest.MonkeyPatch) -> None:

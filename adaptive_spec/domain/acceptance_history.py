@@ -103,13 +103,13 @@ class AcceptanceHistory:
         calibrated: P(accept) by the confidence alone, [b], NaN where it is unknown; the result is NaN there too. The next
         `observe` compares it with what was accepted.
         """
-        self._predicted = dict(zip(request_ids, calibrated, strict=True))
         known, unknown, expected, accepted = self._row, len(self._expected) - 1, self._expected, self._accepted
         prior = PRIOR_STEPS * float(self._all[1, 0] / self._all[0, 0])
         found = []
-        for request, chance in self._predicted.items():
+        for request, chance in zip(request_ids, calibrated, strict=True):
             row = known.get(request, unknown)
             found.append(min(chance * (accepted[row] + prior) / (expected[row] + prior), 1.0))
+        self._predicted = dict(zip(request_ids, calibrated, strict=True))
         return found
 
     def _score(

@@ -78,6 +78,14 @@ def test_only_steps_with_a_calibrated_confidence_and_a_verified_token_correct_it
     assert history.first_tokens([1], calibrated) == pytest.approx([0.7])
 
 
+def test_two_requests_of_one_number_are_told_apart_in_their_step() -> None:
+    """Numbers are checksums of names, so two requests of a batch may share one."""
+    history = AcceptanceHistory(MAX_K, 16)
+    assert history.first_tokens([1, 1, 2], [0.2, 0.9, 0.5]) == pytest.approx([0.2, 0.9, 0.5])
+    history.observe([1, 1, 2], np.array([0, 1, 1], np.uint8), 3)
+    assert len(history.first_tokens([1, 1, 2], [0.2, 0.9, 0.5])) == 3
+
+
 def test_a_dropped_requests_record_is_not_the_next_ones() -> None:
     history, calibrated = AcceptanceHistory(MAX_K, 1), [0.7]
     for _ in range(40):

@@ -51,6 +51,13 @@ def server_port_of(flags: Sequence[str], default: int = DEFAULT_SERVER_PORT) -> 
     return port
 
 
+def server_port_of_folder(folder: Path) -> int | None:
+    """Return the port of the server whose default folder it is; None for another folder."""
+    port = folder.name.rpartition("-")[2]
+    right = port.isascii() and port.isdigit() and len(port) <= 5 and 1 <= int(port) <= 65_535
+    return int(port) if right and folder == default_runtime_dir(int(port)) else None
+
+
 def default_runtime_dirs() -> dict[int, Path]:
     """Return the existing default folders of this user, by server port, ascending."""
     prefix = default_runtime_dir().name.removesuffix(str(DEFAULT_SERVER_PORT))

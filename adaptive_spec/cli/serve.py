@@ -96,9 +96,10 @@ def run_serve(options: ServeOptions) -> int:
 def _settings(options: ServeOptions) -> SidecarSettings:
     """Return the settings of both processes. Both read the same file, so they always agree."""
     settings = load_settings(options.config, options.overrides)
-    if not settings.model_fields_set & {"runtime_dir", "server_port"}:
+    if "server_port" not in settings.model_fields_set:
         port = server_port_of(options.flags, ENGINES[options.engine].port)
-        settings = settings.model_copy(update={"server_port": port, "runtime_dir": default_runtime_dir(port)})
+        folder = settings.runtime_dir if "runtime_dir" in settings.model_fields_set else default_runtime_dir(port)
+        settings = settings.model_copy(update={"server_port": port, "runtime_dir": folder})
     update: dict[str, Any] = {"runtime_dir": settings.runtime_dir.absolute(), "profile_dir": settings.profile_dir.absolute()}
     if options.mode is not None:
         update["controller"] = settings.controller.model_copy(update={"mode": options.mode})

@@ -68,6 +68,8 @@ def status_table(document: dict[str, Any]) -> Table:
         "goodput": f"{number(document.get('goodput_tokens_per_s'), ',.0f')} tokens/s",
         "sidecar": f"pid {document['sidecar_pid']}, {document['version']}",
     }
+    if server := document.get("server_reported"):
+        rows["server's own numbers"] = _server_words(server)
     if ranks := document.get("dp_ranks"):
         rows["shown above"] = f"data-parallel rank {next(iter(ranks))}, of {len(ranks)}"
     for rank, one in (ranks or {}).items():
@@ -77,6 +79,17 @@ def status_table(document: dict[str, Any]) -> Table:
     for name, value in rows.items():
         table.add_row(name, Text(value))
     return table
+
+
+def _server_words(server: dict[str, Any]) -> str:
+    """The server's own numbers on one line; why there are none."""
+    if server["failure"]:
+        return f"none: {server['url']}: {server['failure']}"
+    return (
+        f"{number(server['tokens_per_s'], ',.0f')} tokens/s, {number(server['running_requests'], '.0f')} requests, "
+        f"accept length {number(server['accept_length'], '.2f')}, accept rate {number(server['accept_rate'], '.2f')}, "
+        f"{server['age_s']:.0f} s ago"
+    )
 
 
 def explain_tables(document: dict[str, Any]) -> Iterator[RenderableType]:

@@ -285,6 +285,14 @@ class SidecarSettings(_Section):
         le=65_535,
         description="Port of the LLM server, 1..65535: part of the default of `runtime_dir`, so that each server has its own.",
     )
+    server_metrics: bool = Field(
+        True,
+        description=(
+            "Whether the sidecar shows the LLM server's own numbers, from its `http://127.0.0.1:PORT/metrics`, asked every 5 s "
+            "while the plugin gives no records, true or false. Needs a `server_port` that is set, or a `runtime_dir` whose "
+            "default name has the port. False: the server is never asked, `server_reported` stays empty."
+        ),
+    )
     controller: ControllerSettings = ControllerSettings()
     grafana: GrafanaSettings = GrafanaSettings()
 

@@ -16,6 +16,7 @@ from adaptive_spec.control.k_switches import REASONS
 from adaptive_spec.control.snapshot import Snapshot
 from adaptive_spec.domain.policy import Mode
 from adaptive_spec.models.model_set import REFITTED
+from adaptive_spec.sidecar.server_metrics import ServerReported
 from adaptive_spec.sidecar.view import CALLS, CurrentView, View
 from adaptive_spec.wire.engine_report import STATES
 
@@ -56,6 +57,7 @@ def metrics_registry(current_view: CurrentView) -> CollectorRegistry:
 def _of_engine(view: View, dp_rank: int | None) -> Iterable[Metric]:
     family = _Families(view, dp_rank)
     yield from _about_sidecar(family, view)
+    yield from _about_server(_Families(view, None), view.server_reported)
     if (snapshot := view.snapshot) is not None:
         yield from _about_latency(family, snapshot)
         yield from _about_tokens(family, snapshot)
@@ -170,6 +172,23 @@ def _about_sidecar(family: _Families, view: View) -> Iterable[Metric]:
     yield family.counter("annotations_dropped", text, _by_name(view.annotations_dropped), ("reason",))
     age = None if view.checkpoint_s is None else max(time.monotonic() - view.checkpoint_s, 0.0)
     yield family.gauge("checkpoint_age_seconds", "Seconds since the last checkpoint.", _one(age))
+
+
+def _about_server(family: _Families, server: ServerReported | None) -> Iterable[Metric]:
+    """The server's own numbers: of the whole server, so without dp_rank."""
+    own = server if server is not None and not server.failure else None
+    note = "The server's own number, not measured by adaptive-spec; only while the plugin gives no records."
+    text = f"Tokens per request and verification, bonus token included. {note}"
+    yield family.gauge("server_reported_accept_length_tokens", text, _one(own.accept_length if own else None))
+    text = f"Accepted / proposed draft tokens, 0..1. {note}"
+    yield family.gauge("server_reported_accept_ratio", text, _one(own.accept_rate if own else None))
+    text = f"Requests that run. {note}"
+    yield family.gauge("server_reported_running_requests", text, _one(own.running_requests if own else None))
+    text = f"Output tokens per second. {note}"
+    yield family.gauge("server_reported_tokens_per_second", text, _one(own.tokens_per_s if own else None))
+    age = max(time.monotonic() - own.time_s, 0.0) if own else None
+    text = "Seconds since the server answered with its own numbers; only while the plugin gives no records."
+    yield family.gauge("server_reported_age_seconds", text, _one(age))
 
 
 def _about_latency(family: _Families, s: Snapshot) -> Iterable[Metric]:

@@ -26,6 +26,7 @@ from adaptive_spec.sidecar.engine_follower import EngineFollower, Intervals
 from adaptive_spec.sidecar.grafana import Annotator
 from adaptive_spec.sidecar.http_server import WebServer
 from adaptive_spec.sidecar.own_files import OwnFiles
+from adaptive_spec.sidecar.server_metrics import ServerMetrics
 from adaptive_spec.sidecar.view import CurrentView
 from adaptive_spec.storage.profile import check_writable
 from adaptive_spec.storage.profile_store import ProfileStore
@@ -58,6 +59,7 @@ class Sidecar:
             check_writable(settings.profile_dir)
             self._store = _store_worker(settings)
             self._annotator = Annotator.of(settings.grafana)
+            self._server_metrics = ServerMetrics.of(settings)
             self._current_view = CurrentView(time.monotonic())
             certificates = _certificates(settings)
             self._web = WebServer(
@@ -89,6 +91,8 @@ class Sidecar:
                 self._store.close()
             if self._annotator:
                 self._annotator.close()
+            if self._server_metrics:
+                self._server_metrics.close()
             self._web.close()
             self._own_files.close()
         log.info("stopped")
@@ -219,6 +223,9 @@ class Sidecar:
                 annotator.offer(view.snapshot, view.info, time.monotonic(), view.session)
             counts = annotator.counts
             view = replace(view, annotations_sent=counts.sent, annotations_dropped=dict(counts.dropped))
+        if self._server_metrics:
+            self._server_metrics.want(not any(one.records_come for one in views.values()))
+            view = replace(view, server_reported=self._server_metrics.newest(time.monotonic()))
         if first is not None:
             ranks = {rank: one for rank, one in views.items() if rank is not None}
             view = replace(view, dp_ranks=ranks | {first: view})

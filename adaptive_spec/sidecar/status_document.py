@@ -54,6 +54,12 @@ def _of_engine(view: View, heartbeat_s: float, now_s: float) -> dict[str, Any]:
         "origin": view.origin,
         "profile_store": None if view.store is None else {f"{what} {result}": n for (what, result), n in view.store.items()},
     }
+    if (server := view.server_reported) is not None:
+        document["server_reported"] = {
+            "url": server.url, "accept_length": server.accept_length, "accept_rate": server.accept_rate,
+            "running_requests": server.running_requests, "tokens_per_s": server.tokens_per_s,
+            "age_s": round(now_s - server.time_s, 3), "failure": server.failure,
+        }  # fmt: skip
     if (report := view.report) is not None:
         document["engine_report"] = {
             "pid": report.pid, "engine": report.engine, "state": report.state, "reason": report.reason,

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from adaptive_spec.control.snapshot import Snapshot
 from adaptive_spec.domain.engine_info import EngineInfo
 from adaptive_spec.sidecar.history import HistoryPoint
+from adaptive_spec.sidecar.server_metrics import ServerReported
 from adaptive_spec.wire.engine_report import EngineReport
 
 CALLS = (
@@ -28,9 +29,9 @@ class View:
     (operation, result), None without a store. annotations_sent, annotations_dropped: Grafana annotations, the dropped ones by
     reason; annotations_sent is None when no Grafana is configured. policy_ignored: the engine runs without a policy although one
     that acts is offered. gain_over_no_speculation: see `control.no_speculation`, None where that was not measured.
-    session: number of the session that the snapshot is of, 0 without one; event ids are unique within one. dp_ranks: of a
-    server with data parallelism the view of each data-parallel rank, ascending; this one is that of the first, with what belongs
-    to the whole sidecar.
+    server_reported: the server's own numbers while the plugin gives none, else None. session: number of the session that the
+    snapshot is of, 0 without one; event ids are unique within one. dp_ranks: of a server with data parallelism the view of each
+    data-parallel rank, ascending; this one is that of the first, with what belongs to the whole sidecar.
     """
 
     time_s: float
@@ -48,8 +49,14 @@ class View:
     annotations_dropped: Mapping[str, int] = field(default_factory=dict)
     policy_ignored: bool = False
     gain_over_no_speculation: float | None = None
+    server_reported: ServerReported | None = None
     session: int = 0
     dp_ranks: Mapping[int, View] = field(default_factory=dict)
+
+    @property
+    def records_come(self) -> bool:
+        """Whether an engine writes records, or is about to: the plugin's level is not 0."""
+        return self.attached or (self.report is not None and self.report.records_come)
 
 
 class CurrentView:

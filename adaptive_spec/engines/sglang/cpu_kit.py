@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 from adaptive_spec.errors import BadInput
@@ -48,11 +49,12 @@ class CpuKit:
         draft_tokens: int | None = None,
         dp: int = 1,
         attention_dp: int = 1,
+        more: Sequence[str] = (),
     ) -> list[str]:
         """SGLang's flags. algorithm: "" for no speculation. models: "models" (tiny) or "models-64m". k: K at launch.
         tp: tensor-parallel ranks; more than one needs `bound_to_cores` in the server's environment, as does dp.
         topk, draft_tokens: branches and tokens of the tree that is verified, k + 1 tokens without branches. dp: replicas.
-        attention_dp: data-parallel ranks of the attention, among the tp ranks.
+        attention_dp: data-parallel ranks of the attention, among the tp ranks. more: further flags.
 
         adaptive: file of candidate K, in the kit or anywhere; "" for SGLang's default ones; None for one K.
         """
@@ -66,6 +68,7 @@ class CpuKit:
             *(("--tp", str(tp)) if tp > 1 else ()),
             *(("--dp", str(dp)) if dp > 1 else ()),
             *(("--dp", str(attention_dp), "--enable-dp-attention") if attention_dp > 1 else ()),
+            *more,
         ]
         if not algorithm:
             return flags

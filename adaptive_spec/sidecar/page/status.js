@@ -96,6 +96,15 @@ function showControl(status) {
   for (const control of byId("control").querySelectorAll("button, select")) control.disabled = !status.engine;
 }
 
+// Numbers of the server itself, shown while the plugin gives none.
+function showServer(server) {
+  byId("server").hidden = server == null;
+  if (server == null) return;
+  put("server", server.failure ? `The server's own numbers: none: ${server.url}: ${server.failure}`
+    : `The server's own numbers, ${ago(server.age_s)}: ${number(server.tokens_per_s)} tokens/s, ${number(server.running_requests)} requests, `
+      + `accept length ${number(server.accept_length, 2)}, accept rate ${number(server.accept_rate, 2)}`);
+}
+
 function show(status) {
   const engine = status.engine;
   put("engine", engine ? `${engine.name} · ${engine.model} · ${engine.gpu} · tp${engine.tp}` : "waiting for an engine");
@@ -103,6 +112,7 @@ function show(status) {
   put("mode", gone ? "engine stopped" : status.mode);
   byId("mode").className = `badge ${gone ? "gone" : status.mode}`;
   put("reason", status.reason);
+  showServer(status.server_reported);
   document.title = `${gone ? "engine stopped" : status.mode} · adaptive-spec`;
   showK(status);
   put("goodput", number(status.goodput_tokens_per_s));

@@ -15,7 +15,7 @@ from adaptive_spec.engines.sglang.cpu_kit import CpuKit
 from adaptive_spec.wire.engine_report import read_report
 from adaptive_spec.wire.ring import RingReader
 from tests.engines.sglang.server import SglangServer, beside, some_prompts, trace
-from tests.support.processes import run_cli
+from tests.support.processes import SidecarProcess, run_cli
 
 pytestmark = pytest.mark.server
 
@@ -170,18 +170,25 @@ def test_inert_unless_asked(kit: CpuKit, tmp_path: Path) -> None:
 
 @pytest.mark.nightly
 def test_another_sglang_is_left_alone(kit: CpuKit, tmp_path: Path) -> None:
-    """The installed one, under the version number of a later one."""
+    """The installed one, under the version number of a later one. A sidecar shows the server's own numbers."""
     site = tmp_path / "site" / "sglang-99.0.dist-info"
     site.mkdir(parents=True)
     (site / "METADATA").write_text("Metadata-Version: 2.1\nName: sglang\nVersion: 99.0\n")
     environment = {
         "PYTHONPATH": str(site.parent), "ADAPTIVE_SPEC_MODE": "active", "ADAPTIVE_SPEC_RUNTIME_DIR": str(tmp_path / "run"),
     }  # fmt: skip
-    with SglangServer(tmp_path, direct=True, environment=environment) as server:
-        answers = server.load(some_prompts(12, seed=1), 4)
+    with SglangServer(tmp_path, direct=True, environment=environment, more=("--enable-metrics",)) as server:
+        answers = server.load(some_prompts(60, seed=1), 8)
         assert all(answer.exact for answer in answers)
         log = server.log.read_text(errors="replace")
         assert "not attached: SGLang 99.0 is not a supported release" in log
         report = server.report()
         assert report is not None
         assert report.state == "refused"
+        with SidecarProcess(server.runtime_dir, server.profile_dir, "--server-port", str(server.port)) as sidecar:
+            status = sidecar.wait_status(lambda s: s.get("server_reported"), "the server's own numbers")
+        assert "SGLang 99.0" in status["reason"]
+        assert not status["engine_attached"]
+        reported = status["server_reported"]
+        assert (reported["failure"], reported["running_requests"]) == ("", 0)
+        assert 1 < reported["accept_length"] <= 4, "of its latest 40 steps"

@@ -53,9 +53,13 @@ class HttpServer:
         self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {})
 
     def ask(
-        self, method: str, path: str, body: dict[str, Any] | None, timeout_s: float, largest: int = LARGEST_ANSWER
+        self, method: str, path: str, body: dict[str, Any] | None, timeout_s: float, largest: int | None = None
     ) -> tuple[int, bytes]:
-        """Return status and body, of at most `largest` bytes. Follows no redirect. Raises OSError or HTTPException."""
+        """Return status and body, of at most `largest` bytes (None: LARGEST_ANSWER). Follows no redirect.
+
+        timeout_s: of connecting and of each read. Raises OSError or HTTPException.
+        """
+        largest = LARGEST_ANSWER if largest is None else largest
         connection = self.connection(timeout_s)
         try:
             connection.request(method, path, json.dumps(body) if body is not None else None, self._headers)

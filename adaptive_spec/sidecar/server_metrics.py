@@ -1,7 +1,7 @@
 """What an LLM server says of itself at its own `/metrics`: level 0, all that can be shown while the plugin gives no records.
 
-The plugin was refused, has detached, or is not installed. SGLang has `/metrics` with `--enable-metrics`, vLLM always. The numbers
-are the server's own: nothing is learnt from them, and they decide nothing.
+The plugin was refused, has detached, or is not installed. SGLang has the numbers with `--enable-metrics`, vLLM without
+`--disable-log-stats`. They are the server's own: nothing is learnt from them, and they decide nothing.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def parse_answer(body: bytes, time_s: float) -> Reading:
         if found:
             values[name] = sum(found) / len(found)
     if not values:
-        raise ValueError("no number of SGLang or vLLM in the answer")
+        raise ValueError("no number of SGLang or vLLM in the answer; vLLM gives none with --disable-log-stats")
     return Reading(time_s, values)
 
 

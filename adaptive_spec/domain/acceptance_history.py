@@ -21,6 +21,9 @@ PRIOR_STEPS = 10.0
 """Weight of the population's rate in a request's own, in steps (m above): about a fifth of what a request remembers."""
 REQUEST_DECAY, POPULATION_DECAY = 0.98, 0.995
 """Weight of a step one step later: a request remembers about 1 / (1 - 0.98) = 50 steps, the population 200 steps."""
+LEAST_RATE = 1e-9
+"""Least c[1] of a correction: without it the rate of a draft that is never right falls to 0 after some 150 000 steps, and s of a
+request without a record is 0 / 0. So small that it changes no correction that has a record."""
 REQUESTS_REMEMBERED = 4096
 """Requests whose history an engine keeps; the least recently used is dropped."""
 
@@ -104,7 +107,7 @@ class AcceptanceHistory:
         `observe` compares it with what was accepted.
         """
         known, unknown, expected, accepted = self._row, len(self._expected) - 1, self._expected, self._accepted
-        prior = PRIOR_STEPS * float(self._all[1, 0] / self._all[0, 0])
+        prior = PRIOR_STEPS * max(float(self._all[1, 0] / self._all[0, 0]), LEAST_RATE)
         found = []
         for request, chance in zip(request_ids, calibrated, strict=True):
             row = known.get(request, unknown)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from adaptive_spec.domain import acceptance_history
 from adaptive_spec.domain.acceptance_history import AcceptanceHistory
 from adaptive_spec.domain.policy import Granularity, Mode, Policy, Trial
 from adaptive_spec.domain.survival import GRID_POINTS, LOGIT_LIMIT, SurvivalMap
@@ -76,6 +77,16 @@ def test_only_steps_with_a_calibrated_confidence_and_a_verified_token_correct_it
         history.first_tokens([1], calibrated)
         history.observe([2], np.zeros(1, np.uint8), 3)  # of another request
     assert history.first_tokens([1], calibrated) == pytest.approx([0.7])
+
+
+def test_a_draft_that_is_never_right_leaves_a_prediction(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rate of all requests falls below every float, at the decay of 0.995 after 150 000 steps."""
+    monkeypatch.setattr(acceptance_history, "POPULATION_DECAY", 0.1)
+    history = AcceptanceHistory(MAX_K, 16)
+    for _ in range(400):
+        history.observe([1], np.zeros(1, np.uint8), 1)
+    assert history.usual[0] == 0.0
+    assert history.first_tokens([2], [0.7]) == pytest.approx([0.7])
 
 
 def test_two_requests_of_one_number_are_told_apart_in_their_step() -> None:

@@ -285,7 +285,8 @@ class DSparkSwap:
     def _follow_rails(self, policy: Policy) -> None:
         """Take the rails of the policy. Never raises."""
         self._rails = policy.verified_rails(self._gamma)
-        if self._plan is not None or (self._rails == (0, self._gamma) and not self._bounded):
+        replaced = self._plan is not None and _PLAN in vars(self._planner)  # else someone has taken ours away
+        if replaced or (self._rails == (0, self._gamma) and not self._bounded):
             return
         try:
             from sglang.srt.speculative.dspark_components.dspark_planner import VerifyBudgetDecision

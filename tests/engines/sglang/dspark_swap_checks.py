@@ -362,6 +362,18 @@ def test_another_one_that_replaced_the_method_since_is_left_alone() -> None:
     assert len(calls) == 2
 
 
+def test_rails_that_someone_else_took_away_come_back_with_the_next_step() -> None:
+    """A wrapper around ours whose owner removes it by deleting the planner's attribute takes ours with it."""
+    planner = running_planner()
+    swap = swap_for(planner)
+    take(swap, railed(0, 1))
+    del planner._budget_from_resolved
+    take(swap, railed(0, 1))
+    assert planned(planner, 4, 0.999) == 4
+    take(swap, None)
+    assert "_budget_from_resolved" not in vars(planner)
+
+
 def test_a_failure_inside_leaves_sglangs_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     planner = running_planner()
     swap = swap_for(planner)

@@ -45,7 +45,7 @@ USED_SHARE = 0.02
 class Proposal:
     """A table to adopt. previous: the present one. goodput: 0 outside k_min..k_max, [batches, contexts, K + 1].
 
-    swap: the reason (sweep, drift or gain) when K changes for recent traffic; None: it does not.
+    swap: the reason (sweep, command, drift or gain) when K changes for recent traffic; None: it does not.
     """
 
     table: Table

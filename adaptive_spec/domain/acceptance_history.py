@@ -24,6 +24,10 @@ REQUEST_DECAY, POPULATION_DECAY = 0.98, 0.995
 LEAST_RATE = 1e-9
 """Least c[1] of a correction: without it the rate of a draft that is never right falls to 0 after some 150 000 steps, and s of a
 request without a record is 0 / 0. So small that it changes no correction that has a record."""
+BASELINE_STEPS = 1000
+"""Five times what the population remembers: long enough for a new table to come first, where one is wanted; see `usual_of`. A
+younger history has no baseline: what it would be compared with is itself still being learnt.
+"""
 REQUESTS_REMEMBERED = 4096
 """Requests whose history an engine keeps; the least recently used is dropped."""
 
@@ -42,12 +46,14 @@ class AcceptanceHistory:
         self._counts = np.zeros((capacity + 1, 2, max_k))
         """Reached and accepted by request. The last row stays 0: that of every unknown request."""
         self._all = np.array([np.full(max_k, 1.0), np.full(max_k, 0.5)])
-        self._usual_of: tuple[int, Floats] = -1, np.cumprod(self.usual, dtype=np.float64)
+        self._steps = 0
+        """Steps observed."""
+        self._table, self._baseline = -1, np.cumprod(self.usual, dtype=np.float64)
         """See `usual_of`."""
         self._expected, self._accepted = [0.0] * (capacity + 1), [0.0] * (capacity + 1)
         """Expected and accepted first tokens by row, of the steps that had a calibrated confidence."""
-        self._predicted: dict[int, float] = {}
-        """Calibrated confidence of the first token by request, of the step whose outcome is to come."""
+        self._predicted: tuple[Sequence[int], Sequence[float]] = (), ()
+        """Requests of the step whose outcome is to come, and the calibrated confidences of their first tokens."""
         self._row: dict[int, int] = {}
         self._free = list(range(capacity - 1, -1, -1))
 
@@ -61,12 +67,13 @@ class AcceptanceHistory:
         verified one do, towards the population's rate, so that a request that is cut short is tried again.
         """
         of_all = isinstance(verified, int)
-        predicted, self._predicted = self._predicted, {}
+        predicted, self._predicted = self._predicted, ((), ())
         if len(accept_len) == 0 or not (verified if of_all else np.any(verified)):
             return
+        self._steps += 1
         # On the engine's hot path: every call of numpy costs more than its arithmetic here, so there are few.
         rows = self._rows(request_ids)
-        if predicted:
+        if predicted[0]:
             self._score(request_ids, rows.tolist(), predicted, accept_len.tolist(), verified)
         ends = np.empty((len(rows), 2), np.intp)  # positions reached and accepted end before these
         ends[:, 1] = accept_len
@@ -86,12 +93,17 @@ class AcceptanceHistory:
         return np.asarray(self._all[1] / self._all[0])
 
     def usual_of(self, table: int) -> Floats:
-        """P(draft position j is accepted) of all requests together, [max_k], as it was at the first call with this number of a K
-        table: that of the traffic that the table was made for.
+        """P(draft position j is accepted) for the requests that a K table was made for, [max_k]; called once a step.
+
+        table: number of the table. It is what was usual at the first call with this number, and moves to what is usual now within
+        some BASELINE_STEPS calls: a table that stays for so long holds for the present traffic too.
         """
-        if self._usual_of[0] != table:
-            self._usual_of = table, np.cumprod(self.usual, dtype=np.float64)
-        return self._usual_of[1]
+        usual = np.multiply.accumulate(self._all[1] / self._all[0])
+        if table != self._table or self._steps < BASELINE_STEPS:
+            self._table, self._baseline = table, usual
+        else:
+            self._baseline = self._baseline + (usual - self._baseline) / BASELINE_STEPS
+        return self._baseline
 
     def conditional(self, request_ids: Sequence[int]) -> Floats:
         """P(accept j | all before j accepted) of each request, [b, max_k]; of an unknown request, the population's."""
@@ -104,7 +116,8 @@ class AcceptanceHistory:
         """P(accept) of each request's first draft token in the coming step, [b]: its confidence, corrected by its own record.
 
         calibrated: P(accept) by the confidence alone, [b], NaN where it is unknown; the result is NaN there too. The next
-        `observe` compares it with what was accepted.
+        `observe` compares it with what was accepted, so the outcome of a step must come before the next is decided: confidences
+        are known in time only where steps do not overlap.
         """
         known, unknown, expected, accepted = self._row, len(self._expected) - 1, self._expected, self._accepted
         prior = PRIOR_STEPS * max(float(self._all[1, 0] / self._all[0, 0]), LEAST_RATE)
@@ -112,22 +125,25 @@ class AcceptanceHistory:
         for request, chance in zip(request_ids, calibrated, strict=True):
             row = known.get(request, unknown)
             found.append(min(chance * (accepted[row] + prior) / (expected[row] + prior), 1.0))
-        self._predicted = dict(zip(request_ids, calibrated, strict=True))
+        self._predicted = request_ids, calibrated
         return found
 
+    def forget_prediction(self) -> None:
+        """A new step is decided: the outcome of the last one, if it did not come, is not compared."""
+        self._predicted = (), ()
+
     def _score(
-        self,
-        request_ids: Sequence[int],
-        rows: list[int],
-        predicted: dict[int, float],
-        accept_len: list[int],
-        verified: int | Lengths,
-    ) -> None:
+        self, request_ids: Sequence[int], rows: list[int], predicted: tuple[Sequence[int], Sequence[float]],
+        accept_len: list[int], verified: int | Lengths,
+    ) -> None:  # fmt: skip
         """Count a step in the records of the requests that had a calibrated confidence and a verified token."""
         expected, accepted = self._expected, self._accepted
+        ids, chances = predicted
+        if list(ids) != list(request_ids):  # some have ended meanwhile
+            by_request = dict(zip(ids, chances, strict=True))
+            chances = [by_request.get(request, math.nan) for request in request_ids]
         lengths = [verified] * len(rows) if isinstance(verified, int) else verified.tolist()
-        for request, row, ran, right in zip(request_ids, rows, lengths, accept_len, strict=True):
-            chance = predicted.get(request, math.nan)
+        for row, chance, ran, right in zip(rows, chances, lengths, accept_len, strict=True):
             if ran > 0 and chance >= 0.0:
                 expected[row] = expected[row] * REQUEST_DECAY + chance
                 accepted[row] = accepted[row] * REQUEST_DECAY + (right > 0)

@@ -7,8 +7,9 @@
 
 c[i, j] is how often request i's draft token j was accepted given that all before it were, shrunk towards c[j] of all requests
 with the weight of m = PRIOR_STEPS steps. The policy's table holds the best K for usual requests, those with u[j]: c[j] as it was
-when the table came. Where another K is predicted to be better than the table's K for usual requests too, its goodput is reduced
-by that ratio, so that only the difference between these requests and those the table was made for counts:
+when the table came, and slowly what it is now (`AcceptanceHistory.usual_of`). Where another K is predicted to be better than the
+table's K for usual requests too, its goodput is reduced by that ratio, so that only the difference between these requests and
+those the table was made for counts:
 
     chosen = argmax over K of goodput(K) * min(1, usual(table's K) / usual(K)),   usual(K) = goodput(K) with c[i, j] = u[j]
 
@@ -129,6 +130,7 @@ def refined_k(
     Arguments: see `survival` and `best_k`.
     """
     policy = planner.policy
+    history.forget_prediction()
     if policy is None or not chooses(planner) or len(candidates) < 2:
         return table_k
     b, last_k = len(request_ids), planner.last_k

@@ -93,8 +93,12 @@ def test_two_requests_of_one_number_are_told_apart_in_their_step() -> None:
     """Numbers are checksums of names, so two requests of a batch may share one."""
     history = AcceptanceHistory(MAX_K, 16)
     assert history.first_tokens([1, 1, 2], [0.2, 0.9, 0.5]) == pytest.approx([0.2, 0.9, 0.5])
-    history.observe([1, 1, 2], np.array([0, 1, 1], np.uint8), 3)
-    assert len(history.first_tokens([1, 1, 2], [0.2, 0.9, 0.5])) == 3
+    for _ in range(100):
+        history.first_tokens([1, 1, 2], [0.2, 0.9, 0.5])
+        history.observe([1, 1, 2], np.array([0, 1, 0], np.uint8), 3)
+    first, second, third = history.first_tokens([1, 1, 2], [0.2, 0.9, 0.5])
+    assert first / second == pytest.approx(0.2 / 0.9, rel=0.05), "one record for both"
+    assert third < 0.25
 
 
 def test_a_dropped_requests_record_is_not_the_next_ones() -> None:
@@ -245,6 +249,33 @@ def test_after_a_change_of_all_traffic_the_choice_corrects_the_table_until_a_new
     assert chosen(2) == MAX_K
     planner.adopt(replace(short, version=10_000, k_table=np.full((9, 1), 3, np.uint8)))
     assert chosen(2) == 3, "the new table was made for this traffic"
+
+
+@pytest.mark.parametrize("rate", [0.7, 0.9])
+@pytest.mark.parametrize("table_k", [1, 3])
+def test_a_table_from_a_profile_is_kept_by_usual_requests_from_the_first_step_on(rate: float, table_k: int) -> None:
+    """The table comes before anything is known of the requests: what was assumed then is no baseline."""
+    random, history, planner = np.random.default_rng(7), AcceptanceHistory(MAX_K, 64), Planner(3, MAX_K)
+    planner.adopt(replace(_policy(), k_table=np.full((9, 1), table_k, np.uint8)))
+    moved = 0
+    for step in range(3000):
+        ids = [step // 30]
+        k = refined_k(history, planner, ids, None, planner.draft_length(1, 100), 100, 1, CANDIDATES)
+        right = np.cumprod(random.random(MAX_K) < rate)
+        history.observe(ids, np.array([right[:k].sum()], np.uint8), k)
+        moved += k != table_k and step > 500
+    assert moved < 0.4 * 2500
+
+
+def test_a_table_that_stays_for_long_holds_for_the_present_traffic() -> None:
+    history, planner = _seen({1: 0.3}, steps=1500), Planner(3, MAX_K)
+    planner.adopt(replace(_policy(), k_table=np.full((9, 1), 1, np.uint8)))
+    before = history.usual_of(planner.tables)[0]
+    for _ in range(6000):
+        history.observe([2], np.full(1, MAX_K, np.uint8), MAX_K)
+        history.usual_of(planner.tables)
+    assert before < 0.5
+    assert history.usual_of(planner.tables)[0] > 0.95
 
 
 def test_without_a_policy_the_launch_k_stays() -> None:

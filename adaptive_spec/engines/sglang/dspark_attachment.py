@@ -194,9 +194,9 @@ class DSparkAttachment(Attachment):
         drafted, wanted = rows * self._gamma, None
         if policy is not None and policy.acting:
             if planner.in_trial:
-                asked = planner.trial_tokens
-                wanted = self._swap.within(min(max(asked - rows, 0), drafted) if asked else drafted, rows)
-                as_asked = asked in (0, rows + wanted)
+                asked = planner.trial_tokens or rows + drafted
+                wanted = self._swap.within(min(max(asked - rows, 0), drafted), rows)
+                as_asked = asked == rows + wanted
                 self._begun = _Decided(batch, begun, self._swap.tokens(wanted, rows) if as_asked else asked)
             elif policy.mode is Mode.PINNED:
                 wanted = self._swap.within(drafted, rows)

@@ -569,18 +569,19 @@ def test_a_trial_is_one_only_if_its_tokens_ran(monkeypatch: pytest.MonkeyPatch, 
     """As SGLang rounds them: it pads to a captured graph, or fills it."""
     graphs = (4, 8, 12, 16, 24)  # 8 requests have up to 48 tokens: more than any graph
     plugged = Plugged(monkeypatch, folder, graphs=graphs, filled=filled)
-    asked = [9, 12, 21, 3, 26, 0]
+    asked = [9, 12, 21, 3, 26, 0, 0]
     with plugged.page() as page:
         page.publish(dataclasses.replace(
             railed(1, 0, 32), mode=Mode.SWEEP, verify_all=True, trials=tuple(Trial(0, GAMMA, tokens, 1) for tokens in asked)
         ))  # fmt: skip
-        for rows in (4, 4, 4, 4, 8, 2):
+        for rows in (4, 4, 4, 4, 8, 2, 8):
             plugged.server.step(rows)
     records = plugged.records()
-    assert [record.num_tokens for record in records] == ([12, 12, 24, 4, 24, 12] if filled else [9, 12, 21, 4, 48, 12])
-    assert [record.padded_tokens for record in records] == [12, 12, 24, 4, 24 if filled else 48, 12]
+    most = 24 if filled else 48
+    assert [record.num_tokens for record in records] == ([12, 12, 24, 4] if filled else [9, 12, 21, 4]) + [most, 12, most]
+    assert [record.padded_tokens for record in records] == [12, 12, 24, 4, most, 12, most]
     trial = [bool(record.flags & StepFlag.TRIAL) for record in records]
-    assert trial == [True, True, True, False, False, True]
+    assert trial == [True, True, True, False, False, True, not filled], "all of 8 requests do not fit in a graph to fill"
     assert [bool(record.flags & StepFlag.LIMITED) for record in records] == [not one for one in trial]
 
 
@@ -594,10 +595,11 @@ def test_a_trial_that_sglangs_profiler_or_a_missing_plan_overrules_is_none(monke
         plugged.server.step(4)
         plugged.server.worker.set_dspark_forced_budget_frac(1.0)
         page.publish(dataclasses.replace(policy(2), mode=Mode.SWEEP, verify_all=True, trials=trials))
+        plugged.server.step(4)
         plugged.server.worker.set_dspark_forced_budget_frac(None)
     records = plugged.records()
-    assert [record.num_tokens for record in records] == [24, 24, 9, 9]
-    assert [bool(record.flags & StepFlag.TRIAL) for record in records] == [False, False, True, True]
+    assert [record.num_tokens for record in records] == [24, 24, 9, 9, 24]
+    assert [bool(record.flags & StepFlag.TRIAL) for record in records] == [False, False, True, True, False]
 
 
 @pytest.mark.parametrize("overlap", [False, True])

@@ -199,7 +199,8 @@ class DSparkSwap:
         self._temperatures = launched
         self._wanted: Floats | None = None
         self._version = 0
-        self._forced = False
+        self._forced: float | None = None
+        """The share of the budget that was forced here last; another one is of SGLang's own profiling."""
         self.sizes = graph_sizes(planner)
         self._bounded = bool(self.sizes.tokens) and self.sizes.filled
         """Whether a plan may be too large for SGLang, whatever the rails."""
@@ -247,16 +248,20 @@ class DSparkSwap:
 
     def force(self, draft_tokens: int | None, rows: int) -> None:
         """Verify exactly `draft_tokens` draft tokens of `rows` requests in the next step; None: the table decides."""
-        if draft_tokens is None:
-            if self._forced:
+        profiled = self._profiled
+        if draft_tokens is None or profiled:
+            if self._forced is not None and not profiled:
                 self._planner.set_forced_budget_frac(None)
-                self._forced = False
+            self._forced = None
             return
-        if not self._forced and self._budget.forced_budget_frac is not None:
-            return  # set by SGLang's own profiling
         # SGLang takes the whole part of fraction * rows * gamma.
-        self._planner.set_forced_budget_frac((draft_tokens + 0.5) / (rows * self._gamma))
-        self._forced = True
+        self._forced = (draft_tokens + 0.5) / (rows * self._gamma)
+        self._planner.set_forced_budget_frac(self._forced)
+
+    @property
+    def _profiled(self) -> bool:
+        """Whether SGLang's own profiling forces the budget."""
+        return self._budget.forced_budget_frac not in (None, self._forced)
 
     def within(self, draft_tokens: int, rows: int) -> int:
         """The nearest number of draft tokens of a step that the rails leave."""
@@ -308,7 +313,7 @@ class DSparkSwap:
             return budget
 
     def _clipped(self, budget: int | None, rows: int) -> int | None:
-        if self._budget.forced_budget_frac is not None and not self._forced:
+        if self._profiled:
             return budget  # set by SGLang's own profiling
         if budget is None and self._rails[1] >= self._gamma:
             return None

@@ -25,8 +25,8 @@ LEAST_RATE = 1e-9
 """Least c[1] of a correction: without it the rate of a draft that is never right falls to 0 after some 150 000 steps, and s of a
 request without a record is 0 / 0. So small that it changes no correction that has a record."""
 BASELINE_STEPS = 500
-"""More than twice what the population remembers: long enough for a new table to come first, where one is wanted; see `usual_of`. A
-younger history has no baseline: what it would be compared with is itself still being learnt.
+"""More than twice what the population remembers, so that a new table comes first where one is wanted; see `usual_of`. A younger
+history has no baseline: what it would be compared with is itself still being learnt.
 """
 REQUESTS_REMEMBERED = 4096
 """Requests whose history an engine keeps; the least recently used is dropped."""

@@ -70,10 +70,10 @@ class Controller:
         self.reason = "cold start"
         self._untrained = self.models.acceptance.survival
         self._decision = Decision(settings.policy, info)
-        rails = settings.policy
         self._publisher = Publisher(
-            info, self._decision.allowed, rails.min_gain, rails.slo_tpot_ms is None, rails.k_min, rails.k_max
-        )
+            info, self._decision.allowed, settings.policy.min_gain, step_choice=settings.policy.slo_tpot_ms is None,
+            k_min=settings.policy.k_min, k_max=settings.policy.k_max,
+        )  # fmt: skip
         self._budget = ProbeBudget(settings.policy.probe_budget)
         self._control_arm = ControlArm(settings.policy.control_share, min(info.launch_k, info.max_k))
         self._sweep = self._new_sweep()

@@ -48,8 +48,8 @@ class AcceptanceHistory:
         self._all = np.array([np.full(max_k, 1.0), np.full(max_k, 0.5)])
         self._steps = 0
         """Steps observed."""
-        self._table, self._baseline = -1, np.cumprod(self.usual, dtype=np.float64)
-        """See `usual_of`."""
+        self._table, self._baseline = -1, self.usual
+        """See `usual_of`, which replaces them at its first call."""
         self._expected, self._accepted = [0.0] * (capacity + 1), [0.0] * (capacity + 1)
         """Expected and accepted first tokens by row, of the steps that had a calibrated confidence."""
         self._predicted: tuple[Sequence[int], Sequence[float]] = (), ()
@@ -98,7 +98,7 @@ class AcceptanceHistory:
         table: number of the table. It is what was usual at the first call with this number, and moves to what is usual now within
         some BASELINE_STEPS calls: a table that stays for so long holds for the present traffic too.
         """
-        usual = np.multiply.accumulate(self._all[1] / self._all[0])
+        usual = np.multiply.accumulate(self.usual)
         if table != self._table or self._steps < BASELINE_STEPS:
             self._table, self._baseline = table, usual
         else:

@@ -64,9 +64,9 @@ def default_runtime_dirs() -> dict[int, Path]:
     found: dict[int, Path] = {}
     with suppress(OSError):
         for path in MEMORY.glob(f"{prefix}*"):
-            port = path.name.removeprefix(prefix)
-            if port.isascii() and port.isdigit():
-                found[int(port)] = path
+            port = server_port_of_folder(path)
+            if port is not None:
+                found[port] = path
     return dict(sorted(found.items()))
 
 

@@ -22,6 +22,7 @@ from adaptive_spec.config.load import load_settings
 from adaptive_spec.domain.step_record import StepFlag, StepRecord
 from adaptive_spec.engine_side.tap import PAGE_NAME
 from adaptive_spec.engines.sglang.cpu_kit import CpuKit
+from adaptive_spec.wire.engine_report import EngineReport
 from adaptive_spec.wire.policy_page import PolicyPageReader
 from tests.engines.sglang.server import SglangServer, beside, some_prompts, trace
 from tests.support.models_anew import assert_models_are_those_of, models_anew, same_models
@@ -280,9 +281,8 @@ def test_garbage_page(server: SglangServer, how: str) -> None:
     report = server.report()
     assert report is not None
 
-    def spoil() -> None:
-        for _ in range(4):
-            time.sleep(0.4)
+    def spoil(ended: threading.Event) -> None:
+        while not ended.wait(0.4):
             if how == "in place":
                 with page.open("r+b") as file:
                     file.write(noise)
@@ -290,19 +290,19 @@ def test_garbage_page(server: SglangServer, how: str) -> None:
                 (page.parent / "noise").write_bytes(noise)
                 (page.parent / "noise").replace(page)
 
-    thread = threading.Thread(target=spoil)
-    thread.start()
-    answers = server.load(some_prompts(120, seed=11), 8)
-    thread.join()
+    def refused() -> EngineReport | None:
+        """Once the engine has met a spoiled page: the sidecar may put its own back first, and an idle engine reports nothing."""
+        assert all(answer.exact for answer in server.load(some_prompts(30, seed=12), 8)), "zero failed requests"
+        found = server.report()
+        return found if found is not None and found.counters["page_failures"] > report.counters["page_failures"] else None
+
+    with beside(spoil):
+        answers = server.load(some_prompts(120, seed=11), 8)
+        if how == "in place":
+            server.wait(refused, "the page to be refused")
     assert all(answer.exact for answer in answers), "zero failed requests"
     server.load(some_prompts(30, seed=12), 4)
-    if how == "in place":
-        found = server.wait(
-            lambda: (r := server.report()) and r.counters["page_failures"] > report.counters["page_failures"] and r,
-            "the page to be refused",
-        )
-    else:  # the sidecar may put its own page back before the engine has looked at the other one
-        found = server.wait(lambda: page.read_bytes() != noise and server.report(), "the sidecar's page to be back")
+    found = server.wait(lambda: page.read_bytes() != noise and server.report(), "the sidecar's page to be back")
     assert found.counters["hook_failures"] == report.counters["hook_failures"]
     assert found.state == "attached"
     # A new sidecar makes a new page.

@@ -227,7 +227,8 @@ def _per_request(models: ForecastInputs, seed: int, costs: Costs) -> tuple[Plans
     begin, batch = np.cumsum(groups) - groups, np.repeat(grid, groups)
     position = np.append(best_first % max_k, -1).astype(np.int8)[slot]
     drafts = np.append(rows.ravel()[best_first], 0.0)[slot]
-    drafts[position < 0] = batch
+    lengths = 1 + batch * max_k
+    drafts[np.cumsum(lengths) - lengths] = batch
     index = np.arange(len(drafts))
     shape = (len(grid), contexts, max_k + 1)
     found = Plans(np.zeros(shape), np.ones(shape), np.ones(shape), np.zeros((len(grid), max_k + 1), dtype=np.int64))
@@ -235,14 +236,16 @@ def _per_request(models: ForecastInputs, seed: int, costs: Costs) -> tuple[Plans
     for k in models.candidates:
         lengths = 1 + batch * k
         first = np.cumsum(lengths) - lengths
-        expected = np.cumsum(drafts.compress(position < k))
+        expected = np.cumsum(drafts.compress(position < k) if k < max_k else drafts)
         expected -= np.repeat(expected[first] - batch, lengths)
         tokens = index[: len(expected)] - np.repeat(first - batch, lengths)
         verify_s = costs.verify_s[tokens]
         outside = _outside(tokens, np.repeat(batch, lengths), models.verified) if least > 0 or most < k else None
         for c in range(contexts):
             other_s = costs.fixed_s[grid, k] + costs.context_s[grid, c]
-            value = expected / (verify_s + np.repeat(np.repeat(other_s, groups), lengths))
+            value = np.repeat(np.repeat(other_s, groups), lengths)
+            value += verify_s
+            np.divide(expected, value, out=value)
             if outside is not None:
                 value[outside] = 0.0
             best = np.maximum.reduceat(value, first)
@@ -274,16 +277,21 @@ def _fill_between(grid: NDArray[np.int64], plans: Plans, rows: int) -> Plans:
     high = np.minimum(np.searchsorted(grid, sizes), len(grid) - 1)
     low = np.maximum(high - 1, 0)
     share = np.clip((sizes - grid[low]) / np.maximum(grid[high] - grid[low], 1), 0.0, 1.0)
+
+    def between(known: Floats) -> Floats:
+        found: Floats = (known[high] - known[low]) * share.reshape(-1, *(1,) * (known.ndim - 1))
+        found += known[low]
+        return found
+
     # A K that is no candidate has goodput 0: any finite time will do, its goodput stays 0.
     allowed = plans.goodput > 0.0
     step_s = np.where(allowed, grid[:, None, None] * plans.tokens_per_request / np.where(allowed, plans.goodput, 1.0), 0.0)
-    known = np.stack((step_s, plans.uncertainty, plans.tokens_per_request), axis=1)
-    between_s, uncertainty, tokens = np.moveaxis(known[low] + share[:, None, None, None] * (known[high] - known[low]), 1, 0)
-    between_s *= np.maximum(sizes / grid[-1], 1.0)[:, None, None]
-    goodput = np.where(between_s > 0.0, sizes[:, None, None] * tokens / np.maximum(between_s, 1e-12), 0.0)
-    per_request = plans.verify_tokens / grid[:, None]
-    per_request = per_request[low] + share[:, None] * (per_request[high] - per_request[low])
-    return Plans(goodput, uncertainty, tokens, np.rint(per_request * sizes[:, None]).astype(np.int64))
+    between_s = between(step_s) * np.maximum(sizes / grid[-1], 1.0)[:, None, None]
+    tokens = between(plans.tokens_per_request)
+    goodput = np.zeros_like(between_s)
+    np.divide(sizes[:, None, None] * tokens, between_s, out=goodput, where=between_s > 0.0)
+    per_request = between(plans.verify_tokens / grid[:, None])
+    return Plans(goodput, between(plans.uncertainty), tokens, np.rint(per_request * sizes[:, None]).astype(np.int64))
 
 
 def batch_grid(batches: NDArray[np.float64]) -> list[int]:

@@ -4,6 +4,7 @@
     steps_in_flight       matches each decode step with its own result and times, and writes the finished step
     stage_clock           stage times: the host's clock on a CPU, CUDA events on a GPU
     max_probability       the draft's confidence: the largest softmax probability of its logits
+    host_probabilities    the same for the logits of several forwards, on the CPU
     plugin_settings       the environment variables that configure a plugin
     ring_follower         figures of a running server from its record ring, for the demonstration and benchmarks
     pinned_ring           copies of confidences from a GPU to the host that nothing waits for

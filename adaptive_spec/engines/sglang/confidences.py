@@ -18,7 +18,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from adaptive_spec.engines.common.max_probability import GROUP_ELEMENTS, max_probability
+from adaptive_spec.engines.common.host_probabilities import each_max_probability, few_max_probabilities
+from adaptive_spec.engines.common.max_probability import max_probability
 from adaptive_spec.engines.common.pinned_ring import PinnedRing
 from adaptive_spec.engines.common.steps_in_flight import Confidences, KnownConfidences
 
@@ -60,37 +61,6 @@ def _logits(result: Any) -> Tensor:
 
 def _probabilities(result: Any) -> Tensor:
     return max_probability(_logits(result))
-
-
-FEW_ELEMENTS = 1 << 13
-"""Logits up to which numpy is used on a CPU. Its calls cost less than PyTorch's: 0.7 of the time at 1 row of 776 logits, as
-long at 16 rows, measured on one thread of a busy machine."""
-
-
-def _of_each(logits: list[Tensor]) -> NDArray[np.float32]:
-    """Logits of k forwards, [b, V] each, on the CPU -> float32 [b, k]."""
-    few = few_max_probabilities(logits)
-    if few is not None:
-        return few.reshape(len(logits), -1).T
-    if len(logits) * logits[0].numel() <= GROUP_ELEMENTS:  # fewer calls; beyond, the copy costs more
-        return max_probability(torch.stack(logits, dim=1)).numpy()
-    return torch.stack([max_probability(one) for one in logits], dim=1).numpy()
-
-
-def few_max_probabilities(logits: list[Tensor]) -> NDArray[np.float32] | None:
-    """`max_probability` of k forwards on the CPU, [b, V] each -> float32 [k b].
-
-    None where it does not do: for more than FEW_ELEMENTS logits, for another type than float32, and when a row has no softmax.
-    """
-    if len(logits) * logits[0].numel() > FEW_ELEMENTS or logits[0].dtype != torch.float32:
-        return None
-    values = np.concatenate([one.numpy() for one in logits])
-    largest = np.maximum.reduce(values, axis=-1, keepdims=True)
-    if not np.isfinite(largest).all():
-        return None
-    np.exp(np.subtract(values, largest, out=values), out=values)
-    found: NDArray[np.float32] = np.reciprocal(np.add.reduce(values, axis=-1))
-    return found
 
 
 def host_confidences(first: Tensor, later: NDArray[np.float32] | None) -> Confidences:
@@ -196,7 +166,7 @@ class ConfidenceTap:
         if self._static is not None:
             self._static.store(k, torch.stack(found, dim=1))
         else:
-            self._later = _of_each(found)
+            self._later = each_max_probability(found)
 
     def after_draft(self, first: Tensor, k: int) -> Confidences:
         """Confidences of the drafted tokens. first: topk_p [b, 1] as it came with the batch."""

@@ -130,7 +130,7 @@ class SchedulerAttachment:
             self._curves = CostCurves()
         sizes = config.compilation_config.cudagraph_capture_sizes
         self._graph_tokens = [] if config.model_config.enforce_eager else sorted(sizes or ())
-        self._history = AcceptanceHistory(max(info.max_k, 1), REQUESTS_REMEMBERED)
+        self._history = AcceptanceHistory(max(info.max_k, 1), REQUESTS_REMEMBERED) if self._steers else None
         self._tap = EngineTap.open(self._settings.runtime_dir, info, self._settings.max_age_s)
         self.report("attached" if reason is None else "observing", reason or "")
         log.info(
@@ -301,8 +301,8 @@ class SchedulerAttachment:
         self._book.result(step, accepted, counted, verified)
         rows = np.array(counted, bool)
         if self._history is not None and rows.any() and not step.flags & _CENSORED:
-            numbers = step.request_ids[rows].tolist()
-            self._history.observe(numbers, np.array(accepted, np.int64)[rows].clip(0, verified[rows]), verified[rows])
+            right = np.maximum(np.minimum(np.array(accepted, np.int64), verified), 0)
+            self._history.observe(step.request_ids[rows].tolist(), right[rows], verified[rows])
 
     def _trimmed(self, step: OpenStep, running: Running) -> None:
         """vLLM verified the most promising drafts only: how many tokens the worker tells, of which requests nobody does."""

@@ -129,7 +129,7 @@ class WorkerAttachment:
     def greedy(self, original: Callable[..., Any], proposer: Any, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
         """Around the choice of one greedy draft token: the same choice, from logits that are looked at too."""
         tap = self._tap
-        if tap is None or not tap.listening or self._guard.part("greedy", tap.unseen, proposer) is not False:
+        if tap is None or not tap.listening or not (tap.seeing or self._guard.part("greedy", tap.unseen, proposer) is False):
             return original(proposer, hidden_states, *args, **kwargs)
         logits = proposer.model.compute_logits(hidden_states)
         self._guard.part("greedy", tap.look, logits)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from adaptive_spec.engines.common.host_probabilities import few_max_probabilities
 from adaptive_spec.engines.common.pinned_ring import PinnedRing
 from adaptive_spec.engines.common.steps_in_flight import MOST_OPEN
 from adaptive_spec.engines.sglang.confidences import (
@@ -17,7 +18,6 @@ from adaptive_spec.engines.sglang.confidences import (
     LogitConfidences,
     LogitsTap,
     StaticBuffers,
-    few_max_probabilities,
 )
 
 

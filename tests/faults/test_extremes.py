@@ -54,9 +54,9 @@ def test_records_of_extremes(tmp_path: Path, count: int, granularity: Granularit
                 now_s += STEP_S
                 assert_publishable(controller.observe(record, now_s), info)
             if controller.refit_due(now_s):  # as a session does: once for all records that it finds
-                before_s = time.perf_counter()
+                before_s = time.thread_time()  # on a busy machine another program's time is in the wall clock's
                 policy = controller.refit(now_s)
-                slowest_s = max(slowest_s, time.perf_counter() - before_s)
+                slowest_s = max(slowest_s, time.thread_time() - before_s)
                 assert_publishable(policy, info)
                 assert_snapshot_finite(controller.snapshot(now_s))
     state = sum(array.nbytes for array in controller.state().values())
@@ -69,7 +69,7 @@ def test_records_of_extremes(tmp_path: Path, count: int, granularity: Granularit
     assert_publishable(again.refit(now_s), info)
     print(
         f"{granularity}: {writer.written:,} records, {impossible:,} impossible ones dropped, {state / 1e3:.0f} KB of state, "
-        f"slowest refit {1e3 * slowest_s:.1f} ms, {time.monotonic() - begun_s:.0f} s"
+        f"slowest refit {1e3 * slowest_s:.1f} ms of processor time, {time.monotonic() - begun_s:.0f} s"
     )
 
 

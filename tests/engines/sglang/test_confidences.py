@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from adaptive_spec.engines.common.host_probabilities import few_max_probabilities
+from adaptive_spec.engines.common.host_probabilities import FEW_ELEMENTS, few_max_probabilities
 from adaptive_spec.engines.common.pinned_ring import PinnedRing
 from adaptive_spec.engines.common.steps_in_flight import MOST_OPEN
 from adaptive_spec.engines.sglang.confidences import (
@@ -79,7 +79,8 @@ def test_few_logits_have_the_same_confidences_by_numpy(rows: int, forwards: int,
 
 
 @pytest.mark.parametrize(
-    "logits", [torch.full((2, 5), np.nan), torch.full((1, 5), -np.inf), torch.zeros(1, 5).bfloat16(), torch.zeros(2, 5000)]
+    "logits",
+    [torch.full((2, 5), np.nan), torch.full((1, 5), -np.inf), torch.zeros(1, 5).bfloat16(), torch.zeros(2, FEW_ELEMENTS)],
 )
 def test_other_logits_are_left_to_pytorch(logits: Tensor) -> None:
     """Rows without a softmax, which must become unknown and not a warning; other types; many."""

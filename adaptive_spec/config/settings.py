@@ -160,6 +160,17 @@ class SweepSettings(_Section):
     )
     max_steps: int = Field(1500, ge=10, le=1_000_000, description="Decode steps the sweep may take at most, 10..1000000.")
     max_tokens: int = Field(1024, ge=1, le=65_536, description="Largest token count the sweep measures, 1..65536.")
+    max_loss_s: float = Field(
+        2.0,
+        ge=0.0,
+        le=86_400.0,
+        description=(
+            "Decode time that one sweep may lose against the best plan known, seconds, 0..86400; always at least three steps of "
+            "that plan. A sweep ends before a trial that is expected to lose more than is left; `probe_budget` pays for what is "
+            "measured later. Without effect on the embedded engine. Larger: more is measured at a slow server's cold start. "
+            "Smaller: less time is lost there."
+        ),
+    )
 
 
 class ControllerSettings(_Section):

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -57,6 +57,11 @@ DRIFT_GRANT_STEPS = 10
 NEWS_INTERVAL_S = 60.0
 """Least time between two drift events of one signal that people are told of."""
 FORECAST_RATIO_STEPS = 64
+LEAST_LOSS_STEPS = 3.0
+"""Steps of the best plan that a sweep may lose whatever `sweep.max_loss_s`: 5 % of the 60 steps after which a cold start is to be
+within 5 % of the best plan (issue 11). Less leaves a server with steps of seconds without a second sample of any plan."""
+COMMITTED_STEPS = 1
+"""Decode steps that still follow the policy before: the engine runs one while the record of the last one is read."""
 
 
 class Controller:
@@ -78,6 +83,10 @@ class Controller:
         self._control_arm = ControlArm(settings.policy.control_share, min(info.launch_k, info.max_k))
         self._sweep = self._new_sweep()
         self._sweep_started_s: float | None = None
+        self._sweep_lost_s = 0.0
+        """Seconds that the trials of the latest sweep lost against the best plan."""
+        self._sweep_version = 0
+        """Version of the last policy of a sweep that is over: its trials are none of the probes."""
         self._swept = False
         self._sweeping = self.request.plain_active
         self._sweep_due = False
@@ -151,8 +160,11 @@ class Controller:
             self.counters.count_requests(*self.models.token_times.within(self.models.token_times.observe(record)))
         self._take_findings(findings, now_s)
         self.counters.compare(record, self.models.compare(record))
-        if self.mode is not Mode.SWEEP:
-            lost_s = self.models.trial_loss_s(record)
+        lost_s = self.models.trial_loss_s(record)
+        if self.mode is Mode.SWEEP or record.policy_version <= self._sweep_version:
+            self._sweep_lost_s += lost_s
+            self.counters.sweep_steps += bool(record.flags & StepFlag.TRIAL)
+        else:
             self.counters.probe_lost_s += lost_s
             self._budget.spend(lost_s)
         return (
@@ -244,7 +256,7 @@ class Controller:
         self._swept, self._round = False, ()
         self.models_forgotten += 1
         self._sweep = self._new_sweep()
-        self._sweep_started_s = None
+        self._sweep_started_s, self._sweep_lost_s = None, 0.0
         self._trials.begin(())
         self._sweeping = self.request.plain_active
         self._sweep_due = not self._sweeping
@@ -351,7 +363,20 @@ class Controller:
             return None
         if self._trials.overdue:
             return self._publish(now_s, self._trials.trials)  # the publication was lost: again
-        return self._next_sweep_round(now_s) if begin or ended else None
+        if begin or ended:
+            return self._next_sweep_round(now_s)
+        return None if self._affords(self._trials.next_steps(COMMITTED_STEPS + 1)) else self._cut_sweep(now_s)
+
+    def _affords(self, steps: Sequence[Trial]) -> bool:
+        """Whether what the sweep has lost and these trial steps are expected to lose is within its bound.
+
+        An engine that holds a batch for a trial keeps requests waiting for it anyway: there the sweep has no bound.
+        """
+        if self.info.holds_batch:
+            return True
+        expected_s = sum(self.models.expected_trial_loss_s(trial) for trial in steps)
+        bound_s = max(self.settings.sweep.max_loss_s, LEAST_LOSS_STEPS * self.models.best_step_s())
+        return self._sweep_lost_s + expected_s <= bound_s
 
     def _new_sweep(self) -> Sweep:
         decision, threshold = self._decision, self.settings.latency.jump_threshold
@@ -359,7 +384,7 @@ class Controller:
 
     def _begin_sweep(self, reason: str, now_s: float) -> Policy | None:
         self._sweep = self._new_sweep()
-        self._sweep_started_s = None
+        self._sweep_started_s, self._sweep_lost_s = None, 0.0
         before, self._sweeping, self._sweep_due = self.mode, True, False
         self._round = ()
         self._trials.begin(())
@@ -375,15 +400,23 @@ class Controller:
         if self._sweep_started_s is None:
             self._sweep_started_s = now_s
         trials = self._sweep.next_round(self.models.measured_counts(), batch_size)
+        if trials and not self._affords(trials[:1]):
+            return self._cut_sweep(now_s)
         self._round = trials
-        self.counters.sweep_steps += sum(trial.steps for trial in trials)
         if trials:
             self._take_findings(self.models.learn_acceptance(), now_s)
             self.models.acceptance.refit()
             return self._publish(now_s, trials)
-        self.counters.sweep_s += now_s - self._sweep_started_s
+        return self._end_sweep("sweep done", now_s)
+
+    def _cut_sweep(self, now_s: float) -> Policy:
+        return self._end_sweep(f"sweep ended by its bound: {max(self._sweep_lost_s, 0.0):.1f} s lost", now_s)
+
+    def _end_sweep(self, reason: str, now_s: float) -> Policy:
+        self.counters.sweep_s += now_s - (self._sweep_started_s or now_s)
+        self._sweep_version = self._publisher.version
         before, self._swept, self._sweeping = self.mode, True, False
-        self._note_mode(before, "sweep done", now_s)
+        self._note_mode(before, reason, now_s)
         self._take_findings(self.models.fit(), now_s)
         decided = self._decide(now_s, first="sweep") if self.mode in (Mode.ACTIVE, Mode.SHADOW) else None
         return decided or self._publish(now_s)

@@ -34,6 +34,11 @@ class PendingTrials:
         self.trials, self.left = tuple(trials), sum(trial.steps for trial in trials)
         self.overdue, self._ordinary_steps, self._other_steps = False, 0, 0
 
+    def next_steps(self, count: int) -> list[Trial]:
+        """The trial of each of the next `count` trial steps; fewer when fewer are left."""
+        steps = [trial for trial in self.trials for _ in range(trial.steps)]
+        return steps[len(steps) - self.left :][:count]
+
     def ended(self, record: StepRecord, version: int) -> bool:
         """Take one step; return whether with it the trials of policy `version` ended. Trials that are overdue have ended."""
         if self.left == 0:

@@ -19,7 +19,7 @@ from adaptive_spec.config.settings import ControllerSettings
 from adaptive_spec.domain.allowed import verified_rails
 from adaptive_spec.domain.arrays import Floats
 from adaptive_spec.domain.engine_info import EngineInfo
-from adaptive_spec.domain.policy import Granularity
+from adaptive_spec.domain.policy import Granularity, Trial
 from adaptive_spec.domain.step_record import UNKNOWN_CONFIDENCE, StepFlag, StepRecord
 from adaptive_spec.models.acceptance.online import AcceptanceModel, StepScore
 from adaptive_spec.models.drift import DriftDetector, TrafficDetector
@@ -228,6 +228,37 @@ class ModelSet:
             return 0.0
         best = float(forecast_.goodput[forecast_.row(record.batch_size), self.context].max())
         return record.step_s - record.output_tokens / best if best > 0.0 else 0.0
+
+    def best_step_s(self) -> float:
+        """Expected seconds of a step with the plan of most goodput at the present batch size and context; 0 while unknown."""
+        forecast_ = self.forecast
+        if forecast_ is None:
+            return 0.0
+        goodput = forecast_.goodput[forecast_.row(self.batch_size), self.context]
+        k = int(goodput.argmax())
+        output = self.batch_size * float(forecast_.tokens_per_request[forecast_.row(self.batch_size), self.context, k])
+        return output / float(goodput[k]) if goodput[k] > 0.0 else 0.0
+
+    def expected_trial_loss_s(self, trial: Trial) -> float:
+        """Seconds that one step of a trial is expected to lose against the best plan, >= 0; 0 while that is unknown.
+
+        Seconds of a token count that was not measured are those of the fit, which continues beyond what was measured.
+        """
+        forecast_, batch_size = self.forecast, trial.batch_size or self.batch_size
+        if forecast_ is None or batch_size == 0:
+            return 0.0
+        row, k = forecast_.row(batch_size), trial.k
+        best = float(forecast_.goodput[row, self.context].max())
+        output = batch_size * float(forecast_.tokens_per_request[row, self.context, k])
+        tokens = int(forecast_.verify_tokens[row, k])
+        if trial.num_tokens:
+            tokens = trial.num_tokens
+            by_slots = forecast_.expected_tokens.get(batch_size)
+            if by_slots is not None:
+                output = float(by_slots[min(max(tokens - batch_size, 0), len(by_slots) - 1)])
+        verify_s = float(forecast_.verify_s[min(tokens, len(forecast_.verify_s) - 1)])
+        context_s = forecast_.context_s_per_token * self.kv_per_request * batch_size
+        return max(float(forecast_.fixed_s[k, row]) + verify_s + context_s - output / best, 0.0) if best > 0.0 else 0.0
 
     @property
     def traffic(self) -> Traffic:

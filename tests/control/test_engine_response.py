@@ -101,3 +101,15 @@ def test_trials_of_a_policy_that_no_step_carries_are_overdue() -> None:
         trials.ended(step(4), 5)
     trials.ended(step(5), 5)
     assert not trials.ended(step(4), 5), "counted from the beginning: the policy was run"
+
+
+def test_the_next_trial_steps_are_those_that_no_record_was_seen_of() -> None:
+    first, second = Trial(0, 1, 0, 2), Trial(0, 5, 0, 1)
+    trials = PendingTrials()
+    assert trials.next_steps(2) == []
+    trials.begin((first, second))
+    assert trials.next_steps(2) == [first, first]
+    trials.ended(step(7, int(StepFlag.TRIAL)), 7)
+    assert trials.next_steps(2) == [first, second]
+    trials.ended(step(7, int(StepFlag.TRIAL)), 7)
+    assert trials.next_steps(2) == [second]

@@ -9,7 +9,7 @@ from adaptive_spec.config.settings import ControllerSettings, PolicySettings, Sw
 from adaptive_spec.control.sweep import Sweep
 from adaptive_spec.domain.engine_info import EngineInfo
 from adaptive_spec.domain.policy import Granularity, Trial
-from adaptive_spec.domain.step_record import StepRecord
+from adaptive_spec.domain.step_record import StepFlag, StepRecord
 from adaptive_spec.models.latency.measured_counts import MeasuredCounts
 from tests.curves import load
 from tests.support.simulated_server import SimulatedServer, engine_info, staircase
@@ -141,3 +141,84 @@ def test_it_asks_only_for_k_allowed_at_the_batch_size(granularity: Granularity, 
             assert b <= (trial.num_tokens or b) <= b * (trial.k + 1)
         planned = Sweep(SweepSettings(), info, 0.15)
         assert trials
+
+
+def slow_server(granularity: Granularity, max_loss_s: float) -> SimulatedServer:
+    """80 requests on a consumer card: 0.6 s a step without drafts, 5 s with seven a request."""
+    settings = ControllerSettings(sweep=SweepSettings(max_loss_s=max_loss_s))
+    return SimulatedServer(
+        engine_info(granularity, max_batch=103),
+        lambda tokens: 0.025 + 0.007 * tokens,
+        accept=0.5,
+        batch_size=80,
+        settings=settings,
+    )
+
+
+def cold_start(server: SimulatedServer) -> tuple[float, int]:
+    """(seconds that trials lost against the best K, trial steps) until the sweep's last trial is run."""
+    best, lost_s, trials = server.static_goodput(server.best_static()), 0.0, 0
+    while server.controller.mode == "sweep" and server.steps < 1000:
+        record = server.step()
+        if record.flags & StepFlag.TRIAL:
+            lost_s += record.step_s - record.output_tokens / best
+            trials += 1
+        server.controller_sees(record)
+    return lost_s, trials
+
+
+@pytest.mark.parametrize("granularity", list(Granularity))
+def test_the_sweep_of_a_slow_server_loses_no_more_than_its_bound(granularity: Granularity) -> None:
+    free_s, free_trials = cold_start(slow_server(granularity, 1000.0))
+    server = slow_server(granularity, 5.0)
+    lost_s, trials = cold_start(server)
+    assert free_s > 12.0
+    assert 0.0 < lost_s < 5.5  # what is lost is known to about a tenth
+    assert 2 <= trials < free_trials
+    assert "ended by its bound" in server.controller.reason
+    assert server.controller.snapshot(server.now_s).sweep_steps == trials
+    server.run(30)
+    goodput = server.run(30)
+    assert goodput > 0.95 * server.static_goodput(server.best_static())
+
+
+def test_an_engine_that_holds_batches_sweeps_without_a_bound() -> None:
+    info = engine_info(Granularity.REQUEST, max_batch=16, holds_batch=True)
+    settings = ControllerSettings(sweep=SweepSettings(max_loss_s=0.0))
+    server = SimulatedServer(info, staircase(tile=16, step_s=0.1), settings=settings)
+    sweep(server)
+    assert server.controller.reason == "sweep done"
+
+
+def test_a_sweep_may_lose_three_steps_of_the_best_plan_whatever_the_bound() -> None:
+    server = slow_server(Granularity.BATCH, 0.0)
+    lost_s, trials = cold_start(server)
+    best_s = server.curve(80) + 0.0005
+    assert server.best_static() == 0
+    assert trials > 0
+    assert lost_s < 3.3 * best_s
+
+
+@pytest.mark.parametrize("granularity", list(Granularity))
+def test_the_bound_changes_nothing_on_a_quick_server(granularity: Granularity) -> None:
+    runs = []
+    for max_loss_s in (SweepSettings().max_loss_s, 1000.0):
+        settings = ControllerSettings(sweep=SweepSettings(max_loss_s=max_loss_s))
+        server = SimulatedServer(engine_info(granularity), staircase(), settings=settings)
+        lost_s, trials = cold_start(server)
+        runs.append((lost_s, trials, server.controller.k_by_batch_size()))
+        assert server.controller.reason == "sweep done"
+    assert runs[0] == runs[1]
+
+
+@pytest.mark.parametrize("granularity", list(Granularity))
+def test_what_a_trial_will_lose_is_known_from_what_was_measured(granularity: Granularity) -> None:
+    server = slow_server(granularity, 1000.0)
+    sweep(server)
+    best = server.static_goodput(server.best_static())
+    for k in (0, 3, 7):
+        step_s = server.curve(80 * (k + 1)) + 0.0005 * (k + 1)
+        true_s = step_s - step_s * server.static_goodput(k) / best
+        trial = Trial(0, k, 80 * (k + 1) if granularity is Granularity.REQUEST else 0, 1)
+        assert server.controller.models.expected_trial_loss_s(trial) == pytest.approx(true_s, rel=0.15, abs=0.15)
+    assert server.controller.models.best_step_s() == pytest.approx(server.curve(80), rel=0.15)

@@ -36,7 +36,6 @@ STEP_S = 0.025
 POLL_RECORDS = 512
 GROWTH = {"MB": 5.0, "descriptors": 2.0, "files": 2.0, "series": 30.0}
 """Most that a figure may grow over the second half, by its unit. Memory: what the allocator keeps of a refit's arrays comes and
-"""Most that a figure may grow over the second half, by its unit. Memory: what the allocator keeps of a refit's arrays comes and
 goes by a few megabytes; a leak of 100 bytes a record would be 50 MB in the demo's hour. Series: a boundary more or fewer is six
 of them, and 0 to 7 boundaries were shown within five minutes of the demo on a busy machine; nothing else came or went."""
 

@@ -153,3 +153,23 @@ def test_a_policy_carries_the_rails() -> None:
     one = Controller(ControllerSettings(policy=PolicySettings(k_min=1, k_max=3)), INFO).tick(0.0)
     assert one is not None
     assert (one.k_min, one.k_max) == (1, 3)
+
+
+@pytest.mark.parametrize(("slo_tpot_ms", "k"), [(35.0, 1), (60.0, 4)])
+def test_a_target_leaves_out_the_k_whose_slowest_request_misses_it(slo_tpot_ms: float, k: int) -> None:
+    """At batch 4: K 4 takes 4 / (150 x 0.5) = 53 ms per token of the slowest request, K 1 takes 33 ms, the others 40 ms."""
+    goodput = replace(forecast(100, 120, 100, 100, 150), slowest_share=np.array([1.0, 1.0, 1.0, 1.0, 0.5]))
+    decision = Decision(SETTINGS.model_copy(update={"slo_tpot_ms": slo_tpot_ms}), INFO)
+    assert decision.propose(goodput, traffic(), 0.0, True).table[4, 0] == k
+
+
+@pytest.mark.parametrize(("steps", "reason"), [(1.0, None), (3.0, "gain")])
+def test_a_batch_size_with_less_than_two_percent_of_the_steps_makes_no_swap(steps: float, reason: str | None) -> None:
+    decision = Decision(SETTINGS, INFO)
+    swap(decision, FOUR, 0.0, batch_size=6)
+    swap(decision, FOUR, 0.0)
+    goodput = FOUR.goodput.copy()
+    goodput[6] = ONE.goodput[6]
+    seldom = traffic()
+    seldom.batches[6] = steps
+    assert decision.propose(replace(FOUR, goodput=goodput), seldom, 100.0, False).swap == reason

@@ -127,6 +127,19 @@ def test_a_swap_that_measures_worse_is_taken_back_and_not_chosen_again_for_a_whi
     assert swap(decision, FOUR, 5.0 + ROLLBACK_HOLD_S) == "gain"
 
 
+@pytest.mark.parametrize("reason", ["sweep", "command"])
+def test_what_was_asked_for_is_never_taken_back(reason: str) -> None:
+    decision = Decision(SETTINGS, INFO)
+    swap(decision, FOUR, 0.0)
+    proposal = replace(decision.propose(ONE, traffic(), 1.0, True), swap=reason)
+    assert decision.adopt(proposal, traffic(), 8, 1.0, 1.0) == f"K 4→1 at batch 4: {reason}, +100.0% expected"
+    step = replace(record_of(1), policy_version=8, step_s=1.0)
+    step = replace(step, batch_size=4, accept_len=step.accept_len[:4], verify_len=step.verify_len[:4])
+    worse = forecast(*[step.output_tokens * 10.0] * 5)
+    assert not any(decision.follow(step, 0, worse, 5.0) for _ in range(SwapWatch.MIN_STEPS))
+    assert decision.table[4, 0] == 1
+
+
 def test_versions_rise_and_a_policy_is_outdated_by_what_would_change_a_choice() -> None:
     decision, publisher = Decision(SETTINGS, INFO), Publisher(INFO, Decision(SETTINGS, INFO).allowed, 0.02)
     assert publisher.outdated(Mode.ACTIVE, decision.table, FOUR)

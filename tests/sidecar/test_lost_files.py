@@ -64,7 +64,8 @@ def test_a_folder_deleted_under_a_running_pair_is_made_again(tmp_path: Path) -> 
         with SidecarProcess(run, tmp_path / "profiles") as sidecar:
             wait_for(lambda: sidecar.status()["mode"] == "active", "the sweep to end")
             token = (run / TOKEN_NAME).read_text()
-            shutil.rmtree(run)
+            gone = run.rename(tmp_path / "gone")  # the pair makes files again while the old ones are being deleted
+            shutil.rmtree(gone)
             names = (PAGE_NAME, RING_NAME, ADDRESS_NAME, TOKEN_NAME)
             wait_for(lambda: all((run / name).exists() for name in names), "the files")
             assert (run / TOKEN_NAME).read_text() == token

@@ -171,7 +171,8 @@ class SglangServer:
 
         def answered() -> subprocess.CompletedProcess[str] | None:
             result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-            return None if "did not answer within" in result.stderr else result  # a busy machine: the sidecar asks to try again
+            busy = "did not answer within" in result.stderr or "timed out" in result.stderr  # the machine: try again
+            return None if busy else result
 
         result: subprocess.CompletedProcess[str] = self.wait(answered, "the sidecar to take a command")
         assert result.returncode == 0, result.stderr
